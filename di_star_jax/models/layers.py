@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks that UNet and VAE share. Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels.
+
+Attribute names are those of diffusers' PyTorch modules, so that a path in the parameter tree is a key in its files.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from di_star_jax.models.attention import attention
+
+Dtype = Any
+
+
+def checkpointed(module: nnx.Module, *args, remat: bool) -> jax.Array:
+    """Runs `module(*args)`; with remat the backward pass recomputes its inside instead of storing it."""
+    if not remat:
+        return module(*args)
+    graphdef, params = nnx.split(module)
+    return jax.checkpoint(lambda params, *args: nnx.merge(graphdef, params)(*args))(params, *args)
+
+
+def stacked(build, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` copies of one block as a single module whose leaves have a leading axis [depth]."""
+    return nnx.vmap(build, in_axes=0)(rngs.split(depth))
+
+
+def scan_blocks(blocks: nnx.Module, x: jax.Array, *args, remat: bool) -> jax.Array:
+    """Applies stacked blocks one after the other: one traced body whatever the depth."""
+    graphdef, params = nnx.split(blocks)
+
+    def body(x, params):
+        return checkpointed(nnx.merge(graphdef, params), x, *args, remat=remat), None
+
+    return jax.lax.scan(body, x, params)[0]
+
+
+def group_norm(channels: int, groups: int, eps: float, dtype: Dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    # E[x^2] - E[x]^2 loses digits where the mean is large, as it is in the VAE decoder.
+    return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def conv3x3(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs, *, stride: int = 1, padding=1) -> nnx.Conv:
+    return nnx.Conv(c_in, c_out, (3, 3), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
+
+
+def conv1x1(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(c_in, c_out, (1, 1), dtype=dtype, rngs=rngs)
+
+
+def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
+    """Sines and cosines of a scalar at `dim / 2` frequencies. Source: diffusers `get_timestep_embedding`.
+
+    Args:
+      t: [B] any real dtype.
+      dim: even.
+      flip_sin_to_cos: cosines first (SDXL) instead of sines first.
+      freq_shift: subtracted from dim / 2 in the exponent.
+    Returns:
+      [B, dim] float32.
+    """
+    half = dim // 2
+    frequency = jnp.exp(-math.log(10000.0) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32))
+    angle = t.astype(jnp.float32)[:, None] * frequency
+    first, second = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    return jnp.concatenate([first, second], axis=-1)
+
+
+class TimestepEmbedding(nnx.Module):
+    """[B, C_in] -> [B, C]: linear, SiLU, linear. Source: diffusers `TimestepEmbedding`."""
+
+    def __init__(self, c_in: int, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(c_in, channels, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(nnx.silu(self.linear_1(x)))
+
+
+class ResnetBlock2D(nnx.Module):
+    """[B, H, W, C_in] (, [B, T]) -> [B, H, W, C_out]. Source: diffusers `ResnetBlock2D`, time added before norm2."""
+
+    def __init__(self, c_in: int, c_out: int, *, temb: int | None, groups: int, eps: float, dtype: Dtype,
+                 rngs: nnx.Rngs):
+        self.norm1 = group_norm(c_in, groups, eps, dtype, rngs)
+        self.conv1 = conv3x3(c_in, c_out, dtype, rngs)
+        self.time_emb_proj = None if temb is None else nnx.Linear(temb, c_out, dtype=dtype, rngs=rngs)
+        self.norm2 = group_norm(c_out, groups, eps, dtype, rngs)
+        self.conv2 = conv3x3(c_out, c_out, dtype, rngs)
+        self.conv_shortcut = None if c_in == c_out else conv1x1(c_in, c_out, dtype, rngs)
+
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            h = h + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample2D(nnx.Module):
+    """Halves H and W by a strided convolution. Source: diffusers `Downsample2D`."""
+
+    def __init__(self, channels: int, *, padding, dtype: Dtype, rngs: nnx.Rngs):
+        self.conv = conv3x3(channels, channels, dtype, rngs, stride=2, padding=padding)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Doubles H and W by nearest neighbour, crops to `size`, convolves. Source: diffusers `Upsample2D`."""
+
+    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.conv = conv3x3(channels, channels, dtype, rngs)
+
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        b, h, w, c = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+        if size is not None:  # an odd skip: for sizes 2n and 2n-1 nearest neighbour is doubling and cropping
+            x = x[:, : size[0], : size[1]]
+        return self.conv(x)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of [B, N, C] on itself or on a context [B, M, K]. Source: diffusers `Attention`.
+
+    With `groups` it is the VAE's attention: group norm before, residual after, biases in the projections.
+    """
+
+    def __init__(self, channels: int, *, heads: int, context: int | None = None, groups: int | None = None,
+                 eps: float = 1e-6, dtype: Dtype, rngs: nnx.Rngs):
+        self.heads = heads
+        self.group_norm = None if groups is None else group_norm(channels, groups, eps, dtype, rngs)
+        biased = groups is not None
+        kv = channels if context is None else context
+        self.to_q = nnx.Linear(channels, channels, use_bias=biased, dtype=dtype, rngs=rngs)
+        self.to_k = nnx.Linear(kv, channels, use_bias=biased, dtype=dtype, rngs=rngs)
+        self.to_v = nnx.Linear(kv, channels, use_bias=biased, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)])
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], self.heads, -1)  # [B, N, heads, C / heads]
+
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        h = x if self.group_norm is None else self.group_norm(x)
+        h = h.reshape(h.shape[0], -1, h.shape[-1])  # [B, N, C]
+        kv = h if context is None else context
+        h = attention(self._split_heads(self.to_q(h)), self._split_heads(self.to_k(kv)),
+                      self._split_heads(self.to_v(kv)))
+        h = self.to_out[0](h.reshape(*h.shape[:2], -1)).reshape(x.shape)
+        return h if self.group_norm is None else x + h
+
+
+class GEGLU(nnx.Module):
+    """[B, N, C] -> [B, N, D]: a linear map gated by the exact GELU of another. Source: diffusers `GEGLU`."""
+
+    def __init__(self, c_in: int, c_out: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(c_in, 2 * c_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return h * nnx.gelu(gate, approximate=False)
+
+
+class Dropout(nnx.Module):
+    """Keeps PyTorch's index 1 in `ff.net` occupied; it never drops."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class FeedForward(nnx.Module):
+    """[B, N, C] -> [B, N, C] through width 4C. Source: diffusers `FeedForward` with GEGLU."""
+
+    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.net = nnx.List([
+            GEGLU(channels, 4 * channels, dtype=dtype, rngs=rngs),
+            Dropout(),
+            nnx.Linear(4 * channels, channels, dtype=dtype, rngs=rngs),
+        ])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class BasicTransformerBlock(nnx.Module):
+    """Self-attention, attention on the text, feed-forward, each residual. Source: diffusers `BasicTransformerBlock`."""
+
+    def __init__(self, channels: int, *, heads: int, context: int, dtype: Dtype, rngs: nnx.Rngs):
+        def norm():
+            return nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+        self.norm1 = norm()
+        self.attn1 = Attention(channels, heads=heads, dtype=dtype, rngs=rngs)
+        self.norm2 = norm()
+        self.attn2 = Attention(channels, heads=heads, context=context, dtype=dtype, rngs=rngs)
+        self.norm3 = norm()
+        self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    """[B, H, W, C] attends to itself and to a context [B, M, K]. Source: diffusers `Transformer2DModel`."""
+
+    def __init__(self, channels: int, *, heads: int, depth: int, context: int, groups: int, linear_projection: bool,
+                 remat: bool, dtype: Dtype, rngs: nnx.Rngs):
+        self.remat = remat
+        self.norm = group_norm(channels, groups, 1e-6, dtype, rngs)  # 1e-6 here, 1e-5 in the UNet's resnets
+        if linear_projection:
+            self.proj_in = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+            self.proj_out = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        else:
+            self.proj_in = conv1x1(channels, channels, dtype, rngs)
+            self.proj_out = conv1x1(channels, channels, dtype, rngs)
+        self.transformer_blocks = stacked(
+            lambda rngs: BasicTransformerBlock(channels, heads=heads, context=context, dtype=dtype, rngs=rngs),
+            depth, rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        h = self.proj_in(self.norm(x))
+        h = h.reshape(h.shape[0], -1, h.shape[-1])  # [B, N, C]
+        h = scan_blocks(self.transformer_blocks, h, context, remat=self.remat)
+        return self.proj_out(h.reshape(x.shape)) + x

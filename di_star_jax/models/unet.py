@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UNet2DConditionModel of the SDXL and SD 1.5 families; the folder's config.json decides which.
+
+Dims: B batch, H and W latent height and width, C channels, M text tokens, K text width.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from di_star_jax.config import UserError
+from di_star_jax.models import layers
+
+
+class Condition(NamedTuple):
+    """What a UNet is conditioned on. SD 1.5 has no pooled text and no time ids (None).
+
+    context: [B, M, K] text states for cross-attention.
+    pooled: [B, P] projected text embedding, or None.
+    time_ids: [B, 6] float32: original height and width, crop top and left, target height and width; or None.
+    """
+    context: jax.Array
+    pooled: jax.Array | None
+    time_ids: jax.Array | None
+
+
+# config.json fields whose other values the port does not implement.
+_FIXED = {
+    "act_fn": "silu", "center_input_sample": False, "class_embed_type": None, "class_embeddings_concat": False,
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None, "downsample_padding": 1,
+    "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "num_class_embeds": None, "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None, "time_embedding_act_fn": None,
+    "time_embedding_dim": None, "time_embedding_type": "positional", "timestep_post_act": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The fields of a UNet's config.json that matter, under their names there; lists become tuples, one per block."""
+    sample_size: int
+    in_channels: int
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    layers_per_block: int
+    transformer_layers_per_block: tuple[int, ...]
+    attention_head_dim: tuple[int, ...]  # the number of heads: diffusers kept the wrong name for old files' sake
+    cross_attention_dim: int
+    use_linear_projection: bool
+    addition_embed_type: str | None
+    addition_time_embed_dim: int | None
+    projection_class_embeddings_input_dim: int | None
+    norm_num_groups: int
+    norm_eps: float
+    flip_sin_to_cos: bool
+    freq_shift: float
+
+    @classmethod
+    def from_json(cls, config: dict) -> "UNetConfig":
+        """Args: the parsed config.json. Raises: UserError for a setting that the port does not implement."""
+        name = config.get("_class_name", "UNet2DConditionModel")
+        if name != "UNet2DConditionModel":
+            raise UserError(f"wrong architecture: config.json is of a {name}, expected UNet2DConditionModel; "
+                            "give the folder of an SDXL or SD 1.5 UNet")
+        for field, value in _FIXED.items():
+            if config.get(field, value) != value:
+                raise UserError(f"UNet config.json has {field}={config[field]!r}, the port implements {value!r} only")
+        values = {**_DEFAULTS, **{k: v for k, v in config.items() if k in _DEFAULTS}}
+        if config.get("num_attention_heads"):
+            values["attention_head_dim"] = config["num_attention_heads"]
+        if values["addition_embed_type"] not in (None, "text_time"):
+            raise UserError(f"UNet config.json has addition_embed_type={values['addition_embed_type']!r}, "
+                            "the port implements null and 'text_time' only")
+        known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
+        for block in (*values["down_block_types"], *values["up_block_types"]):
+            if block not in known:
+                raise UserError(f"UNet config.json has a block {block!r}, the port implements {sorted(known)}")
+        blocks = len(values["block_out_channels"])
+        for field in ("transformer_layers_per_block", "attention_head_dim"):
+            if isinstance(values[field], int):
+                values[field] = [values[field]] * blocks
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# What diffusers assumes for a field that a config.json leaves out.
+_DEFAULTS = {
+    "sample_size": None, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "layers_per_block": 2,
+    "transformer_layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 1280,
+    "use_linear_projection": False, "addition_embed_type": None, "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None, "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True,
+    "freq_shift": 0,
+}
+
+
+def _resnet(config: UNetConfig, level: int, c_in: int, **kw) -> layers.ResnetBlock2D:
+    return layers.ResnetBlock2D(c_in, config.block_out_channels[level], temb=4 * config.block_out_channels[0],
+                                groups=config.norm_num_groups, eps=config.norm_eps, **kw)
+
+
+def _transformer(config: UNetConfig, level: int, remat: bool, **kw) -> layers.Transformer2DModel:
+    return layers.Transformer2DModel(
+        config.block_out_channels[level], heads=config.attention_head_dim[level],
+        depth=config.transformer_layers_per_block[level], context=config.cross_attention_dim,
+        groups=config.norm_num_groups, linear_projection=config.use_linear_projection, remat=remat, **kw)
+
+
+class DownBlock2D(nnx.Module):
+    """Resnets, each followed by a transformer where the config says so, then a downsampling but at the last level.
+
+    Source: diffusers `DownBlock2D` and `CrossAttnDownBlock2D`.
+    """
+
+    def __init__(self, config: UNetConfig, level: int, *, remat: bool, **kw):
+        self.remat = remat
+        c_out = config.block_out_channels[level]
+        c_in = config.block_out_channels[max(level - 1, 0)]
+        count = config.layers_per_block
+        self.resnets = nnx.List([_resnet(config, level, c_in if i == 0 else c_out, **kw) for i in range(count)])
+        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
+        self.attentions = nnx.List([_transformer(config, level, remat, **kw) for _ in range(count)]) if attends else None
+        last = level == len(config.block_out_channels) - 1
+        self.downsamplers = None if last else nnx.List([layers.Downsample2D(c_out, padding=1, **kw)])
+
+    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = layers.checkpointed(resnet, x, temb, remat=self.remat)
+            if self.attentions is not None:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if self.downsamplers is not None:
+            x = self.downsamplers[0](x)  # [B, H/2, W/2, C]
+            skips.append(x)
+        return x, skips
+
+
+class UNetMidBlock2DCrossAttn(nnx.Module):
+    """Resnet, transformer, resnet. Source: diffusers `UNetMidBlock2DCrossAttn`."""
+
+    def __init__(self, config: UNetConfig, *, remat: bool, **kw):
+        self.remat = remat
+        level = len(config.block_out_channels) - 1
+        channels = config.block_out_channels[level]
+        self.attentions = nnx.List([_transformer(config, level, remat, **kw)])
+        self.resnets = nnx.List([_resnet(config, level, channels, **kw) for _ in range(2)])
+
+    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+        x = layers.checkpointed(self.resnets[0], x, temb, remat=self.remat)
+        x = self.attentions[0](x, context)
+        return layers.checkpointed(self.resnets[1], x, temb, remat=self.remat)
+
+
+class UpBlock2D(nnx.Module):
+    """Resnets that each take one skip in, with transformers where the config says so, then an upsampling.
+
+    `level` counts as in the down path. Source: diffusers `UpBlock2D` and `CrossAttnUpBlock2D`.
+    """
+
+    def __init__(self, config: UNetConfig, level: int, *, remat: bool, **kw):
+        self.remat = remat
+        widths = config.block_out_channels
+        count = config.layers_per_block + 1
+        inputs = [widths[min(level + 1, len(widths) - 1)]] + [widths[level]] * (count - 1)
+        skips = [widths[level]] * (count - 1) + [widths[max(level - 1, 0)]]
+        self.resnets = nnx.List([_resnet(config, level, a + b, **kw) for a, b in zip(inputs, skips)])
+        attends = config.up_block_types[len(widths) - 1 - level] == "CrossAttnUpBlock2D"
+        self.attentions = nnx.List([_transformer(config, level, remat, **kw) for _ in range(count)]) if attends else None
+        self.upsamplers = None if level == 0 else nnx.List([layers.Upsample2D(widths[level], **kw)])
+
+    def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array,
+                 size: tuple[int, int] | None) -> jax.Array:
+        for i, resnet in enumerate(self.resnets):
+            x = jnp.concatenate([x, skips[-1 - i]], axis=-1)  # [B, H, W, C + C_skip]
+            x = layers.checkpointed(resnet, x, temb, remat=self.remat)
+            if self.attentions is not None:
+                x = self.attentions[i](x, context)
+        return x if self.upsamplers is None else self.upsamplers[0](x, size)
+
+
+class UNet2DConditionModel(nnx.Module):
+    """eps(x_t, t | condition). Source: diffusers `UNet2DConditionModel`.
+
+    Args:
+      config: from the folder's config.json.
+      rngs: for the initial parameters, which are float32.
+      dtype: compute dtype.
+      remat: recompute each resnet and transformer block in the backward pass instead of storing its inside.
+    """
+
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
+        self.config = config
+        self.dtype = dtype
+        kw = dict(dtype=dtype, rngs=rngs)
+        widths = config.block_out_channels
+        levels = range(len(widths))
+        self.conv_in = layers.conv3x3(config.in_channels, widths[0], dtype, rngs)
+        self.time_embedding = layers.TimestepEmbedding(widths[0], 4 * widths[0], **kw)
+        self.add_embedding = None if config.addition_embed_type is None else layers.TimestepEmbedding(
+            config.projection_class_embeddings_input_dim, 4 * widths[0], **kw)
+        self.down_blocks = nnx.List([DownBlock2D(config, i, remat=remat, **kw) for i in levels])
+        self.mid_block = UNetMidBlock2DCrossAttn(config, remat=remat, **kw)
+        self.up_blocks = nnx.List([UpBlock2D(config, i, remat=remat, **kw) for i in reversed(levels)])
+        self.conv_norm_out = layers.group_norm(widths[0], config.norm_num_groups, config.norm_eps, dtype, rngs)
+        self.conv_out = layers.conv3x3(widths[0], config.out_channels, dtype, rngs)
+
+    def _embed(self, t: jax.Array, condition: Condition) -> jax.Array:
+        c = self.config
+
+        def sinusoidal(values, dim):
+            return layers.sinusoidal_embedding(values, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
+
+        temb = self.time_embedding(sinusoidal(t, c.block_out_channels[0]).astype(self.dtype))  # [B, 4 C0]
+        if self.add_embedding is None:
+            return temb
+        batch = t.shape[0]
+        sizes = sinusoidal(condition.time_ids.reshape(-1), c.addition_time_embed_dim).reshape(batch, -1)  # [B, 6 D]
+        added = jnp.concatenate([condition.pooled.astype(self.dtype), sizes.astype(self.dtype)], axis=-1)
+        return temb + self.add_embedding(added)
+
+    def __call__(self, x_t: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+        """Predicts the noise in x_t.
+
+        Args:
+          x_t: [B, H, W, 4] noisy latents.
+          t: [B] timesteps, integer or float, in [0, 999].
+          condition: of the same batch.
+        Returns:
+          [B, H, W, 4] float32.
+        """
+        temb = self._embed(t, condition)
+        context = condition.context.astype(self.dtype)
+        x = self.conv_in(x_t.astype(self.dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            x, more = block(x, temb, context)
+            skips += more
+        x = self.mid_block(x, temb, context)
+        count = self.config.layers_per_block + 1
+        for block in self.up_blocks:
+            used, skips = skips[-count:], skips[:-count]
+            x = block(x, used, temb, context, skips[-1].shape[1:3] if skips else None)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Install with `pip install -e .` (train), `.[test]` (tests), `.[tpu]` or `.[cuda]` (accelerators)."""
+
+import setuptools
+
+# jaxlib 0.10.2 and 0.11.0 compute some fused reductions wrongly, or crash, on CPU.
+JAX = "!=0.10.2,!=0.11.0,>=0.10.1"
+
+setuptools.setup(
+    name="di_star_jax",
+    version="0.1.0",
+    description="Diff-Instruct*: align one-step text-to-image generators with human preference, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["di_star_jax*"]),
+    package_data={"di_star_jax.shapes": ["checkpoint/**/*"]},
+    install_requires=[
+        f"jax{JAX}",
+        f"jaxlib{JAX}",
+        "flax>=0.12.4",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.4",
+        "transformers>=5.0",
+        "safetensors>=0.6",
+        "huggingface_hub>=1.0",
+        "tensorflow-datasets>=4.9.10",
+        "array_record>=0.8",
+        "grain>=0.2.15",
+        "pyarrow>=17",
+        "ml_collections>=1.1.0",
+        "absl-py>=2.1",
+        "pillow>=11",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        # 2.13 is the release whose default wheel on this platform is a CPU build that the parity tests were run with.
+        "test": ["torch==2.13.*", "diffusers>=0.38", "accelerate>=1.0", "pytest>=9", "pytest-xdist>=3.6", "scipy>=1.14"],
+        "tpu": [f"jax[tpu]{JAX}"],
+        "cuda": [f"jax[cuda12]{JAX}"],
+    },
+)
