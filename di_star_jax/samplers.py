@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers: one function each, one signature `sampler(eps_fn, z, timesteps, schedule) -> x_0`."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from di_star_jax.diffusion import Schedule, eps_to_x0
+
+EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def leading_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> np.ndarray:
+    """[num_steps] int32, falling to 1: diffusers' `timestep_spacing="leading"` with `steps_offset=1`, as SDXL ships."""
+    return (np.arange(num_steps)[::-1] * (num_train_timesteps // num_steps) + 1).astype(np.int32)
+
+
+def one_step(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule) -> jax.Array:
+    """x_0 = (z - sigma_t eps(z, t)) / alpha_t: the one-step generator of DMD2 and DI*, whose z is not scaled.
+
+    Args:
+      eps_fn: (x_t [B, ...], t [B]) -> eps [B, ...].
+      z: [B, ...] standard normal.
+      timesteps: [1] int, 399 for SDXL.
+      schedule: alpha and sigma.
+    Returns:
+      [B, ...] scaled latents.
+    """
+    t = jnp.full(z.shape[:1], timesteps[0], jnp.int32)
+    return eps_to_x0(z, eps_fn(z, t), schedule.alpha[t], schedule.sigma[t])
+
+
+def _deterministic(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule, *, last: int | None):
+    """x_t / alpha_t moves along eps by the change of sigma_t / alpha_t: DDIM with eta 0, Euler on the ODE of VE."""
+    alpha, sigma = schedule.alpha[timesteps], schedule.sigma[timesteps]
+    end = (jnp.ones(()), jnp.zeros(())) if last is None else (schedule.alpha[last], schedule.sigma[last])
+    alpha_next, sigma_next = jnp.append(alpha[1:], end[0]), jnp.append(sigma[1:], end[1])
+
+    def body(x_t, step):
+        t, a, s, a_next, s_next = step
+        eps = eps_fn(x_t, jnp.full(z.shape[:1], t, jnp.int32))
+        return a_next * (x_t - s * eps) / a + s_next * eps, None
+
+    return jax.lax.scan(body, z, (jnp.asarray(timesteps), alpha, sigma, alpha_next, sigma_next))[0]
+
+
+def ddim(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule) -> jax.Array:
+    """DDIM with eta 0, ending at alpha_0. Args and result as `one_step`, timesteps falling, [N].
+
+    Source: diffusers `DDIMScheduler` with `set_alpha_to_one=False`.
+    """
+    return _deterministic(eps_fn, z, timesteps, schedule, last=0)
+
+
+def euler(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule) -> jax.Array:
+    """Euler steps of the probability-flow ODE, ending at sigma 0. Args and result as `ddim`.
+
+    Source: diffusers `EulerDiscreteScheduler`; its x is x_t / alpha_t, and its first one is z / alpha_t.
+    """
+    return _deterministic(eps_fn, z, timesteps, schedule, last=None)
+
+
+SAMPLERS = {"one_step": one_step, "ddim": ddim, "euler": euler}
