@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run, by Orbax: one item per field of the state, so that one network can be read without the rest."""
+
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from di_star_jax.config import UserError
+
+FOLDER = "checkpoints"  # of a run, in its workdir
+_METADATA = "metadata"
+
+
+class Checkpoints:
+    """The checkpoints in one folder, which is made where it is missing.
+
+    Args:
+      folder: one run's own, local or gs://; no other job may write there.
+      keep: how many of the newest to keep, or None for all.
+    Raises: UserError where the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | os.PathLike, keep: int | None):
+        self.folder = _absolute(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints in {folder} ({error.strerror}); give another folder") from None
+
+    def save(self, step: int, state: Any, metadata: dict) -> None:
+        """Starts to write `state`; its buffers may be donated as soon as this returns.
+
+        Args:
+          step: does nothing if this step is there already.
+          state: a NamedTuple, dataclass or dict of trees.
+          metadata: stored as JSON: what an export needs, such as `unet_config` and `reference`.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = {name: ocp.args.StandardSave({name: tree}) for name, tree in _fields(state)[0].items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, **{_METADATA: ocp.args.JsonSave(metadata)}),
+                           force=True)
+
+    def latest_step(self) -> int | None:
+        """The newest step whose checkpoint is complete."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The whole state at `step`.
+
+        Args:
+          abstract_state: like the state, of `jax.ShapeDtypeStruct` with the shardings to restore to, which need not
+            be those it was saved with; a leaf without sharding goes to the first device.
+        Raises: UserError where the checkpoint is missing or is not of this model.
+        """
+        fields, treedef = _fields(abstract_state)
+        return treedef.unflatten([self.restore_item(step, name, tree) for name, tree in fields.items()])
+
+    def restore_item(self, step: int, name: str, abstract: Any) -> Any:
+        """One field of the state, such as "generator", "ema" or "assistant". Otherwise as `restore`."""
+        target = jax.tree.map(_placed, {name: abstract})
+        self._check_fit(step, name, target)
+        return self._read(step, name, ocp.args.StandardRestore(target))[name]
+
+    def metadata(self, step: int) -> dict:
+        """What `save` was given. Raises: UserError where the checkpoint is missing."""
+        self._item_folder(step, _METADATA)
+        return self._read(step, _METADATA, ocp.args.JsonRestore())
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees what the manager holds."""
+        self._manager.close()
+
+    def _read(self, step: int, name: str, args: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+
+    def _item_folder(self, step: int, name: str) -> epath.Path:
+        steps = sorted(self._manager.all_steps())
+        if step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self.folder}, there are {steps}; give one of these")
+        folder = self.folder / str(step)
+        if not (folder / name).is_dir():
+            items = sorted(path.name for path in folder.iterdir() if path.is_dir())
+            raise UserError(f"{folder} has no {name!r}, it has {items}; give one of these")
+        return folder / name
+
+    def _check_fit(self, step: int, name: str, target: Any) -> None:
+        folder = self._item_folder(step, name)
+        stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
+        wanted = _shapes(target)
+        wrong = [f"{path} is {list(stored[path])}, expected {list(shape)}" for path, shape in wanted.items()
+                 if path in stored and stored[path] != shape]
+        missing = [f"missing {path}" for path in wanted if path not in stored]
+        extra = [f"extra {path}" for path in stored if path not in wanted]
+        if wrong or missing or extra:
+            first = (wrong + missing + extra)[:10]
+            raise UserError(f"{folder} does not fit the model: {len(missing)} arrays missing, {len(extra)} extra, "
+                            f"{len(wrong)} of the wrong shape; first {len(first)}: {'; '.join(first)}; "
+                            "give the config it was saved with")
+
+
+def existing(folder: str | os.PathLike) -> Checkpoints:
+    """The checkpoints in a folder, or in a run's workdir. Raises: UserError where there are none."""
+    for candidate in (_absolute(folder), _absolute(folder) / FOLDER):
+        if candidate.is_dir() and ocp.utils.checkpoint_steps(candidate):
+            return Checkpoints(candidate, keep=None)
+    what = "no checkpoint in" if _absolute(folder).is_dir() else "no folder"
+    raise UserError(f"{what} {folder}; give the workdir of a run that has saved one, or its {FOLDER} folder")
+
+
+def _absolute(folder: str | os.PathLike) -> epath.Path:
+    folder = os.fspath(folder)
+    return epath.Path(folder if "://" in folder else os.path.abspath(folder))
+
+
+def _fields(state: Any) -> tuple[dict[str, Any], Any]:
+    """{name: tree} of the state's fields, and the definition that puts them together again."""
+    fields, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: node is not state)
+    return {jax.tree_util.keystr(path, simple=True): tree for path, tree in fields}, treedef
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    # Without a sharding Orbax would ask for the devices that it was saved on.
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shapes(tree: Any) -> dict[str, tuple]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

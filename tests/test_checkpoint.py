@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a small state: restarts, partial reads, other numbers of devices, and wrong input."""
+
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from di_star_jax import checkpoint
+from di_star_jax.config import UserError
+
+
+class State(NamedTuple):
+    step: Any
+    generator: Any
+    assistant: Any
+    ema: Any
+    opt_generator: Any
+
+
+def _params(seed: int, width: int = 4):
+    """Parameters with the int keys of module lists, more than ten of them: their order as strings is another."""
+    keys = jax.random.split(jax.random.key(seed), 12)
+    return {"blocks": {i: {"kernel": jax.random.normal(key, (8, width))} for i, key in enumerate(keys)}}
+
+
+def _state(seed: int = 0, width: int = 4) -> State:
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    generator = _params(seed, width)
+    _, moments = optimizer.update(_params(seed + 9, width), optimizer.init(generator), generator)
+    return State(jnp.int32(7 + seed), generator, _params(seed + 1, width), _params(seed + 2, width), moments)
+
+
+def _abstract(state):
+    return jax.eval_shape(lambda: state)
+
+
+def _assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def _error(call, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value), "one line"
+    return str(caught.value)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with one state at step 7."""
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save(7, _state(), {"unet_config": {"widths": [1, 2]}, "reference": "folder"})
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_metadata(saved):
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    assert checkpoints.latest_step() == 7
+    _assert_same(checkpoints.restore(7, _abstract(_state())), _state())
+    assert checkpoints.metadata(7) == {"unet_config": {"widths": [1, 2]}, "reference": "folder"}
+    checkpoints.close()
+
+
+def test_one_network_is_read_without_the_rest_of_the_state(saved):
+    for field in ("opt_generator", "assistant"):  # not even there
+        (saved / "7" / field).rename(saved.parent / field)
+    checkpoints = checkpoint.existing(saved.parent)  # the workdir will do
+    for name in ("generator", "ema"):
+        _assert_same(checkpoints.restore_item(7, name, _abstract(_params(0))), getattr(_state(), name))
+
+
+def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"generator": _params(step)}, {})
+    checkpoints.save(3, {"generator": _params(0)}, {})
+    checkpoints.wait()
+    assert checkpoints.latest_step() == 3
+    _assert_same(checkpoints.restore_item(3, "generator", _abstract(_params(3))), _params(3))
+    assert "there are [2, 3]" in _error(checkpoints.metadata, 1)
+
+
+def test_buffers_may_be_donated_while_they_are_being_written(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=None)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros((1500, 1000))
+    for i in range(4):
+        checkpoints.save(i, {"generator": {"w": x}}, {})
+        for _ in range(3):
+            x = step(x)
+    checkpoints.wait()
+    for i in range(4):
+        w = checkpoints.restore_item(i, "generator", {"w": jax.ShapeDtypeStruct(x.shape, x.dtype)})["w"]
+        assert (float(w.min()), float(w.max())) == (3 * i, 3 * i)
+
+
+SAVE_ON_8 = """
+import sys, jax
+from jax.sharding import NamedSharding, PartitionSpec as P
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import _state
+from di_star_jax.checkpoint import Checkpoints
+assert jax.device_count() == 8
+mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+state = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*["fsdp"][:x.ndim]))), _state())
+checkpoints = Checkpoints(sys.argv[1], keep=1)
+checkpoints.save(7, state, {})
+checkpoints.close()
+"""
+
+
+def test_a_state_saved_on_eight_devices_is_restored_on_one(tmp_path):
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", SAVE_ON_8, str(tmp_path), os.path.dirname(__file__)], env=env, check=True)
+    checkpoints = checkpoint.existing(tmp_path)
+    state = checkpoints.restore(7, _abstract(_state()))
+    _assert_same(state, _state())
+    assert all(leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(state))
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_seen(saved):
+    (saved / "7").rename(saved / "8.orbax-checkpoint-tmp-3")  # what Orbax leaves when it is killed
+    checkpoints = checkpoint.Checkpoints(saved, keep=2)
+    assert checkpoints.latest_step() is None
+    assert "no checkpoint in" in _error(checkpoint.existing, saved)
+    checkpoints.save(8, _state(1), {})
+    checkpoints.wait()
+    _assert_same(checkpoints.restore(8, _abstract(_state())), _state(1))
+
+
+def test_a_state_of_another_model_is_refused_with_the_first_ten_differences(saved):
+    checkpoints = checkpoint.existing(saved)
+    message = _error(checkpoints.restore_item, 7, "ema", _abstract(_params(0, width=6)))
+    assert "0 arrays missing, 0 extra, 12 of the wrong shape; first 10" in message
+    assert "ema/blocks/0/kernel is [8, 4], expected [8, 6]" in message
+    stranger = {"blocks": {0: {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)}}}
+    message = _error(checkpoints.restore_item, 7, "ema", stranger)
+    assert "1 arrays missing, 12 extra" in message and "missing ema/blocks/0/bias" in message
+    assert "has no 'reward', it has ['assistant'" in _error(checkpoints.restore_item, 7, "reward", stranger)
+    assert "no checkpoint of step 9" in _error(checkpoints.restore, 9, _abstract(_state()))
+
+
+def test_folders_without_checkpoints_are_refused(tmp_path):
+    assert "no checkpoint in" in _error(checkpoint.existing, tmp_path)
+    assert "no folder" in _error(checkpoint.existing, tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "file").touch()
+    assert "cannot write checkpoints" in _error(checkpoint.Checkpoints, tmp_path / "file" / "x", 1)
+    assert "cannot write checkpoints" in _error(checkpoint.Checkpoints, tmp_path / "file", 1)
