@@ -1,6 +1,173 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a user can get wrong, checked before any compile or download."""
+"""Everything a user can get wrong in a config, checked before any compile or download."""
+
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
     """A mistake the user can mend: one line that says what was given, what is expected and how to fix it."""
+
+
+def exit_on_user_error(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`main` (or absl's flag parser), ending with one line on stderr and exit code 2 where the user erred."""
+    from absl import flags
+
+    def wrapped(argv):
+        try:
+            return main(argv)
+        except (UserError, flags.Error) as error:
+            # A config file's own error comes with its traceback: the last line says it.
+            print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            sys.exit(2)
+    return wrapped
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's flags, with config errors turned into UserError: missing file, unknown field or preset, wrong type."""
+    from absl import flags
+    path = _config_path(argv)
+    if path is not None and not os.path.isfile(path.partition(":")[0]):
+        raise UserError(f"no config file {path.partition(':')[0]}; give e.g. --config=configs/shapes.py")
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"unknown flag --{error.flagname}{suggest(error.flagname, list(flags.FLAGS))}") from None
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_field(argv, str(error))) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config: {error}") from None
+
+
+def fields(config) -> dict[str, Any]:
+    """{dotted name: value} of all fields of a ConfigDict."""
+    flat = {}
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            flat |= {f"{name}.{inner}": v for inner, v in fields(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """", did you mean ...?" where a known dotted name is near, else ""."""
+    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    near = near or [leaf[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, 1, 0.7)]
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+    """Dotted names of the fields that the command line sets."""
+    return [arg.lstrip("-")[len("config."):].split("=", 1)[0] for arg in argv if arg.lstrip("-").startswith("config.")]
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    """What --config gives: the path of a file, and a preset after a colon."""
+    for arg, following in zip(argv, [*argv[1:], ""]):
+        name, equals, value = arg.lstrip("-").partition("=")
+        if arg.startswith("-") and name == "config":
+            return value if equals else following
+    return None
+
+
+def _unknown_field(argv: Sequence[str], message: str) -> str:
+    """Names the field of the command line that the config file does not have."""
+    spec = importlib.util.spec_from_file_location("config_for_suggestions", _config_path(argv).partition(":")[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    known = list(fields(module.get_config()))
+    for name in _overrides(argv):
+        if name not in known:
+            return f"unknown config field {name}{suggest(name, known) or '; see configs/sdxl.py for all fields'}"
+    return f"config: {message.strip()}"
+
+
+def mesh_shape(data: int, fsdp: int, device_count: int) -> tuple[int, int]:
+    """(data, fsdp) of the mesh, with -1 filled in. Raises: UserError where they do not make up `device_count`."""
+    if data == -1 and fsdp == -1:
+        raise UserError("mesh.data=-1 and mesh.fsdp=-1: expected one of them at most; set mesh.fsdp to a number")
+    given = f"mesh data={data} x fsdp={fsdp}"
+    if -1 in (data, fsdp) and device_count % max(data, fsdp, 1) == 0:
+        data, fsdp = (device_count // fsdp, fsdp) if data == -1 else (data, device_count // data)
+    if data < 1 or fsdp < 1 or data * fsdp != device_count:
+        raise UserError(f"{given} does not make up the {device_count} devices; set mesh.data=-1 and mesh.fsdp to a "
+                        f"divisor of {device_count}")
+    return data, fsdp
+
+
+def check(config, device_count: int, *, objectives: Sequence[str]) -> None:
+    """Refuses a config that cannot run.
+
+    Args:
+      config: ConfigDict with the fields of configs/sdxl.py.
+      device_count: devices there are, over all hosts, or will be (dry run).
+      objectives: known names of objective.name.
+    Raises: UserError for the first thing that is wrong.
+    """
+    c = config
+    _one_of("objective.name", c.objective.name, objectives)
+    _one_of("compute.dtype", c.compute.dtype, ("bfloat16", "float32"))  # SDXL's VAE overflows in float16
+    _one_of("eval.oracle", c.eval.oracle, ("", "shapes"))
+    if c.data.resolution < 64 or c.data.resolution % 64:
+        near = max(64, round(c.data.resolution / 64) * 64)
+        raise UserError(f"data.resolution={c.data.resolution} is not a multiple of 64; use {near}")
+    for name, value in fields(c).items():
+        if name.rsplit(".", 1)[-1] in _POSITIVE and not value > 0:
+            raise UserError(f"{name}={value}, expected more than 0; see configs/sdxl.py for a good value")
+        if name.rsplit(".", 1)[-1] in _NOT_NEGATIVE and not value >= 0:
+            raise UserError(f"{name}={value}, expected 0 or more; see configs/sdxl.py for a good value")
+    for name in ("b1", "b2"):
+        if not 0 <= c.optim[name] < 1:
+            raise UserError(f"optim.{name}={c.optim[name]}, expected a number in [0, 1); 0.999 is usual for b2")
+    for section in ("objective", "assistant"):
+        low, high = c[section].t_min, c[section].t_max
+        if not 0 <= low <= high <= 999:
+            raise UserError(f"{section}.t_min={low}, {section}.t_max={high}, expected 0 <= t_min <= t_max <= 999; "
+                            "20 and 980 are DMD2's")
+    if not 0 <= c.generator.timestep <= 999:
+        raise UserError(f"generator.timestep={c.generator.timestep}, expected 0..999; 399 is DMD2's")
+    if c.eval.num_per_prompt < 2:
+        raise UserError(f"eval.num_per_prompt={c.eval.num_per_prompt}, expected 2 or more to measure diversity; use 8")
+    _check_mesh(c, device_count)
+    if not c.dry_run:
+        for name in ("data.prompts", "eval.prompts"):
+            path = c[name.split(".")[0]].prompts
+            if path and not os.path.isfile(path):
+                raise UserError(f"{name}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts")
+        for name in ("reference", "generator", "assistant", "reward", "reward_tokenizer"):
+            _check_weights(f"weights.{name}", c.weights[name])
+
+
+_POSITIVE = {"batch_size", "huber_c", "updates", "generator_lr", "assistant_lr", "eps", "clip_norm",
+             "half_life_samples", "steps", "log_every", "image_every", "save_every", "keep", "num_prompts"}
+_NOT_NEGATIVE = {"seed", "omega", "reward_scale", "warmup_steps", "lr_warmup_steps", "weight_decay"}
+
+
+def _one_of(name: str, value: str, known) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def _check_mesh(config, device_count: int) -> None:
+    data, fsdp = mesh_shape(config.mesh.data, config.mesh.fsdp, device_count)
+    for name, batch in (("data.batch_size", config.data.batch_size),
+                        *([("eval.batch_size", config.eval.batch_size)] if config.eval.prompts else [])):
+        if batch % device_count:
+            below, above = batch // device_count * device_count, -(-batch // device_count) * device_count
+            good = f"{below} or {above}" if below else str(above)
+            raise UserError(f"{name}={batch} is not divisible by the {device_count} devices of mesh data={data} x "
+                            f"fsdp={fsdp}; use {good}")
+
+
+def _check_weights(name: str, value: str) -> None:
+    """A path that is not there is refused at once; names on the Hub are looked up when they are loaded."""
+    looks_local = value.startswith((".", "/", "~")) or value.count("/") != 1 or os.path.exists(value.split("/")[0])
+    if value and looks_local and not os.path.isdir(value):
+        raise UserError(f"{name}={value}: no such folder; give a folder in diffusers' layout with safetensors, or a "
+                        "name on the Hub such as stabilityai/stable-diffusion-xl-base-1.0")

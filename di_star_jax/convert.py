@@ -8,13 +8,12 @@ The first reads a pipeline or a single model in the layout of diffusers and writ
 model. The second reads a checkpoint of a run, or one written by the first (--which=unet), and writes a pipeline.
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags
 
 from di_star_jax import checkpoint, pipeline, weights
-from di_star_jax.config import UserError
+from di_star_jax.config import UserError, exit_on_user_error
 from di_star_jax.models.unet import UNet2DConditionModel
 
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")  # what a pipeline has that is ported
@@ -93,7 +92,7 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
     flags.DEFINE_string("input", None, "Folder or Hub name (to orbax); workdir or checkpoint (to diffusers).",
                         required=True)
     flags.DEFINE_string("output", None, "Folder to write.", required=True)
-    flags.DEFINE_enum("which", "generator", ["generator", "ema", "assistant", "unet"],
+    flags.DEFINE_enum("which", "ema", ["generator", "ema", "assistant", "unet"],
                       "Network of the checkpoint; unet is that of a converted folder.")
     flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of the exported UNet.")
@@ -112,16 +111,6 @@ def main(argv: list[str]) -> None:
     print(f"wrote {args.output}")
 
 
-def _exit_on_user_error(run):
-    def wrapped(argv):
-        try:
-            return run(argv)
-        except (UserError, flags.Error) as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-    return wrapped
-
-
 if __name__ == "__main__":
     _define_flags()
-    app.run(_exit_on_user_error(main), flags_parser=_exit_on_user_error(flags.FLAGS))
+    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(flags.FLAGS))

@@ -26,6 +26,7 @@ from di_star_jax.config import UserError
 STACKED = ("transformer_blocks", "layers")  # modules whose leaves have a leading axis, one row per PyTorch block
 MAX_SHARD = 5 * 10**9  # bytes; the hub's own limit for one file of weights
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_TEXT = ["*.json", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}  # ours in PyTorch's order: [O, I], [O, I, kh, kw]
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # VAE files of SD 1.5
@@ -363,30 +364,42 @@ def resolve(name: str) -> Path:
 
     Raises: UserError for a path that is no folder (without asking the network), or when the Hub does not deliver.
     """
-    if Path(name).is_dir():
+    if _is_folder(name):
         return Path(name)
+    folder = _fetch(name, _TEXT)
+    # Beside the components of a pipeline, repositories keep the same weights again in single files.
+    is_pipeline = (folder / "model_index.json").is_file()
+    parts = [f"{part}/*.safetensors" for part in components(folder)] if is_pipeline else ["*.safetensors"]
+    _fetch(name, parts, ignore="*.fp16*")
+    if not any(folder.rglob("*.safetensors")):
+        _fetch(name, parts)
+    return folder
+
+
+def resolve_tokenizer(name: str) -> Path:
+    """As `resolve`, but fetches no weights."""
+    return Path(name) if _is_folder(name) else _fetch(name, _TEXT)
+
+
+def _is_folder(name: str) -> bool:
+    """Whether `name` is local. Raises: UserError if it is neither a folder nor what a repository could be called."""
+    if Path(name).is_dir():
+        return True
     if Path(name).exists():
         raise UserError(f"{name} is a file, expected a folder in the layout of diffusers; give the folder around it")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"no folder {name}; give an existing folder, or a name on the Hub such as "
                         "stabilityai/stable-diffusion-xl-base-1.0")
+    return False
+
+
+def _fetch(name: str, patterns: list[str], ignore: str | None = None) -> Path:
     try:
-        folder = _fetch(name, ["*.json", "*.txt"])
-        # Beside the components of a pipeline, repositories keep the same weights again in single files.
-        is_pipeline = (folder / "model_index.json").is_file()
-        parts = [f"{part}/*.safetensors" for part in components(folder)] if is_pipeline else ["*.safetensors"]
-        _fetch(name, parts, ignore="*.fp16*")
-        if not any(folder.rglob("*.safetensors")):
-            _fetch(name, parts)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore))
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name} is no local folder and could not be had from the Hub ({reason}); check the name and "
                         f"the network, or run `hf download {name}` where there is one and give the folder") from None
-    return folder
-
-
-def _fetch(name: str, patterns: list[str], ignore: str | None = None) -> Path:
-    return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore))
 
 
 # Pipelines.

@@ -302,13 +302,16 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(copy, protocol, abstr
     assert "is a pickle" in _error(weights.load, copy, abstract)
 
 
-def test_safetensors_that_begin_like_a_pickle_load(tmp_path):
+def test_safetensors_that_begin_like_a_pickle_are_not_taken_for_one(tmp_path):
     for pad in range(300):  # until the length of the header is 0x..80, the first byte of a pickle
         safetensors.numpy.save_file({"b": np.zeros(3, np.float32)}, tmp_path / TRANSFORMERS, metadata={"x": "x" * pad})
         if (tmp_path / TRANSFORMERS).read_bytes()[0] == 0x80:
             break
     assert (tmp_path / TRANSFORMERS).read_bytes()[0] == 0x80
-    assert weights.load(tmp_path, {"b": jax.ShapeDtypeStruct((3,), jnp.float32)})["b"].shape == (3,)
+    abstract = {"b": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    assert weights.load(tmp_path, abstract)["b"].shape == (3,)
+    (tmp_path / TRANSFORMERS).write_bytes((tmp_path / TRANSFORMERS).read_bytes()[:-1])
+    assert "is not a readable safetensors file" in _error(weights.load, tmp_path, abstract)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10", b"\xff" * 40, b"\x02\x00\x00\x00\x00\x00\x00\x00{x"])
@@ -418,3 +421,7 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     hub.clear()
     weights.resolve("yuvalkirstain/PickScore_v1")
     assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt"], ["*.safetensors"]]
+    hub.clear()
+    assert weights.resolve_tokenizer("laion/CLIP-ViT-H-14-laion2B-s32B-b79K") == folder
+    assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt"]]
+    assert "no folder ./nowhere" in _error(weights.resolve_tokenizer, "./nowhere")

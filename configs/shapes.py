@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DI* on the shapes world that the package ships: the same code as SDXL, small enough for two CPU cores.
+
+    python -m di_star_jax.main --config=configs/shapes.py --workdir=runs/shapes
+
+To resume, run the same command again.
+"""
+
+import importlib.util
+import os
+
+import ml_collections
+
+import di_star_jax
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(di_star_jax.__file__)), "shapes", "checkpoint")
+_spec = importlib.util.spec_from_file_location("di_star_sdxl_config", os.path.join(_HERE, "sdxl.py"))
+_sdxl = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_sdxl)
+
+PRESETS = _sdxl.PRESETS
+
+# What the small world changes; every other field is as in configs/sdxl.py.
+SMALL = {
+    "weights.reference": _CHECKPOINT,
+    "weights.generator": os.path.join(_CHECKPOINT, "generator"),
+    "weights.reward": os.path.join(_CHECKPOINT, "reward"),
+    "weights.reward_tokenizer": os.path.join(_CHECKPOINT, "tokenizer"),
+    "data.prompts": os.path.join(_CHECKPOINT, "prompts.txt"),
+    "data.resolution": 64,
+    "data.batch_size": 32,
+    "mesh.fsdp": 1,
+    "objective.omega": 4.0,  # what the small generator was distilled with
+    "assistant.warmup_steps": 20,
+    "optim.generator_lr": 1e-4,  # a small net from a short distillation moves in larger steps than SDXL
+    "optim.assistant_lr": 2e-4,
+    "optim.lr_warmup_steps": 10,
+    "ema.half_life_samples": 500,
+    "compute.dtype": "float32",
+    "compute.remat_unet": False,
+    "compute.remat_vae": False,
+    "compute.remat_reward": False,
+    "train.steps": 200,
+    "train.image_every": 50,
+    "train.save_every": 50,
+    "train.keep": 1,
+    "eval.prompts": os.path.join(_CHECKPOINT, "prompts_held_out.txt"),
+    "eval.batch_size": 100,
+    "eval.oracle": "shapes",
+}
+
+
+def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
+    """Args: preset, a key of PRESETS, given as --config=configs/shapes.py:PRESET."""
+    config = _sdxl.get_config()
+    config.update_from_flattened_dict(SMALL)
+    return _sdxl.override(config, preset, PRESETS)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run does to its generator: reward, diversity and, on the shapes world, attributes on held-out prompts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from di_star_jax.metrics import before_after_grid, before_after_table, save_png
+from di_star_jax.shapes import scenes
+
+PICTURED = 16  # prompts in samples.png
+
+# (token_ids of [B, L], key) -> (images float32 [B, H, W, 3] in [-1, 1], rewards [B])
+DrawFn = Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def pairwise_distance(images: np.ndarray) -> float:
+    """Mean root-mean-square pixel distance over all pairs. Args: images [K, H, W, 3] in [-1, 1], K >= 2."""
+    flat = images.reshape(len(images), -1).astype(np.float64)
+    i, j = np.triu_indices(len(flat), 1)
+    return float(np.sqrt(((flat[i] - flat[j]) ** 2).mean(axis=1)).mean())
+
+
+def measure(draw: DrawFn, prompts: list[str], token_ids: dict[str, np.ndarray], *, samples_per_prompt: int,
+            batch_size: int, oracle: str) -> tuple[dict[str, float], np.ndarray]:
+    """Scores one generator; the same noise for the same prompts, whatever the generator.
+
+    Args:
+      draw: makes and rewards a batch.
+      prompts: held-out prompts. token_ids: theirs, [N, L] each.
+      samples_per_prompt: images of each prompt, for the diversity; at least 2.
+      batch_size: prompts drawn at a time.
+      oracle: "shapes" reads attributes back from the pixels; "" does not.
+    Returns:
+      (scores, images [PICTURED, H, W, 3] of the first prompts).
+    """
+    rewards, distances, attributes, pictured = [], [], [], []
+    for start in range(0, len(prompts), batch_size):
+        rows = np.arange(start, start + batch_size) % len(prompts)  # the last batch wraps: one shape, one compile
+        used = min(batch_size, len(prompts) - start)
+        ids = {name: ids[rows] for name, ids in token_ids.items()}
+        drawn = [jax.device_get(draw(ids, jax.random.fold_in(jax.random.key(start), k)))
+                 for k in range(samples_per_prompt)]
+        images = np.stack([image for image, _ in drawn], axis=1)[:used]  # [used, samples, H, W, 3]
+        rewards.append(np.stack([reward for _, reward in drawn], axis=1)[:used])
+        distances += [pairwise_distance(samples) for samples in images]
+        if oracle == "shapes":
+            attributes += [scenes.attributes(scenes.parse(prompt), (image + 1.0) / 2.0)
+                           for prompt, image in zip(prompts[start:], images[:, 0])]
+        pictured.append(images[:, 0])
+    rewards = np.concatenate(rewards)
+    scores = {"reward": float(rewards.mean()), "reward, std": float(rewards.std()),
+              "diversity": float(np.mean(distances))}
+    if attributes:
+        right, total = np.sum(attributes, axis=0)
+        scores["attributes right"] = float(right / total)
+    return scores, np.concatenate(pictured)[:PICTURED]
+
+
+def keep_before(folder: Path, scores: dict[str, float], images: np.ndarray) -> None:
+    """Writes what `compare` needs of the generator before training, so that a resumed run has it."""
+    np.save(folder / "before.npy", images)
+    (folder / "before.json").write_text(json.dumps(scores))
+
+
+def compare(folder: Path, prompts: list[str], after: dict[str, float], images: np.ndarray) -> str:
+    """Writes `samples.png` and `before_after.json`. Returns: the table as text."""
+    before = json.loads((folder / "before.json").read_text())
+    grid = before_after_grid(np.load(folder / "before.npy"), images, prompts[:PICTURED])
+    save_png(folder / "samples.png", grid)
+    (folder / "before_after.json").write_text(json.dumps({"before": before, "after": after}, indent=1))
+    rise = (after["reward"] - before["reward"]) / before["reward, std"]
+    rows = [(name, before[name], after[name]) for name in after]
+    return before_after_table(rows) + f"\nreward rose by {rise:+.2f} standard deviations of the initial rewards"

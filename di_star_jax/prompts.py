@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts: a file to a tfds data source (ArrayRecord, never TensorFlow), a step to a batch, text to token ids."""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from di_star_jax.config import UserError
+
+COLUMNS = ("prompt", "Prompt", "caption", "text")  # looked for, in this order, where the user names none
+MAX_LENGTH = 10_000  # characters; longer lines are no prompts
+_FORMATS = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
+
+
+def read_prompts(path: str | os.PathLike, column: str = "") -> Iterator[tuple[int, str]]:
+    """Prompts of a file with their row numbers, in the file's order; blank ones left out, outer blanks stripped.
+
+    Args:
+      path: .txt (one a line), .tsv (not quoted), .csv (quoted), .json (a list), .jsonl or .parquet.
+      column: of a table, or field of JSON objects; "" takes the first of COLUMNS that is there.
+    Yields: (row, prompt); rows count from 0 and leave out a header.
+    Raises: UserError for a file, column, byte or length that cannot be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no prompt file {path}; give the path of a {', '.join(_FORMATS)} file")
+    if path.suffix not in _FORMATS:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}, expected one of {', '.join(_FORMATS)}")
+    for row, prompt in enumerate(_rows(path, column)):
+        if not isinstance(prompt, str):
+            raise UserError(f"{path}: row {row} holds {prompt!r}, expected text; give another column")
+        if "\0" in prompt:
+            raise UserError(f"{path}: row {row} holds a NUL character; save the file as plain UTF-8 text")
+        if len(prompt) > MAX_LENGTH:
+            raise UserError(f"{path}: row {row} has {len(prompt)} characters, expected at most {MAX_LENGTH}; "
+                            "is it one prompt a line?")
+        if prompt.strip():
+            yield row, prompt.strip()
+
+
+def _rows(path: Path, column: str) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path, column)
+        return
+    text = _decode(path)
+    if path.suffix == ".txt":
+        yield from text.split("\n")
+    elif path.suffix in (".tsv", ".csv"):
+        yield from _table_rows(path, text, column)
+    else:
+        yield from _json_rows(path, text, column)
+
+
+def _decode(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save it as UTF-8") from None
+    return text.replace("\r\n", "\n")
+
+
+def _choose(path: Path, names: Sequence[str], column: str) -> str:
+    for name in ((column,) if column else COLUMNS):
+        if name in names:
+            return name
+    raise UserError(f"{path} has the columns {', '.join(map(str, names))}, expected "
+                    f"{repr(column) if column else ' or '.join(COLUMNS)}; set data.column to one of them")
+
+
+def _table_rows(path: Path, text: str, column: str) -> Iterator[str]:
+    if path.suffix == ".tsv":  # unquoted, as published lists are: a '"' is part of the prompt
+        rows = (line.split("\t") for line in text.split("\n") if line)
+    else:
+        csv.field_size_limit(2**30)
+        rows = csv.reader(text.splitlines(keepends=True))
+    header = next(rows, [])
+    index = header.index(_choose(path, header, column))
+    for row in rows:
+        yield row[index] if index < len(row) else ""
+
+
+def _json_rows(path: Path, text: str, column: str) -> Iterator[str]:
+    try:
+        entries = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
+    except ValueError as error:
+        raise UserError(f"{path} is not {path.suffix[1:].upper()} ({error}); mend the file") from None
+    if not isinstance(entries, list):
+        raise UserError(f"{path} holds a {type(entries).__name__}, expected a list of prompts or of objects")
+    for entry in entries:
+        yield entry[_choose(path, list(entry), column)] if isinstance(entry, dict) else entry
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        names = pyarrow.parquet.read_schema(path).names
+        chosen = _choose(path, names, column)
+        values = pyarrow.parquet.read_table(path, columns=[chosen])[chosen].to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not readable as parquet ({str(error).splitlines()[0]}); mend the file") from None
+    yield from ("" if value is None else value for value in values)
+
+
+class Source(Sequence):
+    """Prompts by index, from a tfds data source. `source[i]` is a str, `source.row(i)` its row in the file."""
+
+    def __init__(self, data_source):
+        self._data_source = data_source
+
+    def __len__(self) -> int:
+        return len(self._data_source)
+
+    def __getitem__(self, index: int) -> str:
+        return self._data_source[int(index)]["prompt"].decode("utf-8")
+
+    def row(self, index: int) -> int:
+        """Row number of prompt `index` in the file it came from."""
+        return int(self._data_source[int(index)]["row"])
+
+
+def load(path: str | os.PathLike, data_dir: str | os.PathLike, *, column: str = "") -> Source:
+    """The prompts of a file as a data source, built once: a changed file or column is built anew.
+
+    Args:
+      path, column: as in `read_prompts`.
+      data_dir: where the ArrayRecord files go; every host builds its own or finds the same.
+    Raises: UserError as `read_prompts`, and for a file without prompts.
+    """
+    if next(read_prompts(path, column), None) is None:
+        raise UserError(f"{path} holds no prompts, expected at least one; put one prompt on each line")
+    digest = hashlib.sha256(Path(path).read_bytes() + f"\0{column}\0{Path(path).suffix}".encode()).hexdigest()[:16]
+    builder = _builder(Path(path), column, Path(data_dir) / digest)
+    builder.download_and_prepare()
+    return Source(builder.as_data_source(split="train"))
+
+
+def _builder(path: Path, column: str, data_dir: Path):
+    import tensorflow_datasets as tfds
+
+    class Prompts(tfds.core.GeneratorBasedBuilder):
+        """Prompts of one file, in its order."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"prompt": tfds.features.Text(), "row": np.int64})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for row, prompt in read_prompts(path, column):
+                yield row, {"prompt": prompt, "row": row}
+
+    return Prompts(data_dir=str(data_dir), file_format="array_record")
+
+
+class PromptStream:
+    """An endless, reshuffled stream of prompts: what step k sees is a pure function of (source, seed, k).
+
+    Args:
+      source: prompts by index.
+      seed: of the shuffles, one for each pass over the source.
+      batch_size: prompts per step, over all hosts.
+    """
+
+    def __init__(self, source: Sequence[str], *, seed: int, batch_size: int):
+        import grain
+        self._stream = grain.MapDataset.source(source).shuffle(seed).repeat()
+        self._batch_size = batch_size
+
+    def at(self, step: int, process_index: int = 0, process_count: int = 1) -> list[str]:
+        """This host's prompts of a step, in the order of the hosts. batch_size must be a multiple of process_count."""
+        each = self._batch_size // process_count
+        first = step * self._batch_size + process_index * each
+        return [self._stream[i] for i in range(first, first + each)]
+
+
+class Tokenizer:
+    """CLIP's tokenizer from a folder, padded and cut to its `model_max_length`. Source: transformers `CLIPTokenizer`.
+
+    Args: folder with tokenizer.json, or vocab.json and merges.txt. Raises: UserError where they are missing.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        from transformers import CLIPTokenizer
+        folder = Path(folder)
+        if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
+            raise UserError(f"no tokenizer in {folder}, expected tokenizer.json, or vocab.json and merges.txt; "
+                            "give a tokenizer's folder")
+        self._tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.max_length = min(self._tokenizer.model_max_length, 77)  # old files say 10^30
+
+    def __call__(self, prompts: list[str]) -> np.ndarray:
+        """Token ids, int32 [B, max_length]."""
+        encoded = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=self.max_length)
+        return np.array(encoded["input_ids"], np.int32)
+
+    def count_truncated(self, prompts: list[str]) -> int:
+        """How many prompts lose words to the limit."""
+        return sum(len(ids) > self.max_length for ids in self._tokenizer(prompts)["input_ids"])
+
+
+def token_batch(prompts: list[str], tokenizers: dict[str, Tokenizer]) -> dict[str, np.ndarray]:
+    """Token ids of the same prompts by every tokenizer: {name: int32 [B, L]}."""
+    return {name: tokenizer(prompts) for name, tokenizer in tokenizers.items()}

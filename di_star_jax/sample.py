@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes pictures from prompts.
+
+    python -m di_star_jax.sample --checkpoint=WORKDIR --prompt="..." --num=4 --seed=0 --out=DIR
+    python -m di_star_jax.sample --checkpoint=PIPELINE --sampler=ddim --steps=50 --guidance_scale=5 --prompt="..." ...
+
+A workdir or an exported generator makes its pictures in one step; the pipeline of a teacher takes many, with guidance.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from di_star_jax import checkpoint, metrics, pipeline, prompts, samplers, weights
+from di_star_jax.config import UserError, exit_on_user_error
+from di_star_jax.diffusion import guide
+
+
+def load(source: str, which: str) -> tuple[pipeline.Pipeline, bool]:
+    """A pipeline folder (or Hub name), or the pipeline of a run's newest checkpoint with that run's UNet in it.
+
+    Args:
+      source: folder, workdir or Hub name.
+      which: item of the checkpoint: "ema", "generator" or "assistant".
+    Returns:
+      (pipeline, whether its UNet is a one-step generator).
+    """
+    if not (Path(source).is_dir() and not (Path(source) / "model_index.json").exists()):
+        loaded = pipeline.load_pipeline(weights.resolve(source))
+        return loaded, loaded.scheduler_config["_class_name"] == "LCMScheduler"
+    checkpoints = checkpoint.existing(source)
+    last = checkpoints.latest_step()
+    metadata = checkpoints.metadata(last)
+    loaded = pipeline.load_pipeline(weights.resolve(metadata["reference"]))
+    unet = pipeline.abstract_model(metadata["unet_config"])
+    unet = unet._replace(params=checkpoints.restore_item(last, which, unet.params))
+    checkpoints.close()
+    return loaded._replace(models=loaded.models | {"unet": unet}), which != "assistant"
+
+
+def sample(loaded: pipeline.Pipeline, texts: list[str], z: jax.Array, *, sampler: str, timesteps: np.ndarray,
+           guidance_scale: float) -> np.ndarray:
+    """Pictures of `texts` from the noise z.
+
+    Args:
+      loaded: the pipeline.
+      texts: B prompts. z: [B, h, w, 4] standard normal.
+      sampler: a key of samplers.SAMPLERS. timesteps: int, falling.
+      guidance_scale: omega; 0 or 1 is no guidance (diffusers' convention), and saves the unconditional pass.
+    Returns:
+      images float32 [B, H, W, 3] in [-1, 1].
+    """
+    graphdefs = {name: model.graphdef for name, model in loaded.models.items()}
+    params = {name: model.params for name, model in loaded.models.items()}
+    resolution = z.shape[1] * loaded.vae_scale
+    guided = guidance_scale not in (0.0, 1.0)
+
+    @jax.jit
+    def draw(params, token_ids, z):
+        unet = nnx.merge(graphdefs["unet"], params["unet"])
+        condition, null = pipeline.encode_text(graphdefs, params, token_ids, resolution)
+        both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
+
+        def plain_eps(x_t, t):
+            return unet(x_t, t, condition)
+
+        def guided_eps(x_t, t):
+            eps = unet(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
+            return guide(*jnp.split(eps, 2), guidance_scale)
+
+        x0 = samplers.SAMPLERS[sampler](guided_eps if guided else plain_eps, z, timesteps, loaded.schedule)
+        return nnx.merge(graphdefs["vae"], params["vae"]).decode(x0)
+
+    image = draw(params, prompts.token_batch(texts, loaded.tokenizers), z)
+    return np.clip(np.asarray(image), -1.0, 1.0)
+
+
+def _define_flags() -> None:  # not at import: other commands have flags of the same names
+    flags.DEFINE_string("checkpoint", None, "Workdir of a run, pipeline folder, or Hub name.", required=True)
+    flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.", required=True)
+    flags.DEFINE_integer("num", 4, "Pictures of each prompt.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the noise.")
+    flags.DEFINE_string("out", "samples", "Folder for the PNG files.")
+    flags.DEFINE_enum("which", "ema", ["ema", "generator", "assistant"], "Network of a run's checkpoint.")
+    flags.DEFINE_enum("sampler", None, sorted(samplers.SAMPLERS), "one_step for a generator, euler else, if not given.")
+    flags.DEFINE_integer("steps", 50, "Of ddim and euler.", lower_bound=1, upper_bound=1000)
+    flags.DEFINE_float("guidance_scale", 5.0, "Of ddim and euler; 1 is no guidance.", lower_bound=0.0)
+    flags.DEFINE_integer("timestep", 399, "Of one_step.", lower_bound=0, upper_bound=999)
+    flags.DEFINE_integer("resolution", None, "Pixels; the UNet's own if not given.")
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise UserError(f"got {argv[1]!r}, expected flags only; write --name=value")
+    args = flags.FLAGS
+    if args.resolution is not None and (args.resolution < 64 or args.resolution % 64):
+        raise UserError(f"resolution={args.resolution} is not a multiple of 64; use {-(-args.resolution // 64) * 64}")
+    loaded, one_step = load(args.checkpoint, args.which)
+    sampler = args.sampler or ("one_step" if one_step else "euler")
+    timesteps = np.array([args.timestep]) if sampler == "one_step" else samplers.leading_timesteps(args.steps)
+    config = loaded.models["unet"].config
+    size = args.resolution // loaded.vae_scale if args.resolution else config["sample_size"]
+    texts = [text for text in args.prompt for _ in range(args.num)]
+    z = jax.random.normal(jax.random.key(args.seed), (len(texts), size, size, config["in_channels"]))
+    images = sample(loaded, texts, z, sampler=sampler, timesteps=timesteps,
+                    guidance_scale=1.0 if sampler == "one_step" else args.guidance_scale)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        metrics.save_png(out / f"{i:04d}.png", metrics.to_uint8(image))
+    metrics.save_png(out / "grid.png", metrics.image_grid(images, args.num))
+    print(f"wrote {len(images)} pictures and grid.png in {out} ({sampler}, {len(timesteps)} steps)")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(flags.FLAGS))

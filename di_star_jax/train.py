@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from weights to weights: build, restore, loop, log, save, export."""
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
+
+from di_star_jax import before_after, checkpoint, metrics, pipeline, plan, prompts, rewards, sharding, step, weights
+from di_star_jax.config import UserError
+from di_star_jax.diffusion import Schedule
+
+
+class Frozen(NamedTuple):
+    """What never changes in a run. `params` holds unet (the reference), vae, the text encoders and reward."""
+    params: dict
+    networks: step.Networks
+    decode: object  # (params, latents) -> image [B, H, W, 3]
+    score: object  # (params, image, token_ids) -> reward [B] of 8-bit images
+    schedule: Schedule
+    tokenizers: dict[str, prompts.Tokenizer]
+    folder: Path
+    unet: pipeline.Model
+    latent_shape: tuple[int, int, int]
+
+
+def load_frozen(config, mesh: Mesh) -> Frozen:
+    """Reads reference pipeline and reward, sharded over the mesh, in the compute dtype."""
+    dtype = jnp.dtype(config.compute.dtype)
+    common = dict(shardings=lambda tree: sharding.params_sharding(mesh, tree), param_dtype=dtype, dtype=dtype)
+    remat = {"unet": config.compute.remat_unet, "vae": config.compute.remat_vae, "text_encoder": False,
+             "text_encoder_2": False}
+    reference = pipeline.load_pipeline(weights.resolve(config.weights.reference), remat=remat, **common)
+    reward = pipeline.load_model(weights.resolve(config.weights.reward), remat=config.compute.remat_reward, **common)
+    graphdefs = {name: model.graphdef for name, model in reference.models.items()} | {"reward": reward.graphdef}
+    params = {name: model.params for name, model in reference.models.items()} | {"reward": reward.params}
+    size = config.data.resolution // reference.vae_scale
+
+    def unet(params, x_t, t, condition):
+        return nnx.merge(graphdefs["unet"], params)(x_t, t, condition)
+
+    def decode(params, latents):
+        return nnx.merge(graphdefs["vae"], params["vae"]).decode(latents)
+
+    def encode_text(params, token_ids):
+        return pipeline.encode_text(graphdefs, params, token_ids, config.data.resolution)
+
+    def text_embeddings(params, token_ids):
+        return rewards.text_embeddings(graphdefs["reward"], params["reward"], token_ids["reward"])
+
+    def reward_of_latents(params, x0, token_ids):
+        return rewards.pickscore(graphdefs["reward"], params["reward"], decode(params, x0),
+                                 text_embeddings(params, token_ids))
+
+    def score(params, image, token_ids):
+        return rewards.pickscore_rounded(graphdefs["reward"], params["reward"], image,
+                                         text_embeddings(params, token_ids))
+
+    tokenizers = reference.tokenizers | {
+        "reward": prompts.Tokenizer(weights.resolve_tokenizer(config.weights.reward_tokenizer))}
+    channels = reference.models["unet"].config["in_channels"]
+    return Frozen(params, step.Networks(unet, encode_text, reward_of_latents), decode, score, reference.schedule,
+                  tokenizers, reference.folder, reference.models["unet"], (size, size, channels))
+
+
+def settings_of(config, latent_shape: tuple[int, int, int]) -> step.Settings:
+    """The plain values that the step needs of a config."""
+    return step.Settings(
+        objective=config.objective.name, omega=config.objective.omega, reward_scale=config.objective.reward_scale,
+        huber_c=config.objective.huber_c, generator_times=(config.objective.t_min, config.objective.t_max),
+        assistant_times=(config.assistant.t_min, config.assistant.t_max),
+        assistant_updates=config.assistant.updates, generator_timestep=config.generator.timestep,
+        latent_shape=latent_shape, ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples))
+
+
+def optimizers(config):
+    """(generator's, assistant's) optax transformations."""
+    o = config.optim
+    common = dict(lr_warmup_steps=o.lr_warmup_steps, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay,
+                  clip_norm=o.clip_norm)
+    return step.adamw(o.generator_lr, **common), step.adamw(o.assistant_lr, **common)
+
+
+def load_state(config, frozen: Frozen, mesh: Mesh, checkpoints: checkpoint.Checkpoints, opts) -> step.TrainState:
+    """The newest checkpoint's state, or that of step 0 from the generator's and the assistant's weights."""
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), frozen.unet.params)
+    shardings = sharding.params_sharding(mesh, tree)
+    abstract = jax.eval_shape(lambda g, a: step.init_state(g, a, *opts), tree, tree)
+    state_shardings = sharding.params_sharding(mesh, abstract)
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        logging.info("continuing at step %d of the checkpoints in %s", latest, checkpoints.folder)
+        return checkpoints.restore(latest, jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state_shardings))
+    generator = weights.load(weights.resolve(config.weights.generator), tree, shardings=shardings)
+    assistant_folder = (weights.resolve(config.weights.assistant) if config.weights.assistant
+                        else frozen.folder / "unet")
+    assistant = weights.load(assistant_folder, tree, shardings=shardings)
+    init = jax.jit(lambda g, a: step.init_state(g, a, *opts), out_shardings=state_shardings, donate_argnums=(0, 1))
+    return init(generator, assistant)
+
+
+def run(config, workdir: str) -> None:
+    """Trains as `config` says, continuing what is in `workdir`, and leaves the results there.
+
+    Args:
+      config: checked ml_collections.ConfigDict, as configs/sdxl.py.
+      workdir: gets checkpoints/, TensorBoard events, metrics.jsonl, and at the end diffusers/ (a pipeline folder) and,
+        with eval.prompts, samples.png and before_after.json.
+    Raises: UserError for unusable inputs, and for a gradient that is not finite.
+    """
+    # Where and what.
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    for line in plan.describe(config, jax.device_count()):
+        logging.info("%s", line)
+    frozen = load_frozen(config, mesh)
+    settings = settings_of(config, frozen.latent_shape)
+    opts = optimizers(config)
+    checkpoints = checkpoint.Checkpoints(folder / checkpoint.FOLDER, keep=config.train.keep)
+    state = load_state(config, frozen, mesh, checkpoints, opts)
+    metadata = {"unet_config": frozen.unet.config, "reference": str(frozen.folder.absolute())}
+
+    # Prompts, by index: step k sees the same ones on any number of hosts and after any restart.
+    source = prompts.load(config.data.prompts, folder / "prompts", column=config.data.column)
+    stream = prompts.PromptStream(source, seed=config.seed, batch_size=config.data.batch_size)
+    batch_sharding = sharding.batch_sharding(mesh)
+
+    def to_devices(token_ids):
+        return {k: jax.make_array_from_process_local_data(batch_sharding, v) for k, v in token_ids.items()}
+
+    def batch_at(k):
+        return to_devices(prompts.token_batch(stream.at(k, jax.process_index(), jax.process_count()),
+                                              frozen.tokenizers))
+
+    # Before: scores and pictures of the generator as it came.
+    @jax.jit
+    def draw(params, frozen_params, token_ids, key):
+        condition, _ = frozen.networks.encode_text(frozen_params, token_ids)
+        z = jax.random.normal(key, (condition.context.shape[0], *settings.latent_shape))
+        generate = step.make_generate(frozen.networks, settings, frozen.schedule)
+        image = frozen.decode(frozen_params, generate(params, z, condition))
+        return jnp.clip(image, -1.0, 1.0), frozen.score(frozen_params, image, token_ids)
+
+    held_out, held_out_ids = [], {}
+    if config.eval.prompts:
+        held_out_source = prompts.load(config.eval.prompts, folder / "prompts", column=config.data.column)
+        held_out = [held_out_source[i] for i in range(min(config.eval.num_prompts, len(held_out_source)))]
+        held_out_ids = prompts.token_batch(held_out, frozen.tokenizers)
+
+    def measure(params):
+        return before_after.measure(
+            lambda ids, key: draw(params, frozen.params, to_devices(ids), key), held_out, held_out_ids,
+            samples_per_prompt=config.eval.num_per_prompt, batch_size=config.eval.batch_size,
+            oracle=config.eval.oracle)
+
+    if held_out and not (folder / "before.json").exists():
+        if int(state.step):
+            raise UserError(f"{folder} has checkpoints but no before.json; put it back or give a new --workdir")
+        logging.info("scoring the initial generator on %d held-out prompts", len(held_out))
+        before_after.keep_before(folder, *measure(state.generator))
+
+    # The step, compiled at its first call.
+    key = jax.random.key(config.seed)
+    jitted = dict(donate_argnums=0)
+    train_step = jax.jit(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts), **jitted)
+    warmup_step = jax.jit(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1]), **jitted)
+    writer = metrics.Writer(folder)
+    first = int(state.step)
+    total = config.assistant.warmup_steps + config.train.steps
+    progress = metrics.Progress(total, first)
+    logging.info("compiling the step; at full size this takes minutes")
+
+    def report(k, values):
+        values = {name: float(v) for name, v in jax.device_get(values).items()}
+        if values["nonfinite"]:
+            raise UserError(f"step {k}: a gradient is not finite (assistant/grad_norm="
+                            f"{values['assistant/grad_norm']}); the newest checkpoint is from before it: lower "
+                            "optim.generator_lr or objective.reward_scale, or set compute.dtype=float32")
+        if k % config.train.log_every == 0 or k == total:
+            writer.scalars(k, values)
+        return values
+
+    # Loop. Step k's metrics are fetched after step k + 1 is dispatched, so that the devices never wait for the host.
+    pending, began = None, time.time()
+    for k in range(first, total):
+        update = warmup_step if k < config.assistant.warmup_steps else train_step
+        state, values = update(state, frozen.params, batch_at(k), key)
+        if pending is not None:
+            seen = report(*pending)
+            rate = (k - first) * config.data.batch_size / (time.time() - began)
+            progress.update(k, reward=seen["reward/mean"] if "reward/mean" in seen else float("nan"),
+                            images_per_second=rate)
+        pending = (k + 1, values)
+        if (k + 1) % config.train.save_every == 0 or k + 1 == total:
+            report(*pending)  # a state that is not finite is never saved
+            checkpoints.save(k + 1, state, metadata)
+        if held_out and (k + 1) % config.train.image_every == 0:
+            image, _ = draw(state.ema, frozen.params, to_devices(
+                {n: ids[:config.eval.batch_size] for n, ids in held_out_ids.items()}), jax.random.key(0))
+            writer.image(k + 1, "samples", metrics.image_grid(np.asarray(image)[:16], 8))
+    progress.close()
+    writer.close()
+    checkpoints.close()
+
+    # After.
+    weights.export_pipeline(state.ema, unet_config=frozen.unet.config, reference_folder=frozen.folder,
+                            output=folder / "diffusers", scheduler=weights.one_step_scheduler(frozen.folder))
+    print(f"exported {folder / 'diffusers'}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")
+    if held_out:
+        print(before_after.compare(folder, held_out, *measure(state.ema)))
+        print(f"pictures of the same noise before and after: {folder / 'samples.png'}")
