@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from di_star_jax.metrics import before_after_grid, before_after_table, save_png
-from di_star_jax.shapes import scenes
+from di_star_jax.shapes import oracle, scenes
 
 PICTURED = 16  # prompts in samples.png
 
@@ -26,7 +26,7 @@ def pairwise_distance(images: np.ndarray) -> float:
 
 
 def measure(draw: DrawFn, prompts: list[str], token_ids: dict[str, np.ndarray], *, samples_per_prompt: int,
-            batch_size: int, oracle: str) -> tuple[dict[str, float], np.ndarray]:
+            batch_size: int, read_back: str) -> tuple[dict[str, float], np.ndarray]:
     """Scores one generator; the same noise for the same prompts, whatever the generator.
 
     Args:
@@ -34,7 +34,7 @@ def measure(draw: DrawFn, prompts: list[str], token_ids: dict[str, np.ndarray], 
       prompts: held-out prompts. token_ids: theirs, [N, L] each.
       samples_per_prompt: images of each prompt, for the diversity; at least 2.
       batch_size: prompts drawn at a time.
-      oracle: "shapes" reads attributes back from the pixels; "" does not.
+      read_back: "shapes" reads attributes back from the pixels; "" does not.
     Returns:
       (scores, images [PICTURED, H, W, 3] of the first prompts).
     """
@@ -48,8 +48,8 @@ def measure(draw: DrawFn, prompts: list[str], token_ids: dict[str, np.ndarray], 
         images = np.stack([image for image, _ in drawn], axis=1)[:used]  # [used, samples, H, W, 3]
         rewards.append(np.stack([reward for _, reward in drawn], axis=1)[:used])
         distances += [pairwise_distance(samples) for samples in images]
-        if oracle == "shapes":
-            attributes += [scenes.attributes(scenes.parse(prompt), (image + 1.0) / 2.0)
+        if read_back == "shapes":
+            attributes += [oracle.attributes(scenes.parse(prompt), (image + 1.0) / 2.0)
                            for prompt, image in zip(prompts[start:], images[:, 0])]
         pictured.append(images[:, 0])
     rewards = np.concatenate(rewards)

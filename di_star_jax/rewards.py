@@ -118,6 +118,12 @@ def text_embeddings(graphdef: nnx.GraphDef, params: dict, token_ids: jax.Array) 
     return _normalise(nnx.merge(graphdef, params).text_features(token_ids))
 
 
+def image_embeddings(graphdef: nnx.GraphDef, params: dict, image: jax.Array) -> jax.Array:
+    """The pictures' half of the score. Args: image [B, H, W, 3] in [-1, 1]. Returns: float32 [B, P], of length 1."""
+    model = nnx.merge(graphdef, params)
+    return _normalise(model.image_features(clip_pixels(image, size=model.config.vision_config.image_size)))
+
+
 def _cosine(model: nnx.Module, pixels: jax.Array, text: jax.Array) -> jax.Array:
     return jnp.sum(_normalise(model.image_features(pixels)) * text, axis=-1)  # [B]
 

@@ -42,27 +42,24 @@ def load(source: str, which: str) -> tuple[pipeline.Pipeline, bool]:
     return loaded._replace(models=loaded.models | {"unet": unet}), which != "assistant"
 
 
-def sample(loaded: pipeline.Pipeline, texts: list[str], z: jax.Array, *, sampler: str, timesteps: np.ndarray,
-           guidance_scale: float) -> np.ndarray:
-    """Pictures of `texts` from the noise z.
+def make_draw(loaded: pipeline.Pipeline, *, sampler: str, timesteps: np.ndarray, guidance_scale: float):
+    """A compiled function from prompts and noise to pictures.
 
     Args:
       loaded: the pipeline.
-      texts: B prompts. z: [B, h, w, 4] standard normal.
       sampler: a key of samplers.SAMPLERS. timesteps: int, falling.
       guidance_scale: omega; 0 or 1 is no guidance (diffusers' convention), and saves the unconditional pass.
     Returns:
-      images float32 [B, H, W, 3] in [-1, 1].
+      draw(texts: B prompts, z: [B, h, w, 4] standard normal) -> images float32 [B, H, W, 3] in [-1, 1].
     """
     graphdefs = {name: model.graphdef for name, model in loaded.models.items()}
     params = {name: model.params for name, model in loaded.models.items()}
-    resolution = z.shape[1] * loaded.vae_scale
     guided = guidance_scale not in (0.0, 1.0)
 
     @jax.jit
-    def draw(params, token_ids, z):
+    def compiled(params, token_ids, z):
         unet = nnx.merge(graphdefs["unet"], params["unet"])
-        condition, null = pipeline.encode_text(graphdefs, params, token_ids, resolution)
+        condition, null = pipeline.encode_text(graphdefs, params, token_ids, z.shape[1] * loaded.vae_scale)
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
 
         def plain_eps(x_t, t):
@@ -73,10 +70,9 @@ def sample(loaded: pipeline.Pipeline, texts: list[str], z: jax.Array, *, sampler
             return guide(*jnp.split(eps, 2), guidance_scale)
 
         x0 = samplers.SAMPLERS[sampler](guided_eps if guided else plain_eps, z, timesteps, loaded.schedule)
-        return nnx.merge(graphdefs["vae"], params["vae"]).decode(x0)
+        return jnp.clip(nnx.merge(graphdefs["vae"], params["vae"]).decode(x0), -1.0, 1.0)
 
-    image = draw(params, prompts.token_batch(texts, loaded.tokenizers), z)
-    return np.clip(np.asarray(image), -1.0, 1.0)
+    return lambda texts, z: np.asarray(compiled(params, prompts.token_batch(texts, loaded.tokenizers), z))
 
 
 def _define_flags() -> None:  # not at import: other commands have flags of the same names
@@ -106,8 +102,8 @@ def main(argv: list[str]) -> None:
     size = args.resolution // loaded.vae_scale if args.resolution else config["sample_size"]
     texts = [text for text in args.prompt for _ in range(args.num)]
     z = jax.random.normal(jax.random.key(args.seed), (len(texts), size, size, config["in_channels"]))
-    images = sample(loaded, texts, z, sampler=sampler, timesteps=timesteps,
-                    guidance_scale=1.0 if sampler == "one_step" else args.guidance_scale)
+    images = make_draw(loaded, sampler=sampler, timesteps=timesteps,
+                       guidance_scale=1.0 if sampler == "one_step" else args.guidance_scale)(texts, z)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):

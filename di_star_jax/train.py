@@ -159,7 +159,7 @@ def run(config, workdir: str) -> None:
         return before_after.measure(
             lambda ids, key: draw(params, frozen.params, to_devices(ids), key), held_out, held_out_ids,
             samples_per_prompt=config.eval.num_per_prompt, batch_size=config.eval.batch_size,
-            oracle=config.eval.oracle)
+            read_back=config.eval.oracle)
 
     if held_out and not (folder / "before.json").exists():
         if int(state.step):

@@ -111,10 +111,10 @@ def _check_fit(where: str, leaves: list, shapes: Mapping[str, tuple]) -> None:
 
 def _read_leaf(where: str, rows: _Rows, shape: tuple, dtype: Any, read: Callable[[str], np.ndarray]) -> np.ndarray:
     leaf = np.empty(shape, dtype)
-    for key, row in zip(rows.keys, leaf if rows.stacked else leaf[None]):
+    for i, key in enumerate(rows.keys):
         tensor = read(key)
         _check_finite(where, key, tensor)
-        row[...] = tensor.transpose(np.argsort(rows.axes))
+        leaf[i if rows.stacked else ...] = tensor.transpose(np.argsort(rows.axes))
     return leaf
 
 

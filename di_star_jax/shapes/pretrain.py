@@ -23,20 +23,29 @@ import orbax.checkpoint as ocp
 from absl import app, flags
 from flax import nnx
 
-from di_star_jax import checkpoint, diffusion, models, pipeline, rewards, step
+from di_star_jax import checkpoint, diffusion, models, pipeline, prompts, rewards, sample, samplers, step, weights
+from di_star_jax.config import UserError, exit_on_user_error
 from di_star_jax.models.clip import CLIPConfig, CLIPModel
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
-from di_star_jax.shapes import scenes
+from di_star_jax.shapes import oracle, scenes, taste, tokenizer
 
 NUM_IMAGES = 40_000
 TOKENS = 20  # two specials and the longest caption
 RESOLUTION = 64
 DISTIL_OMEGA = 4.0
 SCHEDULER = {
-    "_class_name": "LCMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1,
-    "set_alpha_to_one": False, "clip_sample": False,
 }
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+_HALF_DIFFUSERS = {"file_name": "diffusion_pytorch_model.fp16.safetensors", "dtype": np.float16}
+_HALF_CLIP = {"file_name": "model.fp16.safetensors", "dtype": np.float16}
 
 VAE = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
@@ -182,7 +191,7 @@ def encode_dataset(folder: pathlib.Path, graphdef, params, images: np.ndarray) -
 
 
 def train_teacher(folder: pathlib.Path, latents: tuple[np.ndarray, np.ndarray], token_ids: dict[str, np.ndarray],
-                  configs: dict[str, dict], steps: int = 8000, batch_size: int = 64):
+                  configs: dict[str, dict], steps: int = 5000, batch_size: int = 64):
     """eps-prediction (Eq. 2.2), the text encoders trained with the UNet, one caption in ten dropped.
 
     Args:
@@ -230,7 +239,7 @@ def render_pairs(folder: pathlib.Path, count: int) -> dict[str, np.ndarray]:
         for i in range(count):
             rng = np.random.default_rng((4, i))
             scene = scenes.sample_scene(rng, held_out=False)
-            *pair, prob[i] = scenes.preference_pair(scene, rng)
+            *pair, prob[i] = taste.preference_pair(scene, rng)
             images[i] = np.round(255.0 * np.stack(pair))
             captions.append(scene.caption)
         np.savez(folder / "pairs.npz", images=images, prob=prob)
@@ -239,18 +248,19 @@ def render_pairs(folder: pathlib.Path, count: int) -> dict[str, np.ndarray]:
 
 
 def train_reward(folder: pathlib.Path, images: np.ndarray, ids: np.ndarray, pairs: dict[str, np.ndarray],
-                 pair_ids: np.ndarray, steps: tuple[int, int] = (2500, 2500), batch_size: int = 96):
+                 pair_ids: np.ndarray, config: dict, steps: tuple[int, int] = (2500, 2500), batch_size: int = 96):
     """CLIP's contrastive loss, then PickScore's: cross-entropy over the two scaled scores of a pair.
 
     Args:
       folder: of the checkpoints.
       images, ids: uint8 [N, 64, 64, 3] and their captions, int32 [N, TOKENS].
       pairs, pair_ids: from `render_pairs`, with their captions.
+      config: the CLIPModel's config.json.
       steps: of the two phases. batch_size: images of the first phase; the second takes half as many pairs.
     Returns:
       (graphdef, params)
     """
-    graphdef, params = models.init(lambda rngs: CLIPModel(CLIPConfig.from_json(REWARD), rngs=rngs), seed=20)
+    graphdef, params = models.init(lambda rngs: CLIPModel(CLIPConfig.from_json(config), rngs=rngs), seed=20)
 
     def scale(params):
         return jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
@@ -328,3 +338,87 @@ def distil_generator(folder: pathlib.Path, graphdefs: dict, teacher: dict, token
             store.save(done, state, {})
     store.close()
     return state.ema
+
+
+def caption_ids(folder: pathlib.Path, captions: list[str]) -> np.ndarray:
+    """Token ids, int32 [N, TOKENS], by the tokenizer in `folder`."""
+    return prompts.Tokenizer(folder)(captions)
+
+
+def accuracy(draw, captions: list[str], seed: int, batch_size: int = 100) -> float:
+    """Share of stated attributes that the oracle reads back. Args: draw from `sample.make_draw`."""
+    counts = np.zeros(2)
+    for start in range(0, len(captions), batch_size):
+        texts = captions[start:start + batch_size]
+        z = jax.random.normal(jax.random.fold_in(jax.random.key(seed), start), (len(texts), 16, 16, 4))
+        for text, image in zip(texts, draw(texts, z)):
+            counts += oracle.attributes(scenes.parse(text), (image + 1.0) / 2.0)
+    return float(counts[0] / counts[1])
+
+
+def report(folder: pathlib.Path) -> dict[str, float]:
+    """What the shipped checkpoint can do on 500 held-out captions: attributes right, teacher and generator."""
+    captions = (folder / "prompts_held_out.txt").read_text().splitlines()
+    loaded = pipeline.load_pipeline(folder)
+    teacher = sample.make_draw(loaded, sampler="euler", timesteps=samplers.leading_timesteps(50),
+                               guidance_scale=DISTIL_OMEGA)
+    generator = loaded._replace(models=loaded.models | {"unet": pipeline.load_model(folder / "generator")})
+    one_step = sample.make_draw(generator, sampler="one_step", timesteps=np.array([399]), guidance_scale=1.0)
+    return {"teacher, 50 guided steps": accuracy(teacher, captions, seed=1),
+            "initial generator, one step": accuracy(one_step, captions, seed=2)}
+
+
+def write_captions(folder: pathlib.Path) -> None:
+    """prompts.txt: 5,000 training captions; prompts_held_out.txt: 500 that no stage has seen."""
+    for name, count, held_out in (("prompts.txt", 5000, False), ("prompts_held_out.txt", 500, True)):
+        rng = np.random.default_rng(8)
+        captions = dict.fromkeys(scenes.sample_scene(rng, held_out=held_out).caption for _ in range(2 * count))
+        (folder / name).write_text("".join(caption + "\n" for caption in list(captions)[:count]))
+
+
+def run(workdir: pathlib.Path) -> None:
+    """All stages, each continued where it stopped; writes WORKDIR/checkpoint and prints what it can do."""
+    out = workdir / "checkpoint"
+    images, captions = render_dataset(workdir / "data", NUM_IMAGES)
+    ids = {}
+    for name, pad_token in (("tokenizer", tokenizer.END), ("tokenizer_2", "!")):
+        size = tokenizer.make_word_tokenizer(scenes.words(), out / name, max_length=TOKENS, pad_token=pad_token)
+        ids[name] = caption_ids(out / name, captions)
+    special = {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1}
+
+    vae_graphdef, vae = train_vae(workdir / "vae", images)
+    mean, std = encode_dataset(workdir / "data", vae_graphdef, vae, images)
+    scaling_factor = float(1.0 / np.sqrt((mean**2 + std**2).mean()))  # latents of unit variance, as SDXL's
+    weights.save(out / "vae", vae, config={**VAE, "scaling_factor": scaling_factor}, **_HALF_DIFFUSERS)
+
+    configs = {"unet": UNET, "text_encoder": {**TEXT_ENCODER, **special}, "text_encoder_2": {**TEXT_ENCODER_2, **special}}
+    graphdefs, teacher = train_teacher(workdir / "teacher", (mean * scaling_factor, std * scaling_factor), ids, configs)
+    for name, config in configs.items():
+        weights.save(out / name, teacher[name], config=config, **(_HALF_DIFFUSERS if name == "unet" else _HALF_CLIP))
+
+    pairs = render_pairs(workdir / "pairs", 10_000)
+    pair_ids = caption_ids(out / "tokenizer", json.loads((workdir / "pairs" / "captions.json").read_text()))
+    config = {**REWARD, "text_config": {**REWARD["text_config"], **special}}
+    _, reward = train_reward(workdir / "reward", images, ids["tokenizer"], pairs, pair_ids, config)
+    weights.save(out / "reward", reward, config=config, **_HALF_CLIP)
+
+    generator = distil_generator(workdir / "generator", graphdefs, teacher, ids)
+    weights.save(out / "generator", generator, config=UNET, **_HALF_DIFFUSERS)
+
+    (out / "scheduler").mkdir(exist_ok=True)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    write_captions(out)
+    for name, value in report(out).items():
+        print(f"attributes right on 500 held-out captions, {name}: {100 * value:.1f} %")
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise UserError(f"got {argv[1]!r}, expected flags only; write --workdir=FOLDER")
+    run(pathlib.Path(flags.FLAGS.workdir))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder for data, stages and the result.", required=True)
+    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(flags.FLAGS))

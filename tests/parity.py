@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our ports against diffusers and transformers: `python tests/parity.py` prints the README's table.
+
+Float32 on CPU, random weights; errors are max|ours - theirs| / max|theirs|.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+from di_star_jax import models, pipeline, weights
+
+FORWARD, GRADIENT = 2e-5, 1e-4  # what is called equal
+
+
+@dataclasses.dataclass
+class Errors:
+    """Relative errors of the output, of the gradient with respect to the input, and to each chosen weight."""
+    forward: float
+    input_gradient: float
+    weight_gradients: dict[str, float]
+
+    @property
+    def gradient(self) -> float:
+        return max(self.input_gradient, *self.weight_gradients.values())
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights everywhere, norms and biases too, at a scale that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:
+                p.copy_((1.0 if name.endswith("weight") else 0.0) + 0.1 * noise)
+    return module.eval()
+
+
+def port(module: torch.nn.Module, config: dict, *, dtype=jnp.float32, remat: bool = False):
+    """(graphdef, params) of our port with a torch module's weights."""
+    cls, settings = pipeline.model_class(config)
+    graphdef, tree = models.abstract(lambda rngs: cls(settings, rngs=rngs, dtype=dtype, remat=remat))
+    tensors = {name: p.detach().numpy() for name, p in module.state_dict().items()}
+    return graphdef, weights.params_from_tensors(tensors, tree)
+
+
+def relative(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, f"shapes {ours.shape} and {theirs.shape}"
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def to_nhwc(x: torch.Tensor) -> np.ndarray:
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+def to_nchw(x: np.ndarray) -> torch.Tensor:
+    return torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def compare(module, theirs, config: dict, ours, x: np.ndarray, chosen: list[str], *, remat: bool = False) -> Errors:
+    """Compares an image-to-image function of a module: forward, and gradients of a random projection of it.
+
+    Args:
+      module: torch. theirs: (x NCHW tensor) -> NCHW tensor, through `module`.
+      config: config.json of the port. ours: (merged port, x NHWC) -> NHWC.
+      x: input, NHWC. chosen: torch names of weights whose gradients are compared.
+    """
+    graphdef, params = port(module, config, remat=remat)
+    x_torch = to_nchw(x).requires_grad_()
+    out = theirs(x_torch)
+    projection = np.random.default_rng(1).standard_normal(to_nhwc(out).shape).astype(np.float32)
+    (out * to_nchw(projection)).sum().backward()
+
+    def loss(params, x):
+        y = ours(nnx.merge(graphdef, params), x)
+        return jnp.sum(y * projection), y
+
+    (_, y), (params_grad, x_grad) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    gradients = weights.tensors_from_params(params_grad)
+    named = dict(module.named_parameters())
+    return Errors(relative(y, to_nhwc(out)), relative(x_grad, to_nhwc(x_torch.grad)),
+                  {name: relative(gradients[name], named[name].grad.numpy()) for name in chosen})
+
+
+# Small UNets with the block layouts of the real ones: heads of 64, the same depths.
+UNETS = {
+    "SDXL": {
+        "_class_name": "UNet2DConditionModel", "sample_size": 32, "block_out_channels": [64, 128, 192],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [1, 2, 3], "cross_attention_dim": 96,
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": 6 * 16 + 40},
+    "SD 1.5": {
+        "_class_name": "UNet2DConditionModel", "sample_size": 32, "block_out_channels": [32, 64, 96, 96],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "layers_per_block": 2,
+        "attention_head_dim": 2, "cross_attention_dim": 48},
+}
+VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 64, 64, 64], "layers_per_block": 2,
+       "norm_num_groups": 32, "scaling_factor": 0.13025, "down_block_types": ["DownEncoderBlock2D"] * 4,
+       "up_block_types": ["UpDecoderBlock2D"] * 4}
+UNET_WEIGHTS = {
+    "SDXL": ["conv_in.weight", "mid_block.attentions.0.transformer_blocks.7.attn1.to_q.weight",
+             "up_blocks.1.resnets.2.conv1.weight"],
+    "SD 1.5": ["conv_in.weight", "down_blocks.2.attentions.1.proj_in.weight", "up_blocks.0.resnets.1.norm2.weight"],
+}
+
+
+def torch_unet(name: str):
+    from diffusers import UNet2DConditionModel
+    config = {k: v for k, v in UNETS[name].items() if k != "_class_name"}
+    return randomise(UNet2DConditionModel(**config))
+
+
+def unet_inputs(name: str, batch: int, height: int, width: int) -> dict[str, np.ndarray]:
+    rng, config = np.random.default_rng(0), UNETS[name]
+    values = {"x": rng.standard_normal((batch, height, width, 4)), "t": rng.integers(0, 1000, batch),
+              "context": rng.standard_normal((batch, 7, config["cross_attention_dim"]))}
+    if "addition_embed_type" in config:
+        values |= {"pooled": rng.standard_normal((batch, 40)), "time_ids": rng.integers(0, 1024, (batch, 6))}
+    return {k: v.astype(np.int32 if k == "t" else np.float32) for k, v in values.items()}
+
+
+def unet_errors(name: str, batch: int, height: int, width: int, *, remat: bool = False) -> Errors:
+    from di_star_jax.models.unet import Condition
+    v = unet_inputs(name, batch, height, width)
+    module = torch_unet(name)
+    added = {"text_embeds": torch.tensor(v["pooled"]), "time_ids": torch.tensor(v["time_ids"])} if "pooled" in v else None
+
+    def theirs(x):
+        return module(x, torch.tensor(v["t"]), torch.tensor(v["context"]), added_cond_kwargs=added).sample
+
+    condition = Condition(v["context"], v.get("pooled"), v.get("time_ids"))
+    return compare(module, theirs, UNETS[name], lambda unet, x: unet(x, v["t"], condition), v["x"],
+                   UNET_WEIGHTS[name], remat=remat)
+
+
+def torch_vae():
+    from diffusers import AutoencoderKL
+    return randomise(AutoencoderKL(**{k: v for k, v in VAE.items() if k != "_class_name"}))
+
+
+def vae_decoder_errors(batch: int, height: int, width: int) -> Errors:
+    module = torch_vae()
+    z = np.random.default_rng(0).standard_normal((batch, height, width, 4)).astype(np.float32)
+    return compare(module, lambda z: module.decode(z / 0.13025).sample, VAE, lambda vae, z: vae.decode(z), z,
+                   ["decoder.conv_in.weight", "decoder.mid_block.attentions.0.to_v.weight",
+                    "decoder.up_blocks.2.resnets.0.conv1.weight"])
+
+
+def vae_encoder_errors(batch: int, height: int, width: int) -> Errors:
+    """Of mean and standard deviation of the scaled latents, side by side."""
+    module = torch_vae()
+    image = np.random.default_rng(0).standard_normal((batch, height, width, 3)).astype(np.float32)
+
+    def theirs(image):
+        posterior = module.encode(image).latent_dist
+        return 0.13025 * torch.cat([posterior.mean, posterior.std], dim=1)
+
+    return compare(module, theirs, VAE, lambda vae, x: jnp.concatenate(vae.encode(x), axis=-1), image,
+                   ["encoder.conv_in.weight", "encoder.down_blocks.1.downsamplers.0.conv.weight", "quant_conv.weight"])
+
+
+def main() -> None:
+    rows = {
+        "UNet2DConditionModel, SDXL layout (depths 1/2/10), 24x40, batch 3": unet_errors("SDXL", 3, 24, 40),
+        "UNet2DConditionModel, SD 1.5 layout, 24x40, batch 1": unet_errors("SD 1.5", 1, 24, 40),
+        "AutoencoderKL, encoder, 48x80, batch 1": vae_encoder_errors(1, 48, 80),
+        "AutoencoderKL, decoder, 6x10, batch 3": vae_decoder_errors(3, 6, 10),
+    }
+    print("| module | forward | gradient (input and three weights) |\n|---|---|---|")
+    for name, errors in rows.items():
+        print(f"| {name} | {errors.forward:.1e} | {errors.gradient:.1e} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports run one way, so that the architecture cannot erode unseen."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import di_star_jax
+
+PACKAGE = Path(di_star_jax.__file__).parent
+# A module may import from its own line and from those above.
+LEVELS = [
+    {"config"},
+    {"diffusion", "models.attention"},
+    {"objectives", "models", "models.layers", "models.unet", "models.vae", "models.clip", "models.published",
+     "sharding", "shapes.scenes", "shapes.oracle", "shapes.taste"},
+    {"rewards", "samplers", "weights", "checkpoint", "prompts", "metrics"},
+    {"pipeline"},
+    {"step", "plan", "before_after"},
+    {"train"},
+    {"main", "convert", "sample", "shapes", "shapes.pretrain", "shapes.tokenizer"},
+]
+LEVEL = {module: i for i, level in enumerate(LEVELS) for module in level}
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from names if node.module in ("di_star_jax", "di_star_jax.models", "di_star_jax.shapes") else [
+                node.module]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_module_imports_only_from_its_own_level_and_above(path):
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for name in imports(path):
+        assert name.split(".")[0] not in ("torch", "tensorflow", "diffusers"), f"{module} imports {name}"
+        if name.startswith("di_star_jax."):
+            used = name.removeprefix("di_star_jax.")
+            assert LEVEL[used] <= LEVEL[module], f"{module} imports {used}, which is to its right"
+
+
+def test_ml_collections_is_imported_by_main_alone():
+    users = {p.stem for p in FILES for name in imports(p) if name.split(".")[0] == "ml_collections"}
+    assert users <= {"main", "config"}

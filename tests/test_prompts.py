@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+import collections
+import json
+from pathlib import Path
+
+import pytest
+
+from di_star_jax import prompts
+from di_star_jax.config import UserError
+from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
+
+REAL = Path(__file__).parent.parent.parent / "shared" / "prompts"
+with_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real prompt lists are not beside this checkout")
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def read(path, column=""):
+    return [prompt for _, prompt in prompts.read_prompts(path, column)]
+
+
+def test_every_format_gives_the_same_prompts(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    expected = ['a "red" cat', "ein Käse, bitte", "猫"]
+    files = [
+        write(tmp_path / "a.txt", "\ufeff" + "\r\n".join([expected[0], "  ", expected[1] + " ", expected[2], ""])),
+        write(tmp_path / "a.tsv", "id\tprompt\n" + "".join(f"{i}\t{p}\n" for i, p in enumerate(expected))),
+        write(tmp_path / "a.csv", 'prompt,id\n"a ""red"" cat",1\n"ein Käse, bitte",2\n猫,3\n'),
+        write(tmp_path / "a.json", json.dumps([{"prompt": p} for p in expected])),
+        write(tmp_path / "a.jsonl", "".join(json.dumps({"prompt": p}) + "\n" for p in expected))]
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": expected}), tmp_path / "a.parquet")
+    for path in (*files, tmp_path / "a.parquet"):
+        assert read(path) == expected, path.name
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", b"fine\nbad \xff byte\n", "line 2: byte 0xff is not UTF-8"),
+    ("a.txt", b"a\0b\n", "row 0 holds a NUL"),
+    ("a.txt", b"x" * 20_000, "row 0 has 20000 characters, expected at most 10000"),
+    ("a.txt", b"\n  \n", "holds no prompts"),
+    ("a.csv", b"id,words\n1,a cat\n", "columns id, words, expected prompt or Prompt"),
+    ("a.jsonl", b"{not json}\n", "is not JSONL"),
+    ("a.parquet", b"nothing", "not readable as parquet"),
+    ("a.pkl", b"", "ends in .pkl, expected one of .txt"),
+])
+def test_unusable_files_are_refused_in_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        prompts.load(tmp_path / name, tmp_path / "data")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no prompt file"):
+        prompts.load(tmp_path / "nowhere.txt", tmp_path / "data")
+
+
+def test_source_keeps_order_and_rows_and_is_rebuilt_when_the_file_changes(tmp_path):
+    path = write(tmp_path / "a.txt", "one\n\ntwo\nthree\n")
+    source = prompts.load(path, tmp_path / "data")
+    assert list(source) == ["one", "two", "three"]
+    assert [source.row(i) for i in range(3)] == [0, 2, 3]
+    write(path, "four\n")
+    assert list(prompts.load(path, tmp_path / "data")) == ["four"]
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_a_step_sees_the_same_prompts_on_any_number_of_hosts(hosts):
+    source = [f"prompt {i}" for i in range(30)]
+    for step in (0, 1, 7):
+        whole = prompts.PromptStream(source, seed=3, batch_size=8).at(step)
+        stream = prompts.PromptStream(source, seed=3, batch_size=8)
+        assert [p for host in range(hosts) for p in stream.at(step, host, hosts)] == whole
+
+
+def test_each_pass_sees_every_prompt_once_in_a_new_order():
+    source = [f"prompt {i}" for i in range(24)]
+    stream = prompts.PromptStream(source, seed=0, batch_size=8)
+    passes = [[p for step in range(3 * n, 3 * n + 3) for p in stream.at(step)] for n in range(2)]
+    assert all(collections.Counter(p) == collections.Counter(source) for p in passes)
+    assert passes[0] != passes[1]
+    assert prompts.PromptStream(source, seed=1, batch_size=8).at(0) != stream.at(0)
+
+
+def test_word_tokenizer_gives_one_token_a_word_and_pads_as_asked(tmp_path):
+    size = make_word_tokenizer(["red", "circle", "circles", "a", "right", "ride"], tmp_path / "one", max_length=8,
+                               pad_token=END)
+    make_word_tokenizer(["red", "circle", "circles", "a", "right", "ride"], tmp_path / "two", max_length=8,
+                        pad_token="!")
+    first, second = prompts.Tokenizer(tmp_path / "one"), prompts.Tokenizer(tmp_path / "two")
+    ids = first(["a red circle"])
+    assert ids.shape == (1, 8) and ids.dtype == "int32"
+    start, end = size - 2, size - 1
+    assert ids[0, 0] == start and ids[0, 4:].tolist() == [end] * 4
+    assert second(["a red circle"])[0].tolist() == [*ids[0, :5].tolist(), 0, 0, 0]
+    for word in ("circles", "right", "ride"):
+        assert (first([word])[0] != end).sum() == 2
+    assert first.count_truncated(["a " * 20, "a"]) == 1
+    assert first(["x" * 40]).shape == (1, 8)  # unknown words fall into bytes
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer in"):
+        prompts.Tokenizer(tmp_path)
+
+
+@with_real
+@pytest.mark.parametrize("name, count", [
+    ("parti_prompts.tsv", 1632), ("coco2014_val_30k.txt", 30_000), ("coco2014_val_mlperf_5k.tsv", 5000),
+    ("geneval_metadata.jsonl", 553), ("dpg_bench.jsonl", 1065), ("imagereward_benchmark.json", 100),
+    ("diffusiondb_refl_filtered.txt", 8706)])
+def test_published_prompt_lists_are_read_whole(name, count):
+    assert len(read(REAL / name)) == count
+
+
+@with_real
+def test_a_published_list_becomes_a_data_source_with_its_quotes_and_accents(tmp_path):
+    source = prompts.load(REAL / "parti_prompts.tsv", tmp_path)
+    direct = read(REAL / "parti_prompts.tsv")
+    assert len(source) == 1632 and any('"' in p for p in direct)
+    for i in (0, 17, 800, 1631):
+        assert source[i] == direct[i]

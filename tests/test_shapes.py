@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes world: its grammar, its oracle, its taste, and the checkpoint that the package ships."""
+
+import numpy as np
+import pytest
+
+from di_star_jax.config import UserError
+from di_star_jax.shapes import oracle, scenes, taste
+
+
+def blurred(image, sigma=0.7):
+    kernel = np.exp(-np.arange(-3, 4) ** 2 / (2 * sigma**2))
+    kernel /= kernel.sum()
+    image = np.pad(image, ((3, 3), (3, 3), (0, 0)), "edge")
+    image = sum(k * image[i:i + scenes.SIZE] for i, k in enumerate(kernel))
+    return sum(k * image[:, i:i + scenes.SIZE] for i, k in enumerate(kernel))
+
+
+def share(pairs):
+    right, total = np.sum(pairs, axis=0)
+    return right / total
+
+
+def test_there_are_more_than_100_000_captions_and_parsing_inverts_them():
+    assert scenes.num_captions() > 100_000
+    rng = np.random.default_rng(0)
+    for index in rng.integers(scenes.num_captions(), size=200):
+        scene = scenes.scene_at(int(index))
+        assert scenes.parse(scene.caption) == scene
+        assert len(scene.caption.split()) <= scenes.MAX_WORDS
+        assert set(scene.caption.split()) <= set(scenes.words())
+    with pytest.raises(UserError):
+        scenes.parse("a photo of a cat")
+
+
+def test_captions_are_distinct():
+    assert len({scenes.scene_at(i).caption for i in range(0, scenes.num_captions(), 97)}) == len(
+        range(0, scenes.num_captions(), 97))
+
+
+def test_held_out_captions_are_never_trained_on():
+    rng = np.random.default_rng(0)
+    drawn = [scenes.sample_scene(rng, held_out=False).caption for _ in range(500)]
+    assert not any(scenes.is_held_out(caption) for caption in drawn)
+    assert scenes.is_held_out(scenes.sample_scene(rng, held_out=True).caption)
+
+
+def test_oracle_reads_clean_and_blurred_renders_and_is_not_fooled_by_another_scene():
+    rng = np.random.default_rng(1)
+    clean, soft, wrong = [], [], []
+    for _ in range(200):
+        scene, other = (scenes.sample_scene(rng, held_out=False) for _ in range(2))
+        image = scenes.render(scene, rng)
+        clean.append(oracle.attributes(scene, image))
+        noisy = blurred(image) + 0.02 * rng.standard_normal(image.shape)
+        soft.append(oracle.attributes(scene, np.clip(noisy, 0, 1)))
+        wrong.append(oracle.attributes(other, image))
+    assert share(clean) >= 0.99 and share(soft) >= 0.95
+    assert share(wrong) < 0.3
+
+
+def test_oracle_survives_images_without_any_object():
+    scene = scenes.scene_at(0)
+    for image in (np.zeros((64, 64, 3)), np.ones((64, 64, 3)), np.random.default_rng(0).random((64, 64, 3))):
+        right, total = oracle.attributes(scene, image)
+        assert 0 <= right < total
+
+
+def test_taste_varies_with_style_and_not_with_what_captions_say():
+    rng = np.random.default_rng(2)
+    drawn = [scenes.sample_scene(rng, held_out=False) for _ in range(600)]
+    values = np.array([taste.taste(scenes.render(scene, rng)) for scene in drawn])
+    assert 0.7 < values.std() < 1.3 and abs(values.mean()) < 0.2
+    for name in scenes.BACKGROUNDS:
+        assert abs(values[[s.background == name for s in drawn]].mean()) < 0.35, name
+
+
+def test_preferred_picture_has_the_better_light_or_the_right_scene():
+    rng = np.random.default_rng(3)
+    agree = []
+    for _ in range(300):
+        scene = scenes.sample_scene(rng, held_out=False)
+        a, b, prob = taste.preference_pair(scene, rng)
+        if prob in (0.97, 0.03):
+            right, wrong = (a, b) if prob > 0.5 else (b, a)
+            assert share([oracle.attributes(scene, right)]) >= share([oracle.attributes(scene, wrong)])
+        else:
+            agree.append((taste.taste(a) > taste.taste(b)) == (prob > 0.5))
+    assert np.mean(agree) > 0.95
