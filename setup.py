@@ -24,6 +24,7 @@ setuptools.setup(
         "safetensors>=0.6",
         "huggingface_hub>=1.0",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
         "array_record>=0.8",
         "grain>=0.2.15",
         "pyarrow>=17",
@@ -34,7 +35,8 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # 2.13 is the release whose default wheel on this platform is a CPU build that the parity tests were run with.
+        # 2.13 is the release whose default wheel is a CPU build where the parity tests were run; torchvision does not
+        # import beside it.
         "test": ["torch==2.13.*", "diffusers>=0.38", "accelerate>=1.0", "pytest>=9", "pytest-xdist>=3.6", "scipy>=1.14"],
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DI*-SDXL-1step: the paper's run (arXiv 2410.20898), 2.57B parameters at 1024 pixels.
 
-    python -m di_star_jax.main --config=configs/sdxl.py --workdir=gs://BUCKET/di_star
+    python -m di_star_jax.main --config=configs/sdxl.py --workdir=/mnt/bucket/di_star
     python -m di_star_jax.main --config=configs/sdxl.py --config.dry_run=True     # checks, sizes, memory; no weights
 
 Needs 16 TPU v5e chips, or one GPU of 141 GB with batch 4. At 40 % of peak, 256,000 samples (the default) are computed

@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
         raise UserError("no --config; give e.g. --config=configs/shapes.py")
     if not (config.dry_run or _WORKDIR.value):
         raise UserError("no --workdir; give a folder for checkpoints and results, e.g. --workdir=runs/first")
+    if "://" in (_WORKDIR.value or ""):
+        raise UserError(f"workdir={_WORKDIR.value}, expected a folder; mount the bucket (gcsfuse) and give its folder")
     logging.set_verbosity(logging.INFO)
     if _many_hosts():
         jax.distributed.initialize()

@@ -119,6 +119,8 @@ class Source(Sequence):
         return len(self._data_source)
 
     def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):  # what ends an iteration; the data source raises ValueError
+            raise IndexError(f"prompt {index} of {len(self)}")
         return self._data_source[int(index)]["prompt"].decode("utf-8")
 
     def row(self, index: int) -> int:
@@ -145,22 +147,23 @@ def load(path: str | os.PathLike, data_dir: str | os.PathLike, *, column: str = 
 def _builder(path: Path, column: str, data_dir: Path):
     import tensorflow_datasets as tfds
 
-    class Prompts(tfds.core.GeneratorBasedBuilder):
-        """Prompts of one file, in its order."""
+    with tfds.core.registered.skip_registration():  # tfds knows a builder by its name; here the file tells them apart
+        class Prompts(tfds.core.GeneratorBasedBuilder):
+            """Prompts of one file, in its order."""
 
-        VERSION = tfds.core.Version("1.0.0")
+            VERSION = tfds.core.Version("1.0.0")
 
-        def _info(self):
-            features = tfds.features.FeaturesDict({"prompt": tfds.features.Text(), "row": np.int64})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+            def _info(self):
+                features = tfds.features.FeaturesDict({"prompt": tfds.features.Text(), "row": np.int64})
+                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
-        def _split_generators(self, dl_manager):
-            del dl_manager
-            return {"train": self._generate_examples()}
+            def _split_generators(self, dl_manager):
+                del dl_manager
+                return {"train": self._generate_examples()}
 
-        def _generate_examples(self):
-            for row, prompt in read_prompts(path, column):
-                yield row, {"prompt": prompt, "row": row}
+            def _generate_examples(self):
+                for row, prompt in read_prompts(path, column):
+                    yield row, {"prompt": prompt, "row": row}
 
     return Prompts(data_dir=str(data_dir), file_format="array_record")
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run from weights to weights: build, restore, loop, log, save, export."""
 
+import functools
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -133,21 +134,23 @@ def run(config, workdir: str) -> None:
     stream = prompts.PromptStream(source, seed=config.seed, batch_size=config.data.batch_size)
     batch_sharding = sharding.batch_sharding(mesh)
 
-    def to_devices(token_ids):
-        return {k: jax.make_array_from_process_local_data(batch_sharding, v) for k, v in token_ids.items()}
-
     def batch_at(k):
-        return to_devices(prompts.token_batch(stream.at(k, jax.process_index(), jax.process_count()),
-                                              frozen.tokenizers))
+        mine = prompts.token_batch(stream.at(k, jax.process_index(), jax.process_count()), frozen.tokenizers)
+        return {name: jax.make_array_from_process_local_data(batch_sharding, ids) for name, ids in mine.items()}
 
     # Before: scores and pictures of the generator as it came.
-    @jax.jit
-    def draw(params, frozen_params, token_ids, key):
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def draw_compiled(params, frozen_params, token_ids, key):
         condition, _ = frozen.networks.encode_text(frozen_params, token_ids)
         z = jax.random.normal(key, (condition.context.shape[0], *settings.latent_shape))
         generate = step.make_generate(frozen.networks, settings, frozen.schedule)
         image = frozen.decode(frozen_params, generate(params, z, condition))
         return jnp.clip(image, -1.0, 1.0), frozen.score(frozen_params, image, token_ids)
+
+    def draw(params, token_ids, key):
+        spread = {name: jax.make_array_from_callback(ids.shape, batch_sharding, lambda i, ids=ids: ids[i])
+                  for name, ids in token_ids.items()}
+        return draw_compiled(params, frozen.params, spread, key)
 
     held_out, held_out_ids = [], {}
     if config.eval.prompts:
@@ -157,23 +160,22 @@ def run(config, workdir: str) -> None:
 
     def measure(params):
         return before_after.measure(
-            lambda ids, key: draw(params, frozen.params, to_devices(ids), key), held_out, held_out_ids,
-            samples_per_prompt=config.eval.num_per_prompt, batch_size=config.eval.batch_size,
-            read_back=config.eval.oracle)
+            functools.partial(draw, params), held_out, held_out_ids, samples_per_prompt=config.eval.num_per_prompt,
+            batch_size=config.eval.batch_size, read_back=config.eval.oracle)
 
-    if held_out and not (folder / "before.json").exists():
-        if int(state.step):
-            raise UserError(f"{folder} has checkpoints but no before.json; put it back or give a new --workdir")
+    first_host = jax.process_index() == 0
+    if held_out and int(state.step) == 0:
         logging.info("scoring the initial generator on %d held-out prompts", len(held_out))
-        before_after.keep_before(folder, *measure(state.generator))
+        scores, images = measure(state.generator)
+        if first_host:
+            before_after.keep_before(folder, scores, images)
 
     # The step, compiled at its first call.
     key = jax.random.key(config.seed)
-    jitted = dict(donate_argnums=0)
-    train_step = jax.jit(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts), **jitted)
-    warmup_step = jax.jit(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1]), **jitted)
-    writer = metrics.Writer(folder)
+    train_step = jax.jit(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts), donate_argnums=0)
+    warmup_step = jax.jit(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1]), donate_argnums=0)
     first = int(state.step)
+    writer = metrics.Writer(folder, first_step=first)
     total = config.assistant.warmup_steps + config.train.steps
     progress = metrics.Progress(total, first)
     logging.info("compiling the step; at full size this takes minutes")
@@ -203,8 +205,8 @@ def run(config, workdir: str) -> None:
             report(*pending)  # a state that is not finite is never saved
             checkpoints.save(k + 1, state, metadata)
         if held_out and (k + 1) % config.train.image_every == 0:
-            image, _ = draw(state.ema, frozen.params, to_devices(
-                {n: ids[:config.eval.batch_size] for n, ids in held_out_ids.items()}), jax.random.key(0))
+            shown = np.arange(config.eval.batch_size) % len(held_out)
+            image, _ = draw(state.ema, {n: ids[shown] for n, ids in held_out_ids.items()}, jax.random.key(0))
             writer.image(k + 1, "samples", metrics.image_grid(np.asarray(image)[:16], 8))
     progress.close()
     writer.close()
@@ -213,7 +215,9 @@ def run(config, workdir: str) -> None:
     # After.
     weights.export_pipeline(state.ema, unet_config=frozen.unet.config, reference_folder=frozen.folder,
                             output=folder / "diffusers", scheduler=weights.one_step_scheduler(frozen.folder))
-    print(f"exported {folder / 'diffusers'}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")
-    if held_out:
-        print(before_after.compare(folder, held_out, *measure(state.ema)))
-        print(f"pictures of the same noise before and after: {folder / 'samples.png'}")
+    after = measure(state.ema) if held_out else None
+    if first_host:
+        print(f"exported {folder / 'diffusers'}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")
+        if held_out:
+            print(before_after.compare(folder, held_out, *after))
+            print(f"pictures of the same noise before and after: {folder / 'samples.png'}")
