@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from di_star_jax.config import mesh_shape
 
@@ -21,7 +21,8 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
       fsdp: devices over which one copy is split; -1 is what is left.
     Raises: UserError unless data * fsdp is the number of devices.
     """
-    return jax.make_mesh(mesh_shape(data, fsdp, jax.device_count()), ("data", "fsdp"))
+    # Auto: XLA propagates the shardings through the models, which do not mention them.
+    return jax.make_mesh(mesh_shape(data, fsdp, jax.device_count()), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def _spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

@@ -120,8 +120,8 @@ def run(config, workdir: str) -> None:
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    for line in plan.describe(config, jax.device_count()):
-        logging.info("%s", line)
+    if jax.process_index() == 0:
+        print("\n".join(plan.describe(config, jax.device_count())), flush=True)
     frozen = load_frozen(config, mesh)
     settings = settings_of(config, frozen.latent_shape)
     opts = optimizers(config)
@@ -179,6 +179,7 @@ def run(config, workdir: str) -> None:
     total = config.assistant.warmup_steps + config.train.steps
     progress = metrics.Progress(total, first)
     logging.info("compiling the step; at full size this takes minutes")
+    clock = {}  # since the first step was done: its compilation is no part of the rate
 
     def report(k, values):
         values = {name: float(v) for name, v in jax.device_get(values).items()}
@@ -188,21 +189,22 @@ def run(config, workdir: str) -> None:
                             "optim.generator_lr or objective.reward_scale, or set compute.dtype=float32")
         if k % config.train.log_every == 0 or k == total:
             writer.scalars(k, values)
-        return values
+        began = clock.setdefault("began", time.time())
+        rate = (k - first - 1) * config.data.batch_size / max(time.time() - began, 1e-9)
+        progress.update(k, reward=values["reward/mean"] if "reward/mean" in values else float("nan"),
+                        images_per_second=rate)
 
     # Loop. Step k's metrics are fetched after step k + 1 is dispatched, so that the devices never wait for the host.
-    pending, began = None, time.time()
+    pending = None
     for k in range(first, total):
         update = warmup_step if k < config.assistant.warmup_steps else train_step
         state, values = update(state, frozen.params, batch_at(k), key)
         if pending is not None:
-            seen = report(*pending)
-            rate = (k - first) * config.data.batch_size / (time.time() - began)
-            progress.update(k, reward=seen["reward/mean"] if "reward/mean" in seen else float("nan"),
-                            images_per_second=rate)
+            report(*pending)
         pending = (k + 1, values)
         if (k + 1) % config.train.save_every == 0 or k + 1 == total:
             report(*pending)  # a state that is not finite is never saved
+            pending = None
             checkpoints.save(k + 1, state, metadata)
         if held_out and (k + 1) % config.train.image_every == 0:
             shown = np.arange(config.eval.batch_size) % len(held_out)

@@ -14,7 +14,7 @@ from di_star_jax.objectives import (OBJECTIVES, denoising_score_matching, di_sta
 
 SDXL = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                                beta_schedule="scaled_linear")
-SAMPLES = 1_000_000
+SAMPLES = 400_000
 T = 399
 THETA = jnp.array([0.9, -0.6])
 CENTRES = jnp.array([[0.0, 0.0], [2.5, 0.5], [-1.0, 2.0]])

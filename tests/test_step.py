@@ -13,19 +13,19 @@ from jax.sharding import Mesh
 
 from di_star_jax import diffusion, pipeline, rewards, sharding, step
 
-TEXT = {"model_type": "clip_text_model", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64,
+TEXT = {"model_type": "clip_text_model", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32,
         "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 8, "projection_dim": 16,
         "eos_token_id": 39}
 CONFIGS = {
-    "unet": {"sample_size": 8, "block_out_channels": [32, 64, 64], "layers_per_block": 1, "norm_num_groups": 16,
-             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-             "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-             "transformer_layers_per_block": [1, 1, 2], "attention_head_dim": [1, 2, 2], "cross_attention_dim": 64,
+    "unet": {"sample_size": 8, "block_out_channels": [16, 64], "layers_per_block": 1, "norm_num_groups": 8,
+             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+             "transformer_layers_per_block": [1, 2], "attention_head_dim": [1, 2], "cross_attention_dim": 32,
              "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
              "projection_class_embeddings_input_dim": 64, "_class_name": "UNet2DConditionModel"},
     "text_encoder": {**TEXT, "architectures": ["CLIPTextModel"]},
     "text_encoder_2": {**TEXT, "architectures": ["CLIPTextModelWithProjection"]},
-    "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [16, 16], "layers_per_block": 1,
+    "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16], "layers_per_block": 1,
             "norm_num_groups": 8, "scaling_factor": 0.5},
     "reward": {"architectures": ["CLIPModel"], "projection_dim": 16, "text_config": TEXT,
                "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,

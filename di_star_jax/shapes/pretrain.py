@@ -125,11 +125,11 @@ def fit(name: str, folder: pathlib.Path, params, loss_fn, batch_at, optimizer, s
       the averaged parameters.
     """
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, batch, step):
-        loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch, jax.random.fold_in(jax.random.key(0), step))
+    def update(state, batch, k):
+        loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch, jax.random.fold_in(jax.random.key(0), k))
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+        decay = jnp.minimum(ema_decay, (1.0 + k) / (10.0 + k))
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state["ema"], params)
         return {"params": params, "opt": opt, "ema": ema}, loss
 
@@ -140,10 +140,10 @@ def fit(name: str, folder: pathlib.Path, params, loss_fn, batch_at, optimizer, s
         if first:
             state = manager.restore(first, args=ocp.args.StandardRestore(state))
         losses, began = [], time.time()
-        for step in range(first, steps):
-            state, loss = update(state, batch_at(step), np.int32(step))
+        for k in range(first, steps):
+            state, loss = update(state, batch_at(k), np.int32(k))
             losses.append(loss)
-            done = step + 1
+            done = k + 1
             if done % 100 == 0 or done == steps:
                 left = (time.time() - began) / (done - first) * (steps - done)
                 print(f"{name}: step {done} of {steps}, loss {np.mean(jax.device_get(losses)):.4f}, "
@@ -191,15 +191,19 @@ def encode_dataset(folder: pathlib.Path, graphdef, params, images: np.ndarray) -
 
 
 def train_teacher(folder: pathlib.Path, latents: tuple[np.ndarray, np.ndarray], token_ids: dict[str, np.ndarray],
-                  configs: dict[str, dict], steps: int = 5000, batch_size: int = 64):
+                  configs: dict[str, dict], steps: tuple[int, int] = (5000, 2600), batch_size: int = 64):
     """eps-prediction (Eq. 2.2), the text encoders trained with the UNet, one caption in ten dropped.
+
+    The second phase weighs times by sigma_t^2 / alpha_t^2, within bounds, as if the error of x_0 were minimised: how
+    many objects there are, and which is above which, is decided where little of the signal is left, and plain
+    eps-prediction hardly looks there.
 
     Args:
       folder: of the checkpoints.
       latents: scaled means and standard deviations, [N, 16, 16, 4].
       token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
       configs: config.json of unet, text_encoder, text_encoder_2.
-      steps, batch_size: of training.
+      steps: of the two phases. batch_size: of both.
     Returns:
       (graphdefs, params), dicts by component.
     """
@@ -210,7 +214,14 @@ def train_teacher(folder: pathlib.Path, latents: tuple[np.ndarray, np.ndarray], 
     schedule = diffusion.schedule_from_json(SCHEDULER)
     mean, std = latents
 
-    def loss_fn(params, batch, key):
+    def plain(params, batch, key):
+        return errors(params, batch, key)[0].mean()
+
+    def weighted(params, batch, key):
+        error, t = errors(params, batch, key)
+        return (error * jnp.clip((schedule.sigma[t] / schedule.alpha[t]) ** 2, 0.25, 8.0)).mean() / 4.0
+
+    def errors(params, batch, key):
         keys = jax.random.split(key, 4)
         x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
         condition, null = pipeline.encode_text(graphdefs, params, batch["ids"], RESOLUTION)
@@ -219,13 +230,15 @@ def train_teacher(folder: pathlib.Path, latents: tuple[np.ndarray, np.ndarray], 
         t = jax.random.randint(keys[2], x0.shape[:1], 0, 1000)
         eps = jax.random.normal(keys[3], x0.shape)
         x_t = diffusion.add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
-        return ((nnx.merge(graphdefs["unet"], params["unet"])(x_t, t, condition) - eps) ** 2).mean()
+        return ((nnx.merge(graphdefs["unet"], params["unet"])(x_t, t, condition) - eps) ** 2).mean((1, 2, 3)), t
 
     def batch_at(step):
         rows = np.random.default_rng((3, step)).integers(len(mean), size=batch_size)
         return {"mean": mean[rows], "std": std[rows], "ids": {k: v[rows] for k, v in token_ids.items()}}
 
-    return graphdefs, fit("teacher", folder, params, loss_fn, batch_at, adamw(1.5e-3, steps), steps)
+    params = fit("teacher", folder / "plain", params, plain, batch_at, adamw(1.5e-3, steps[0]), steps[0])
+    return graphdefs, fit("teacher, weighted", folder / "weighted", params, weighted, lambda step: batch_at(steps[0] + step),
+                          adamw(8e-4, steps[1]), steps[1])
 
 
 def render_pairs(folder: pathlib.Path, count: int) -> dict[str, np.ndarray]:
@@ -248,7 +261,7 @@ def render_pairs(folder: pathlib.Path, count: int) -> dict[str, np.ndarray]:
 
 
 def train_reward(folder: pathlib.Path, images: np.ndarray, ids: np.ndarray, pairs: dict[str, np.ndarray],
-                 pair_ids: np.ndarray, config: dict, steps: tuple[int, int] = (2500, 2500), batch_size: int = 96):
+                 pair_ids: np.ndarray, config: dict, steps: tuple[int, int] = (2000, 2000), batch_size: int = 96):
     """CLIP's contrastive loss, then PickScore's: cross-entropy over the two scaled scores of a pair.
 
     Args:

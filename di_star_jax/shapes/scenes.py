@@ -11,7 +11,6 @@ Coordinates are pixels of a 64x64 image, x to the right and y downwards; images 
 
 import zlib
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole run on a tiny random pipeline: outputs, restart, and the commands that read its workdir."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_config import load as load_config
+from test_step import CONFIGS
+
+from di_star_jax import checkpoint, models, pipeline, sample, train, weights
+from di_star_jax.config import UserError
+from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline folder with generator/, reward/ and prompts."""
+    out = tmp_path_factory.mktemp("pipeline")
+    for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
+        size = make_word_tokenizer(["a", "red", "blue", "circle", "square"], out / name, max_length=8, pad_token=pad)
+    text = {**CONFIGS["text_encoder"], "vocab_size": size, "eos_token_id": size - 1}
+    configs = {
+        "unet": CONFIGS["unet"], "generator": CONFIGS["unet"], "vae": CONFIGS["vae"], "text_encoder": text,
+        "text_encoder_2": {**text, "architectures": ["CLIPTextModelWithProjection"]},
+        "reward": {**CONFIGS["reward"], "text_config": text}}
+    for i, (name, config) in enumerate(configs.items()):
+        cls, settings = pipeline.model_class(config)
+        params = models.init(lambda rngs: cls(settings, rngs=rngs), seed=i)[1]
+        weights.save(out / name, params, config=config, file_name="model.safetensors")
+    (out / "scheduler").mkdir()
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps({
+        "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
+        "beta_end": 0.012, "beta_schedule": "scaled_linear"}))
+    (out / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline", **{
+        name: ["library", "Class"] for name in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer",
+                                                "tokenizer_2", "scheduler")}}))
+    (out / "prompts.txt").write_text("".join(f"a {c} {k}\n" for c in ("red", "blue") for k in ("circle", "square")))
+    return out
+
+
+def config_for(folder, **changes):
+    config = load_config("shapes")
+    config.update_from_flattened_dict({
+        "weights.reference": str(folder), "weights.generator": str(folder / "generator"),
+        "weights.reward": str(folder / "reward"), "weights.reward_tokenizer": str(folder / "tokenizer"),
+        "data.prompts": str(folder / "prompts.txt"), "eval.prompts": str(folder / "prompts.txt"), "eval.oracle": "",
+        "data.resolution": 16, "data.batch_size": 8, "eval.batch_size": 8, "eval.num_per_prompt": 2,
+        "assistant.warmup_steps": 1, "train.steps": 3, "train.save_every": 2, "train.image_every": 2,
+        "train.log_every": 1, "train.keep": 3, "mesh.fsdp": 2, **changes})
+    return config
+
+
+@pytest.fixture(scope="module")
+def straight(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    train.run(config_for(folder), str(workdir))
+    return workdir
+
+
+def unet_of(workdir, step, name="generator"):
+    store = checkpoint.existing(workdir)
+    tree = store.restore_item(step, name, pipeline.abstract_model(CONFIGS["unet"]).params)
+    store.close()
+    return tree
+
+
+def test_a_run_leaves_pictures_scores_scalars_and_a_diffusers_folder(straight):
+    scores = json.loads((straight / "before_after.json").read_text())
+    assert set(scores["after"]) == {"reward", "reward, std", "diversity"}
+    assert (straight / "samples.png").stat().st_size > 1000
+    steps = [json.loads(line)["step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    index = json.loads((straight / "diffusers" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "LCMScheduler"]
+    exported = pipeline.load_model(straight / "diffusers" / "unet").params
+    kept = unet_of(straight, 4, "ema")
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(kept)))
+
+
+def test_a_stopped_run_continues_to_the_same_weights_bit_for_bit(folder, straight, tmp_path):
+    train.run(config_for(folder, **{"train.steps": 1}), str(tmp_path))  # stops at step 2 of 4
+    train.run(config_for(folder), str(tmp_path))
+    for name in ("generator", "assistant", "ema"):
+        a, b = unet_of(straight, 4, name), unet_of(tmp_path, 4, name)
+        assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))), name
+
+
+def test_weights_that_blow_up_stop_the_run_with_what_to_do(folder, tmp_path):
+    with pytest.raises(UserError, match=r"step \d+: a gradient is not finite.*lower optim.generator_lr"):
+        train.run(config_for(folder, **{"optim.generator_lr": 1e30, "optim.assistant_lr": 1e30, "eval.prompts": ""}),
+                  str(tmp_path))
+
+
+def test_sample_makes_the_same_picture_from_a_workdir_and_from_its_export(straight):
+    z = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    pictures = []
+    for source in (straight, straight / "diffusers"):
+        loaded, one_step = sample.load(str(source), "ema")
+        assert one_step
+        draw = sample.make_draw(loaded, sampler="one_step", timesteps=np.array([399]), guidance_scale=1.0)
+        pictures.append(draw(["a red circle", "a blue square"], z))
+    assert pictures[0].shape == (2, 16, 16, 3)
+    assert np.array_equal(*pictures)
