@@ -4,12 +4,15 @@
     python -m di_star_jax.main --config=configs/sdxl.py --workdir=/mnt/bucket/di_star
     python -m di_star_jax.main --config=configs/sdxl.py --config.dry_run=True     # checks, sizes, memory; no weights
 
-Needs 16 TPU v5e chips, or one GPU of 141 GB with batch 4. At 40 % of peak, 256,000 samples (the default) are computed
-to take 1.5 h on 64 v5e chips or 18.5 h on one H200; not measured yet. The paper's PickScore on Parti prompts:
-0.2249 before, 0.2304 after. To resume, run the same command again.
+The dry run computes what fits: with mesh.fsdp=16, one image a chip on TPU v5e (128 chips for the batch of 128), 5 on
+v6e (32 chips), 8 on v5p and 80 GB GPUs (16 of them). One H200 takes mesh.fsdp=1 and data.batch_size=4. At 40 % of peak,
+256,000 images (the default) would take 0.7 h on 128 v5e chips or 18.5 h on one H200: computed, not measured. The
+paper's PickScore on Parti prompts: 0.2249 before, 0.2304 after. To resume, run the same command again.
 """
 
 import ml_collections
+
+from di_star_jax.config import UserError
 
 # One row per method; every field named here overrides the default below.
 PRESETS = {
@@ -28,7 +31,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     # Folders in diffusers' layout, or names on the Hub. The reference gives teacher UNet, VAE, text encoders, schedule.
     config.weights.reference = "stabilityai/stable-diffusion-xl-base-1.0"
     # The one-step UNet to start from. DMD2 publishes a pickle: convert it to safetensors once, see README.
-    config.weights.generator = "weights/dmd2-sdxl-1step"
+    # The dot says that it is a folder: without, it could name a repository on the Hub.
+    config.weights.generator = "./weights/dmd2-sdxl-1step"
     config.weights.assistant = ""  # the assistant's first weights; "" copies the reference, as all siblings do
     config.weights.reward = "yuvalkirstain/PickScore_v1"
     config.weights.reward_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -97,8 +101,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
 
 
 def override(config: ml_collections.ConfigDict, preset: str, presets: dict) -> ml_collections.ConfigDict:
-    """The config with one row of a table of presets. Raises: ValueError for an unknown name."""
+    """The config with one row of a table of presets. Raises: UserError for an unknown name."""
     if preset not in presets:
-        raise ValueError(f"unknown preset {preset!r}, expected one of {', '.join(presets)}")
+        raise UserError(f"unknown preset {preset!r}, expected one of {', '.join(presets)}")
     config.update_from_flattened_dict(presets[preset])
     return config

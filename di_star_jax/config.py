@@ -3,7 +3,9 @@
 
 import difflib
 import importlib.util
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,26 +23,29 @@ def exit_on_user_error(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return main(argv)
         except (UserError, flags.Error) as error:
-            # A config file's own error comes with its traceback: the last line says it.
-            print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            # absl reports a config file's own error with its traceback: the last line says it, after the class.
+            line = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
+            print(f"error: {line}", file=sys.stderr)
             sys.exit(2)
     return wrapped
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's flags, with config errors turned into UserError: missing file, unknown field or preset, wrong type."""
+    """absl's flags, with config errors turned into UserError: missing or broken file, unknown field, wrong type."""
     from absl import flags
     path = _config_path(argv)
-    if path is not None and not os.path.isfile(path.partition(":")[0]):
-        raise UserError(f"no config file {path.partition(':')[0]}; give e.g. --config=configs/shapes.py")
+    if path is None and _overrides(argv):
+        raise UserError(f"--config.{_overrides(argv)[0]} without --config; give e.g. --config=configs/shapes.py first")
+    if path is not None and not os.path.isfile(path):
+        raise UserError(f"no config file {path}; give e.g. --config=configs/shapes.py")
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"unknown flag --{error.flagname}{suggest(error.flagname, list(flags.FLAGS))}") from None
     except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_field(argv, str(error))) from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config: {error}") from None
+        raise UserError(_unknown_field(argv, error)) from None
+    except (TypeError, ValueError, ImportError, SyntaxError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}; mend the file, or see configs/sdxl.py") from None
 
 
 def fields(config) -> dict[str, Any]:
@@ -56,9 +61,13 @@ def fields(config) -> dict[str, Any]:
 
 def suggest(name: str, known: Sequence[str]) -> str:
     """", did you mean ...?" where a known dotted name is near, else ""."""
-    leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    near = near or [leaf[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf, 1, 0.7)]
+    last = name.rsplit(".", 1)[-1]
+    leaves = {k: k.rsplit(".", 1)[-1] for k in known}
+    same = [k for k in known if leaves[k] == last]
+    near = difflib.get_close_matches(name, known, 1, 0.6) or [
+        k for leaf in difflib.get_close_matches(last, leaves.values(), 1, 0.7) for k in known if leaves[k] == leaf]
+    if same:
+        near = [max(same, key=lambda k: difflib.SequenceMatcher(None, name, k).ratio())]
     return f", did you mean {near[0]}?" if near else ""
 
 
@@ -68,37 +77,67 @@ def _overrides(argv: Sequence[str]) -> list[str]:
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    """What --config gives: the path of a file, and a preset after a colon."""
+    """The file that --config gives, without the preset after the colon."""
     for arg, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = arg.lstrip("-").partition("=")
         if arg.startswith("-") and name == "config":
-            return value if equals else following
+            return (value if equals else following).partition(":")[0] or None
     return None
 
 
-def _unknown_field(argv: Sequence[str], message: str) -> str:
-    """Names the field of the command line that the config file does not have."""
-    spec = importlib.util.spec_from_file_location("config_for_suggestions", _config_path(argv).partition(":")[0])
+def _unknown_field(argv: Sequence[str], error: Exception) -> str:
+    """Names the field of the command line that the config file does not have, or passes on the file's own error."""
+    path = _config_path(argv)
+    spec = importlib.util.spec_from_file_location("config_for_suggestions", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    known = list(fields(module.get_config()))
+    try:
+        spec.loader.exec_module(module)
+        known = list(fields(module.get_config()))
+    except (AttributeError, KeyError):  # the file itself is at fault
+        return f"{path}: {error}; a config file defines get_config(), see configs/sdxl.py"
     for name in _overrides(argv):
         if name not in known:
             return f"unknown config field {name}{suggest(name, known) or '; see configs/sdxl.py for all fields'}"
-    return f"config: {message.strip()}"
+    return f"{path}: {error}"
 
 
 def mesh_shape(data: int, fsdp: int, device_count: int) -> tuple[int, int]:
     """(data, fsdp) of the mesh, with -1 filled in. Raises: UserError where they do not make up `device_count`."""
     if data == -1 and fsdp == -1:
         raise UserError("mesh.data=-1 and mesh.fsdp=-1: expected one of them at most; set mesh.fsdp to a number")
+    for name, size in (("data", data), ("fsdp", fsdp)):
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{name}={size}, expected 1 or more, or -1 for what is left; use 1")
     given = f"mesh data={data} x fsdp={fsdp}"
-    if -1 in (data, fsdp) and device_count % max(data, fsdp, 1) == 0:
-        data, fsdp = (device_count // fsdp, fsdp) if data == -1 else (data, device_count // data)
-    if data < 1 or fsdp < 1 or data * fsdp != device_count:
-        raise UserError(f"{given} does not make up the {device_count} devices; set mesh.data=-1 and mesh.fsdp to a "
-                        f"divisor of {device_count}")
+    data = device_count // fsdp if data == -1 else data
+    fsdp = device_count // data if fsdp == -1 else fsdp
+    if data * fsdp != device_count:
+        divisors = " or ".join(str(n) for n in range(1, device_count + 1) if device_count % n == 0)
+        raise UserError(f"{given} does not make up the {device_count} devices; set mesh.data=-1 and mesh.fsdp to "
+                        f"{divisors}")
     return data, fsdp
+
+
+def planned_devices(config, device_count: int) -> int:
+    """Devices that a dry run is for: this machine's `device_count` if the mesh fits them, else the smallest it fits."""
+    given = [size for size in (config.mesh.data, config.mesh.fsdp) if size > 0]
+    product = math.prod(given)
+    return device_count if len(given) < 2 and device_count % product == 0 else product
+
+
+def check_workdir(workdir: str | None) -> None:
+    """Refuses what cannot become a run's folder. Raises: UserError."""
+    if not workdir:
+        raise UserError("no --workdir; give a folder for checkpoints and results, e.g. --workdir=runs/first")
+    if "://" in workdir:
+        raise UserError(f"workdir={workdir}, expected a folder; mount the bucket (gcsfuse) and give its folder")
+    parent = os.path.abspath(workdir)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise UserError(f"workdir={workdir}: {parent} is a file, expected a folder; give another name")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"workdir={workdir}: {parent} may not be written; give a folder of your own")
 
 
 def check(config, device_count: int, *, objectives: Sequence[str]) -> None:
@@ -112,7 +151,9 @@ def check(config, device_count: int, *, objectives: Sequence[str]) -> None:
     """
     c = config
     _one_of("objective.name", c.objective.name, objectives)
-    _one_of("compute.dtype", c.compute.dtype, ("bfloat16", "float32"))  # SDXL's VAE overflows in float16
+    if c.compute.dtype == "float16":
+        raise UserError("compute.dtype='float16', in which SDXL's VAE overflows; use 'bfloat16', or 'float32'")
+    _one_of("compute.dtype", c.compute.dtype, ("bfloat16", "float32"))
     _one_of("eval.oracle", c.eval.oracle, ("", "shapes"))
     if c.data.resolution < 64 or c.data.resolution % 64:
         near = max(64, round(c.data.resolution / 64) * 64)
@@ -151,7 +192,7 @@ _NOT_NEGATIVE = {"seed", "omega", "reward_scale", "warmup_steps", "lr_warmup_ste
 
 def _one_of(name: str, value: str, known) -> None:
     if value not in known:
-        raise UserError(f"{name}={value!r}, expected one of {', '.join(map(repr, known))}")
+        raise UserError(f"{name}={value!r}, expected one of {', '.join(map(repr, known))}{suggest(value, list(known))}")
 
 
 def _check_mesh(config, device_count: int) -> None:

@@ -1,101 +1,121 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config will build and hold, without weights: sizes, mesh, batch, memory per chip."""
 
-import json
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
-from di_star_jax import pipeline
-from di_star_jax.config import UserError, mesh_shape
+from di_star_jax import pipeline, sharding, weights
+from di_star_jax.config import mesh_shape, planned_devices
 from di_star_jax.models import published
 
-# Usable memory of one chip, GB (10^9 bytes). See a vendor's data sheet.
+# Memory of one chip, GB (10^9 bytes). See a vendor's data sheet; for the H200, what its driver shows.
 CHIPS = {"TPU v5e": 17.2, "TPU v4": 34.4, "TPU v6e": 34.4, "H100 or A100-80": 85.9, "TPU v5p": 102.0, "H200": 149.0}
 HEADROOM = 0.92  # what of it XLA can give to arrays
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def model_configs(config) -> dict[str, dict]:
-    """config.json by component, reward included: from local folders, else as published, else refused."""
-    reference, reward = Path(config.weights.reference), Path(config.weights.reward)
-    if reference.is_dir():
-        parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-        found = {part: json.loads((reference / part / "config.json").read_text()) for part in parts
-                 if (reference / part / "config.json").is_file()}
-    else:
-        found = _published("weights.reference", str(reference), published.PIPELINES)
-    known = (json.loads((reward / "config.json").read_text()) if reward.is_dir()
-             else _published("weights.reward", str(reward), published.REWARDS))
-    return {**found, "reward": known}
+def model_configs(config) -> tuple[dict[str, dict], list[str]]:
+    """What is known of the models before anything is downloaded.
 
-
-def _published(field: str, name: str, known: dict) -> dict:
-    if name not in known:
-        raise UserError(f"{field}={name} is no local folder and not known here, so its size is unknown; give a folder, "
-                        f"or {' or '.join(known)}")
-    return known[name]
-
-
-def count_parameters(configs: dict[str, dict]) -> dict[str, int]:
-    """Parameters by component. Args: from `model_configs`. Allocates nothing."""
-    return {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(pipeline.abstract_model(c).params))
-            for name, c in configs.items()}
-
-
-def activation_bytes(config, per_device: float) -> float:
-    """A rough figure of what one device holds for its part of the batch, bytes.
-
-    From counted SDXL shapes at 1024 pixels, bfloat16, per image: with recomputation a UNet keeps 0.46 GB and works in
-    0.80 GB, a VAE decoder keeps 1.9 GB and works in 2.4 GB; without, 6.4 GiB and 12 GiB. Scaled by pixels and dtype.
-    The UNet's and the VAE's peaks do not coincide. At least one image is held by each device.
+    Returns: config.json by component, 'reward' included, from local folders, else as published; and the config's
+      fields that name neither, whose models' sizes are unknown.
+    Raises: UserError for a local folder without a readable config.json.
     """
-    pixels = (config.data.resolution / 1024) ** 2 * jnp.dtype(config.compute.dtype).itemsize / 2
-    unet = 1.26e9 if config.compute.remat_unet else 6.9e9
-    vae = 4.3e9 if config.compute.remat_vae else 12.9e9
-    return max(unet, vae) * pixels * max(per_device, 1.0)
+    found, unknown = {}, []
+    for field, known in (("reference", published.PIPELINES), ("reward", published.REWARDS)):
+        name = config.weights[field]
+        if Path(name).is_dir():
+            found |= _local(Path(name), field)
+        elif name in known:
+            found |= known[name] if field == "reference" else {"reward": known[name]}
+        else:
+            unknown.append(f"weights.{field}={name}")
+    return found, unknown
 
 
-def memory_per_chip(config, counts: dict[str, int], fsdp: int, per_device: float) -> dict[str, float]:
-    """Bytes on one chip, by purpose. Args: counts from `count_parameters`; fsdp chips share one copy."""
+def _local(folder: Path, field: str) -> dict[str, dict]:
+    if field == "reward":
+        return {"reward": weights.read_config(folder)}
+    optional = [part for part in PARTS[1:] if (folder / part).is_dir()]
+    return {part: weights.read_config(folder, part) for part in ["unet", *optional]}
+
+
+def parameters(tree) -> int:
+    """How many numbers a tree of arrays holds."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def activation_bytes(config) -> float:
+    """A rough figure of what a device holds for each image of its part of the batch, bytes.
+
+    Counted on SDXL at 1024 pixels in bfloat16, per image (batch 1 of one network):
+      UNet: keeps 0.46 GB and works in 0.80 GB (0.13 and one attention map in float32) with recomputation; keeps
+        13.0 GB (outputs 6.9, attention maps 6.1) without;
+      VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without.
+    The generator's part waits while dL/dx0 is found: by assistant (1 image) and guided reference (2), then, these
+    freed, by the reward through the VAE. So: generator + max(3 UNets + work of the guided 2, VAE). Scaled by pixels
+    and dtype; attention maps grow faster than that, and the reward's own network is small beside the VAE.
+    """
+    keep, work = (0.46, 0.80) if config.compute.remat_unet else (13.0, 0.0)
+    vae = 4.3 if config.compute.remat_vae else 13.4
+    scale = (config.data.resolution / 1024) ** 2 * jnp.dtype(config.compute.dtype).itemsize / 2
+    return 1e9 * scale * (keep + max(3 * keep + 2 * work, vae))
+
+
+def memory_per_chip(config, counts: dict[str, int], fsdp: int) -> dict[str, float]:
+    """Bytes of state on one chip, by purpose. Args: counts, parameters by component; fsdp chips share one copy."""
     compute = jnp.dtype(config.compute.dtype).itemsize
-    frozen = sum(counts.values()) * compute
     unet = counts["unet"]
-    widest = unet / 30 * compute  # gathered weights of the block at work
     return {
-        "generator, assistant (float32)": 2 * unet * 4 / fsdp,
-        "moments of both": 4 * unet * 4 / fsdp,
-        "average (EMA)": unet * 4 / fsdp,
+        "generator and assistant, float32": 2 * unet * 4 / fsdp,
+        "Adam's moments of both": 4 * unet * 4 / fsdp,
+        "average of the generator (EMA)": unet * 4 / fsdp,
         "gradients of both": 2 * unet * 4 / fsdp,
-        "frozen networks": frozen / fsdp,
-        "activations (estimate)": activation_bytes(config, per_device) + (widest if fsdp > 1 else 0.0),
+        f"frozen networks, {config.compute.dtype}": sum(counts.values()) * compute / fsdp,
+        # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of the UNet.
+        "gathered weights": unet / 30 * compute if fsdp > 1 else 0.0,
     }
+
+
+def _memory_lines(config, counts: dict[str, int], fsdp: int, per_device: int) -> list[str]:
+    state, each = memory_per_chip(config, counts, fsdp), activation_bytes(config)
+    total = sum(state.values()) + per_device * each
+    room = {chip: HEADROOM * 1e9 * size - sum(state.values()) for chip, size in CHIPS.items()}
+    fits = [chip for chip in CHIPS if room[chip] >= per_device * each]
+    largest = [f"{chip} {int(room[chip] // each)}" for chip in CHIPS if room[chip] >= each]
+    return [
+        *(f"memory per chip: {size / 1e9:7.2f} GB {name}" for name, size in state.items()),
+        f"memory per chip: {per_device * each / 1e9:7.2f} GB activations (estimate), {each / 1e9:.2f} GB an image",
+        f"memory per chip: {total / 1e9:7.2f} GB in all; fits {', '.join(fits) or 'none of the known chips'}",
+        f"images per chip that fit: {', '.join(largest) or 'none on the known chips; raise mesh.fsdp'}"]
 
 
 def describe(config, device_count: int) -> list[str]:
     """What the run is, a line each: mesh, batch, parameters, memory per chip.
 
     Args: config, checked; device_count: devices there are. A dry run of another mesh says so.
-    Raises: UserError where a model's size cannot be known.
+    Raises: UserError for an unusable model folder, and where mesh.fsdp cannot split the UNet.
     """
-    needed = device_count
-    if config.dry_run and config.mesh.fsdp > 0:
-        needed = config.mesh.fsdp * max(config.mesh.data, 1)
-    data, fsdp = mesh_shape(config.mesh.data, config.mesh.fsdp, needed)
-    lines = [f"mesh: data={data} x fsdp={fsdp} over {needed} {jax.devices()[0].device_kind} devices"]
-    if needed != device_count:
-        lines = [f"mesh: data={data} x fsdp={fsdp}, {needed} devices; this machine has {device_count}, the plan is for "
-                 f"{needed}"]
-    per_device = config.data.batch_size / needed
-    lines.append(f"batch: {config.data.batch_size} images of {config.data.resolution} pixels a step, "
-                 f"{per_device:g} on each device")
-    configs = model_configs(config)
-    counts = count_parameters(configs)
-    lines += [f"parameters: {name} {count:,}" for name, count in counts.items()]
-    memory = memory_per_chip(config, counts, fsdp, per_device)
-    total = sum(memory.values())
-    lines += [f"memory per chip: {name} {size / 1e9:.2f} GB" for name, size in memory.items()]
-    fits = [chip for chip, size in CHIPS.items() if total <= HEADROOM * 1e9 * size]
-    lines.append(f"memory per chip: {total / 1e9:.2f} GB in all; fits {', '.join(fits) or 'none of the known chips'}")
-    return lines
+    planned = planned_devices(config, device_count) if config.dry_run else device_count
+    data, fsdp = mesh_shape(config.mesh.data, config.mesh.fsdp, planned)
+    here = f"{device_count} device{'s' if device_count > 1 else ''} ({jax.devices()[0].device_kind})"
+    per_device = config.data.batch_size // planned
+    where = f" over {here}" if planned == device_count else f"; this machine has {here}, the plan assumes {planned}"
+    lines = [
+        f"mesh: data={data} x fsdp={fsdp}{where}",
+        f"batch: {config.data.batch_size} images of {config.data.resolution} pixels a step, {per_device} on a device",
+        f"steps: {config.assistant.warmup_steps} of the assistant alone, then {config.train.steps} of both, "
+        f"{config.train.steps * config.data.batch_size:,} images"]
+    configs, unknown = model_configs(config)
+    trees = {name: pipeline.abstract_model(known).params for name, known in configs.items()}
+    counts = {name: parameters(tree) for name, tree in trees.items()}
+    lines += [f"parameters: {count:>13,} {name}" for name, count in counts.items()]
+    lines += [f"parameters: unknown before its config.json is here: {field}" for field in unknown]
+    if "unet" not in trees:
+        return lines
+    sharding.params_sharding(AbstractMesh((data, fsdp), ("data", "fsdp")), trees["unet"])
+    return lines + _memory_lines(config, counts, fsdp, per_device)

@@ -98,10 +98,10 @@ def main(argv: list[str]) -> None:
     loaded, one_step = load(args.checkpoint, args.which)
     sampler = args.sampler or ("one_step" if one_step else "euler")
     timesteps = np.array([args.timestep]) if sampler == "one_step" else samplers.leading_timesteps(args.steps)
-    config = loaded.models["unet"].config
-    size = args.resolution // loaded.vae_scale if args.resolution else config["sample_size"]
+    _, unet = pipeline.model_class(loaded.models["unet"].config)
+    size = args.resolution // loaded.vae_scale if args.resolution else unet.sample_size
     texts = [text for text in args.prompt for _ in range(args.num)]
-    z = jax.random.normal(jax.random.key(args.seed), (len(texts), size, size, config["in_channels"]))
+    z = jax.random.normal(jax.random.key(args.seed), (len(texts), size, size, unet.in_channels))
     images = make_draw(loaded, sampler=sampler, timesteps=timesteps,
                        guidance_scale=1.0 if sampler == "one_step" else args.guidance_scale)(texts, z)
     out = Path(args.out)

@@ -65,7 +65,7 @@ def load_frozen(config, mesh: Mesh) -> Frozen:
 
     tokenizers = reference.tokenizers | {
         "reward": prompts.Tokenizer(weights.resolve_tokenizer(config.weights.reward_tokenizer))}
-    channels = reference.models["unet"].config["in_channels"]
+    channels = pipeline.model_class(reference.models["unet"].config)[1].in_channels
     return Frozen(params, step.Networks(unet, encode_text, reward_of_latents), decode, score, reference.schedule,
                   tokenizers, reference.folder, reference.models["unet"], (size, size, channels))
 

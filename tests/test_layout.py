@@ -42,9 +42,22 @@ def test_module_imports_only_from_its_own_level_and_above(path):
         assert name.split(".")[0] not in ("torch", "tensorflow", "diffusers"), f"{module} imports {name}"
         if name.startswith("di_star_jax."):
             used = name.removeprefix("di_star_jax.")
+            assert module in LEVEL and used in LEVEL, f"{module} or {used} is new: give it a line in LEVELS"
             assert LEVEL[used] <= LEVEL[module], f"{module} imports {used}, which is to its right"
 
 
-def test_ml_collections_is_imported_by_main_alone():
+def test_ml_collections_is_imported_by_main_alone_and_configs_by_nobody():
     users = {p.stem for p in FILES for name in imports(p) if name.split(".")[0] == "ml_collections"}
     assert users <= {"main", "config"}
+    assert not [p for p in FILES for name in imports(p) if name.split(".")[0] == "configs"]
+
+
+def test_objectives_know_nothing_of_networks():
+    ours = {name for name in imports(PACKAGE / "objectives.py") if name.startswith("di_star_jax")}
+    assert {name.split(".")[1] for name in ours} == {"diffusion"}
+
+
+def test_configs_import_the_package_for_its_folder_and_its_errors_only():
+    for path in (PACKAGE.parent / "configs").glob("*.py"):
+        ours = {name for name in imports(path) if name.startswith("di_star_jax")}
+        assert ours <= {"di_star_jax", "di_star_jax.config.UserError"} | {"di_star_jax.config"}, path

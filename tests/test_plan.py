@@ -1,27 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+
 import pytest
 from test_config import dry
 
 from di_star_jax import plan
 from di_star_jax.config import UserError
+from di_star_jax.models import published
+
+SDXL = {"unet": 2_567_463_684}
 
 
-def test_dry_run_of_sdxl_counts_parameters_and_memory_without_weights_or_devices():
-    text = "\n".join(plan.describe(dry(), device_count=1))
-    assert "16 devices; this machine has 1" in text
-    assert "parameters: unet 2,567,463,684" in text
-    assert "parameters: reward 986,109,441" in text
-    assert "memory per chip: generator, assistant (float32) 1.28 GB" in text
+@pytest.fixture(scope="module")
+def sdxl():
+    return "\n".join(plan.describe(dry(), device_count=1))
+
+
+def test_dry_run_of_sdxl_counts_parameters_without_weights_or_devices(sdxl):
+    assert "mesh: data=1 x fsdp=16; this machine has 1 device (cpu), the plan assumes 16" in sdxl
+    for line in ("2,567,463,684 unet\n", "   83,653,863 vae\n", "  123,060,480 text_encoder\n",
+                 "694,659,840 text_encoder_2\n", "986,109,441 reward\n"):
+        assert line in sdxl
+
+
+def test_dry_run_says_on_which_chips_it_fits(sdxl):
+    fits = next(line for line in sdxl.splitlines() if "in all; fits" in line)
+    assert "H100" in fits and "v5e" not in fits  # eight images a chip
+    assert "TPU v5e 1," in sdxl.splitlines()[-1]
+    one_each = plan.describe(dry(**{"mesh.data": 8}), device_count=1)
+    assert "TPU v5e" in next(line for line in one_each if "in all; fits" in line)
 
 
 def test_state_is_what_two_networks_with_adam_and_average_take():
-    counts = {"unet": 2_567_463_684}
-    memory = plan.memory_per_chip(dry(), counts, fsdp=1, per_device=1)
-    state = sum(memory[name] for name in ("generator, assistant (float32)", "moments of both", "average (EMA)"))
-    assert state == 2_567_463_684 * 4 * 7  # 72 GB, what a checkpoint holds
-    assert plan.memory_per_chip(dry(), counts, fsdp=16, per_device=1)["moments of both"] == 2_567_463_684
+    memory = plan.memory_per_chip(dry(), SDXL, fsdp=1)
+    state = sum(size for name, size in memory.items()
+                if name.split()[0] in ("generator", "Adam's", "average"))
+    assert state == SDXL["unet"] * 4 * 7  # 72 GB, what a checkpoint holds
+    assert plan.memory_per_chip(dry(), SDXL, fsdp=16)["Adam's moments of both"] == SDXL["unet"]
 
 
-def test_unknown_weights_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="weights.reward=some/model is no local folder and not known here"):
-        plan.model_configs(dry(**{"weights.reward": "some/model"}))
+def test_activations_follow_pixels_dtype_and_recomputation():
+    whole = plan.activation_bytes(dry())
+    assert plan.activation_bytes(dry(**{"data.resolution": 512})) == pytest.approx(whole / 4)
+    assert plan.activation_bytes(dry(**{"compute.dtype": "float32"})) == pytest.approx(2 * whole)
+    for network in ("unet", "vae"):
+        assert plan.activation_bytes(dry(**{f"compute.remat_{network}": False})) > 2 * whole
+
+
+def test_models_that_are_neither_here_nor_published_are_said_to_be_unknown():
+    lines = plan.describe(dry(**{"weights.reference": "some/model"}), device_count=1)
+    assert "parameters: unknown before its config.json is here: weights.reference=some/model" in lines
+    assert not [line for line in lines if line.startswith("memory")]
+
+
+def test_sizes_come_from_the_folders_that_are_there(tmp_path):
+    for part, config in (("unet", published.UNET_SD15), ("reward", published.PICKSCORE)):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(config))
+    lines = plan.describe(dry(**{"weights.reference": str(tmp_path), "weights.reward": str(tmp_path / "reward")}), 16)
+    assert "parameters:   859,520,964 unet" in lines
+    assert "mesh: data=1 x fsdp=16 over 16 devices (cpu)" in lines
+
+
+def test_a_folder_without_unet_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no file .*unet/config.json"):
+        plan.describe(dry(**{"weights.reference": str(tmp_path)}), 1)
+
+
+def test_a_mesh_that_cannot_split_the_unet_is_refused():
+    with pytest.raises(UserError, match="mesh.fsdp=3 divides no axis of .*kernel with shape"):
+        plan.describe(dry(**{"mesh.fsdp": 3, "data.batch_size": 3}), 1)

@@ -2,6 +2,7 @@
 import math
 
 import jax
+import optax
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -29,6 +30,32 @@ def test_mesh_fills_in_what_is_left_and_refuses_what_does_not_fit():
     assert sharding.make_mesh(8, -1).shape == {"data": 8, "fsdp": 1}
     with pytest.raises(UserError, match="data=-1 x fsdp=3 does not make up the 8 devices"):
         sharding.make_mesh(-1, 3)
+
+
+def spec(shape, fsdp):
+    tree = jax.ShapeDtypeStruct(shape, "float32")
+    return tuple(sharding.params_sharding(AbstractMesh((1, fsdp), ("data", "fsdp")), tree).spec)
+
+
+def test_scanned_blocks_are_split_inside_and_not_by_depth():
+    assert spec((2048, 1024, 64), 8) == (None, "fsdp", None)
+    assert spec((640, 2048), 8) == (None, "fsdp")
+    assert spec((4096, 320), 8) == ("fsdp", None)
+
+
+def test_small_leaves_stay_whole_and_a_large_one_that_cannot_be_split_is_refused():
+    assert spec((1280,), 8) == ()
+    assert spec((300, 301), 16) == ()
+    with pytest.raises(UserError, match=r"mesh.fsdp=7 divides no axis of .*with shape \(640, 640\); use a power"):
+        spec((640, 640), 7)
+
+
+def test_moments_are_split_like_their_parameters():
+    params = {"down": {0: {"kernel": jax.ShapeDtypeStruct((1280, 5120), "float32")}}}
+    mesh = AbstractMesh((2, 4), ("data", "fsdp"))
+    moments = jax.eval_shape(optax.adam(1e-3).init, params)
+    split = sharding.params_sharding(mesh, moments)
+    assert split[0].mu == split[0].nu == sharding.params_sharding(mesh, params)
 
 
 def test_batch_is_split_over_all_devices():

@@ -32,7 +32,7 @@ from di_star_jax.shapes import oracle, scenes, taste, tokenizer
 NUM_IMAGES = 40_000
 TOKENS = 20  # two specials and the longest caption
 RESOLUTION = 64
-DISTIL_OMEGA = 4.0
+DISTIL_OMEGA = 5.0
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1,
