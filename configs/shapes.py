@@ -31,8 +31,9 @@ SMALL = {
     "data.resolution": 64,
     "data.batch_size": 32,
     "mesh.fsdp": 1,
-    "objective.omega": 4.0,  # what the small generator was distilled with
-    "assistant.warmup_steps": 20,
+    "objective.omega": 5.0,  # what the small generator was distilled with
+    "objective.reward_scale": 10.0,  # the small reward's cosine varies ten times as much as PickScore's
+    "assistant.warmup_steps": 40,
     "optim.generator_lr": 1e-4,  # a small net from a short distillation moves in larger steps than SDXL
     "optim.assistant_lr": 2e-4,
     "optim.lr_warmup_steps": 10,

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         print("\n".join(plan.describe(config, jax.device_count())))
         return
     check_workdir(_WORKDIR.value)
-    logging.set_verbosity(logging.INFO)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     if many_hosts(os.environ):
         jax.distributed.initialize()
     check(config, jax.device_count(), objectives=OBJECTIVES)

@@ -14,6 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 
+def say(text: str) -> None:
+    """Prints on the first host, at once."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 class Writer:
     """TensorBoard events and `metrics.jsonl` in a workdir; a resumed run appends. Other hosts write nothing."""
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts: a file to a tfds data source (ArrayRecord, never TensorFlow), a step to a batch, text to token ids."""
 
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -140,7 +142,8 @@ def load(path: str | os.PathLike, data_dir: str | os.PathLike, *, column: str = 
         raise UserError(f"{path} holds no prompts, expected at least one; put one prompt on each line")
     digest = hashlib.sha256(Path(path).read_bytes() + f"\0{column}\0{Path(path).suffix}".encode()).hexdigest()[:16]
     builder = _builder(Path(path), column, Path(data_dir) / digest)
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # tfds's own bars
+        builder.download_and_prepare()
     return Source(builder.as_data_source(split="train"))
 
 

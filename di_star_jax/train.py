@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -96,7 +95,7 @@ def load_state(config, frozen: Frozen, mesh: Mesh, checkpoints: checkpoint.Check
     state_shardings = sharding.params_sharding(mesh, abstract)
     latest = checkpoints.latest_step()
     if latest is not None:
-        logging.info("continuing at step %d of the checkpoints in %s", latest, checkpoints.folder)
+        metrics.say(f"continuing at step {latest} of the checkpoints in {checkpoints.folder}")
         return checkpoints.restore(latest, jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state_shardings))
     generator = weights.load(weights.resolve(config.weights.generator), tree, shardings=shardings)
@@ -120,8 +119,7 @@ def run(config, workdir: str) -> None:
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    if jax.process_index() == 0:
-        print("\n".join(plan.describe(config, jax.device_count())), flush=True)
+    metrics.say("\n".join(plan.describe(config, jax.device_count())))
     frozen = load_frozen(config, mesh)
     settings = settings_of(config, frozen.latent_shape)
     opts = optimizers(config)
@@ -165,7 +163,7 @@ def run(config, workdir: str) -> None:
 
     first_host = jax.process_index() == 0
     if held_out and int(state.step) == 0:
-        logging.info("scoring the initial generator on %d held-out prompts", len(held_out))
+        metrics.say(f"scoring the initial generator on {len(held_out)} held-out prompts")
         scores, images = measure(state.generator)
         if first_host:
             before_after.keep_before(folder, scores, images)
@@ -178,7 +176,7 @@ def run(config, workdir: str) -> None:
     writer = metrics.Writer(folder, first_step=first)
     total = config.assistant.warmup_steps + config.train.steps
     progress = metrics.Progress(total, first)
-    logging.info("compiling the step; at full size this takes minutes")
+    metrics.say("compiling the step: a minute for the shapes world, many for SDXL")
     clock = {}  # since the first step was done: its compilation is no part of the rate
 
     def report(k, values):
@@ -218,8 +216,7 @@ def run(config, workdir: str) -> None:
     weights.export_pipeline(state.ema, unet_config=frozen.unet.config, reference_folder=frozen.folder,
                             output=folder / "diffusers", scheduler=weights.one_step_scheduler(frozen.folder))
     after = measure(state.ema) if held_out else None
-    if first_host:
-        print(f"exported {folder / 'diffusers'}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")
-        if held_out:
-            print(before_after.compare(folder, held_out, *after))
-            print(f"pictures of the same noise before and after: {folder / 'samples.png'}")
+    metrics.say(f"exported {folder / 'diffusers'}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")
+    if held_out and first_host:
+        metrics.say(before_after.compare(folder, held_out, *after))
+        metrics.say(f"pictures of the same noise before and after: {folder / 'samples.png'}")

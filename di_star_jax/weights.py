@@ -310,7 +310,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
         for stem in _STEMS:
             single, index = folder / f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
             if variant and (single.is_file() or index.is_file()):
-                logging.warning("%s has half-precision weights only: taking its .fp16 files", folder)
+                logging.info("%s has half-precision weights only: taking its .fp16 files", folder)
             if single.is_file():
                 return [single], None
             if index.is_file():

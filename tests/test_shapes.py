@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shapes world: its grammar, its oracle, its taste, and the checkpoint that the package ships."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from di_star_jax.config import UserError
 from di_star_jax.shapes import oracle, scenes, taste
+
+SHIPPED = Path(scenes.__file__).parent / "checkpoint"
 
 
 def blurred(image, sigma=0.7):
@@ -87,3 +91,32 @@ def test_preferred_picture_has_the_better_light_or_the_right_scene():
         else:
             agree.append((taste.taste(a) > taste.taste(b)) == (prob > 0.5))
     assert np.mean(agree) > 0.95
+
+
+def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_asked():
+    from di_star_jax import pipeline, sample
+    from di_star_jax.shapes import pretrain
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 25e6
+    loaded = pipeline.load_pipeline(SHIPPED)
+    generator = loaded._replace(models=loaded.models | {"unet": pipeline.load_model(SHIPPED / "generator")})
+    draw = sample.make_draw(generator, sampler="one_step", timesteps=np.array([399]), guidance_scale=1.0)
+    captions = (SHIPPED / "prompts_held_out.txt").read_text().splitlines()
+    assert len(captions) == 500 and all(scenes.is_held_out(caption) for caption in captions)
+    assert pretrain.accuracy(draw, captions, seed=2) >= 0.6
+
+
+def test_shipped_reward_shares_the_taste_and_reads_the_caption():
+    import jax.numpy as jnp
+
+    from di_star_jax import pipeline, prompts, rewards
+    model = pipeline.load_model(SHIPPED / "reward")
+    tokenizer = prompts.Tokenizer(SHIPPED / "tokenizer")
+    rng = np.random.default_rng(4)
+    drawn = [scenes.sample_scene(rng, held_out=True) for _ in range(128)]
+    pairs = [taste.preference_pair(scene, rng) for scene in drawn]
+    text = rewards.text_embeddings(model.graphdef, model.params, tokenizer([scene.caption for scene in drawn]))
+    first, second = (rewards.pickscore(model.graphdef, model.params,
+                                       jnp.stack([2.0 * pair[i] - 1.0 for pair in pairs]), text) for i in range(2))
+    prob = np.array([pair[2] for pair in pairs])
+    clear = np.abs(prob - 0.5) > 0.3
+    assert np.mean((first > second) == (prob > 0.5), where=clear) > 0.8
