@@ -261,7 +261,7 @@ def render_pairs(folder: pathlib.Path, count: int) -> dict[str, np.ndarray]:
 
 
 def train_reward(folder: pathlib.Path, images: np.ndarray, ids: np.ndarray, pairs: dict[str, np.ndarray],
-                 pair_ids: np.ndarray, config: dict, steps: tuple[int, int] = (2000, 2000), batch_size: int = 96):
+                 pair_ids: np.ndarray, config: dict, steps: tuple[int, int] = (1500, 1500), batch_size: int = 96):
     """CLIP's contrastive loss, then PickScore's: cross-entropy over the two scaled scores of a pair.
 
     Args:
@@ -310,7 +310,7 @@ def train_reward(folder: pathlib.Path, images: np.ndarray, ids: np.ndarray, pair
 
 
 def distil_generator(folder: pathlib.Path, graphdefs: dict, teacher: dict, token_ids: dict[str, np.ndarray],
-                     training_steps: int = 900, batch_size: int = 32):
+                     training_steps: int = 450, batch_size: int = 32):
     """A one-step generator from the teacher: the project's own step with reward 0, in the role of DMD2-SDXL.
 
     Args:
