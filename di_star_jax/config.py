@@ -16,10 +16,14 @@ class UserError(Exception):
 
 
 def exit_on_user_error(main: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`main` (or absl's flag parser), ending with one line on stderr and exit code 2 where the user erred."""
-    from absl import flags
+    """`main` (or absl's flag parser), ending with one line on stderr and exit code 2 where the user erred.
+
+    Quiets the libraries' information lines too: Orbax has one for every file.
+    """
+    from absl import flags, logging
 
     def wrapped(argv):
+        logging.set_verbosity(logging.WARNING)
         try:
             return main(argv)
         except (UserError, flags.Error) as error:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from di_star_jax.config import (UserError, check, check_workdir, exit_on_user_error, parse_flags,
@@ -34,7 +34,6 @@ def main(argv: list[str]) -> None:
         print("\n".join(plan.describe(config, jax.device_count())))
         return
     check_workdir(_WORKDIR.value)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
     if many_hosts(os.environ):
         jax.distributed.initialize()
     check(config, jax.device_count(), objectives=OBJECTIVES)
