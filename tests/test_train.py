@@ -13,6 +13,8 @@ from di_star_jax import checkpoint, models, pipeline, sample, train, weights
 from di_star_jax.config import UserError
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 
+pytestmark = pytest.mark.xdist_group("train")  # the fixtures take minutes: build them in one process
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
