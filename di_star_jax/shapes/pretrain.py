@@ -150,7 +150,7 @@ def fit(name: str, folder: pathlib.Path, params, loss_fn, batch_at, optimizer, s
                 print(f"{name}: step {done} of {steps}, loss {np.mean(jax.device_get(losses)):.4f}, "
                       f"{left / 60:.0f} min left", flush=True)
                 losses = []
-            if done % 1000 == 0 or done == steps:
+            if done % 500 == 0 or done == steps:
                 manager.save(done, args=ocp.args.StandardSave(state))
     return state["ema"]
 
@@ -191,12 +191,33 @@ def encode_dataset(folder: pathlib.Path, graphdef, params, images: np.ndarray) -
     return stored["mean"], stored["std"]
 
 
+def mean_image_loss(graphdefs: dict, params: dict, heads: dict, token_ids: dict[str, jax.Array],
+                    x0: jax.Array) -> jax.Array:
+    """How badly linear maps of the end-of-text states predict the latents, summed over the three states.
+
+    Args:
+      graphdefs, params: hold 'text_encoder' and 'text_encoder_2'.
+      heads: 'mean' [D] and one matrix [width, D] per state.
+      token_ids: int32 [B, TOKENS] under 'tokenizer' and 'tokenizer_2'.
+      x0: latents [B, D].
+    Returns:
+      scalar.
+    """
+    states = {}
+    for part, name in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        out = nnx.merge(graphdefs[part], params[part])(token_ids[name])
+        end = token_ids[name].argmax(axis=-1)  # the end-of-text token has the largest id
+        states[part] = out.hidden_states_penultimate[jnp.arange(len(end)), end]
+    states["pooled"] = out.pooled
+    return sum(((state @ heads[name] + heads["mean"] - x0) ** 2).mean() for name, state in states.items())
+
+
 def train_text(folder: pathlib.Path, x0: np.ndarray, token_ids: dict[str, np.ndarray], configs: dict[str, dict],
                steps: int = 1000, batch_size: int = 256):
-    """Text encoders from which a linear map of the end-of-text state predicts the mean latents of a caption.
+    """Text encoders from whose end-of-text states a linear map predicts a caption's mean latents.
 
-    The role of CLIP's training before Stable Diffusion's: what a caption says of where things are takes the encoders
-    minutes to learn this way; from eps-prediction alone they had not learnt a relation in 5,000 steps.
+    The role of CLIP's training before Stable Diffusion's. What a caption says of where things are takes the encoders
+    minutes to learn this way; from eps-prediction alone they had not learnt one relation in 5,000 steps.
 
     Args:
       folder: of the checkpoints.
@@ -205,7 +226,7 @@ def train_text(folder: pathlib.Path, x0: np.ndarray, token_ids: dict[str, np.nda
       configs: config.json of text_encoder and text_encoder_2.
       steps, batch_size: of training.
     Returns:
-      (graphdefs, params), dicts by component.
+      (graphdefs, params, heads): dicts by component, and the linear maps for `mean_image_loss`.
     """
     graphdefs, params = {}, {}
     for i, (part, config) in enumerate(configs.items()):
@@ -218,62 +239,62 @@ def train_text(folder: pathlib.Path, x0: np.ndarray, token_ids: dict[str, np.nda
 
     def loss_fn(params, batch, key):
         del key
-        states = {}
-        for part, name in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-            out = nnx.merge(graphdefs[part], params["encoders"][part])(batch[name])
-            end = batch[name].argmax(axis=-1)  # the end-of-text token has the largest id
-            states[part] = out.hidden_states_penultimate[jnp.arange(len(end)), end]
-        states["pooled"] = out.pooled
-        return sum(((states[name] @ head + params["mean"] - batch["x0"]) ** 2).mean()
-                   for name, head in params["heads"].items())
+        return mean_image_loss(graphdefs, params["encoders"], params["heads"], batch["ids"], batch["x0"])
 
     def batch_at(step):
         rows = np.random.default_rng((9, step)).integers(len(x0), size=batch_size)
-        return {"x0": x0[rows].reshape(batch_size, -1)} | {k: v[rows] for k, v in token_ids.items()}
+        return {"x0": x0[rows].reshape(batch_size, -1), "ids": {k: v[rows] for k, v in token_ids.items()}}
 
-    start = {"encoders": params, "heads": heads, "mean": jnp.asarray(x0.mean(axis=0).ravel())}
-    return graphdefs, fit("text", folder, start, loss_fn, batch_at, adamw(2e-3, steps), steps)["encoders"]
+    start = {"encoders": params, "heads": heads | {"mean": jnp.asarray(x0.mean(axis=0).ravel())}}
+    trained = fit("text", folder, start, loss_fn, batch_at, adamw(2e-3, steps), steps)
+    return graphdefs, trained["encoders"], trained["heads"]
 
 
 def train_teacher(folder: pathlib.Path, latents: tuple[np.ndarray, np.ndarray], token_ids: dict[str, np.ndarray],
-                  encoders: tuple[dict, dict], steps: int = 5000, batch_size: int = 64):
+                  text: tuple[dict, dict, dict], steps: int = 5000, batch_size: int = 64):
     """eps-prediction (Eq. 2.2), the text encoders trained with the UNet, one caption in ten dropped.
 
     Times weigh sigma_t^2 / alpha_t^2, within bounds, as if the error of x_0 were minimised: how many objects there are,
     and which is above which, is decided where little of the signal is left, and plain eps-prediction hardly looks there.
+    `mean_image_loss` stays in the sum: without it the untrained UNet's gradients wipe out what the encoders know.
 
     Args:
       folder: of the checkpoints.
       latents: scaled means and standard deviations, [N, 16, 16, 4].
       token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
-      encoders: (graphdefs, params) from `train_text`.
+      text: from `train_text`.
       steps, batch_size: of training.
     Returns:
       (graphdefs, params), dicts by component.
     """
     cls, settings = pipeline.model_class(UNET)
     graphdef, unet = models.init(lambda rngs: cls(settings, rngs=rngs), seed=10)
-    graphdefs, params = encoders[0] | {"unet": graphdef}, encoders[1] | {"unet": unet}
+    graphdefs = text[0] | {"unet": graphdef}
     schedule = diffusion.schedule_from_json(SCHEDULER)
     mean, std = latents
 
     def loss_fn(params, batch, key):
         keys = jax.random.split(key, 4)
+        networks, ids = params["networks"], batch["ids"]
         x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
-        condition, null = pipeline.encode_text(graphdefs, params, batch["ids"], RESOLUTION)
+        condition, null = pipeline.encode_text(graphdefs, networks, ids, RESOLUTION)
         drop = jax.random.bernoulli(keys[1], 0.1, x0.shape[:1])
         condition = jax.tree.map(lambda c, n: jnp.where(diffusion.per_sample(drop, c), n, c), condition, null)
         t = jax.random.randint(keys[2], x0.shape[:1], 0, 1000)
         eps = jax.random.normal(keys[3], x0.shape)
         x_t = diffusion.add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
-        error = ((nnx.merge(graphdefs["unet"], params["unet"])(x_t, t, condition) - eps) ** 2).mean((1, 2, 3))
-        return (error * jnp.clip((schedule.sigma[t] / schedule.alpha[t]) ** 2, 0.3, 5.0)).mean()
+        error = ((nnx.merge(graphdefs["unet"], networks["unet"])(x_t, t, condition) - eps) ** 2).mean((1, 2, 3))
+        weight = jnp.clip((schedule.sigma[t] / schedule.alpha[t]) ** 2, 0.3, 5.0)
+        text_loss = mean_image_loss(graphdefs, networks, params["heads"], ids, batch["mean"].reshape(len(t), -1))
+        return (weight * error).mean() + 0.1 * text_loss
 
     def batch_at(step):
         rows = np.random.default_rng((3, step)).integers(len(mean), size=batch_size)
         return {"mean": mean[rows], "std": std[rows], "ids": {k: v[rows] for k, v in token_ids.items()}}
 
-    return graphdefs, fit("teacher", folder, params, loss_fn, batch_at, adamw(1.5e-3, steps), steps)
+    start = {"networks": text[1] | {"unet": unet}, "heads": text[2]}
+    trained = fit("teacher", folder, start, loss_fn, batch_at, adamw(1.5e-3, steps), steps)
+    return graphdefs, trained["networks"]
 
 
 def render_pairs(folder: pathlib.Path, count: int) -> dict[str, np.ndarray]:
@@ -441,8 +462,8 @@ def run(workdir: pathlib.Path) -> None:
 
     x0 = (mean * scaling_factor, std * scaling_factor)
     configs = {"text_encoder": {**TEXT_ENCODER, **special}, "text_encoder_2": {**TEXT_ENCODER_2, **special}}
-    encoders = train_text(workdir / "text", x0[0], ids, configs)
-    graphdefs, teacher = train_teacher(workdir / "teacher", x0, ids, encoders)
+    text = train_text(workdir / "text", x0[0], ids, configs)
+    graphdefs, teacher = train_teacher(workdir / "teacher", x0, ids, text)
     configs["unet"] = UNET
     for name, config in configs.items():
         weights.save(out / name, teacher[name], config=config, **(_HALF_DIFFUSERS if name == "unet" else _HALF_CLIP))
