@@ -251,7 +251,7 @@ def train_text(folder: pathlib.Path, x0: np.ndarray, token_ids: dict[str, np.nda
 
 
 def train_teacher(folder: pathlib.Path, latents: tuple[np.ndarray, np.ndarray], token_ids: dict[str, np.ndarray],
-                  text: tuple[dict, dict, dict], steps: int = 5000, batch_size: int = 64):
+                  text: tuple[dict, dict, dict], steps: int = 3000, batch_size: int = 64):
     """eps-prediction (Eq. 2.2), the text encoders trained with the UNet, one caption in ten dropped.
 
     Times weigh sigma_t^2 / alpha_t^2, within bounds, as if the error of x_0 were minimised: how many objects there are,
