@@ -49,20 +49,22 @@ def parameters(tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def activation_bytes(config) -> float:
+def activation_bytes(config, width: float = 1.0) -> float:
     """A rough figure of what a device holds for each image of its part of the batch, bytes.
+
+    Args: config; width, the UNet's channels over SDXL's 320.
 
     Counted on SDXL at 1024 pixels in bfloat16, per image (batch 1 of one network):
       UNet: keeps 0.46 GB and works in 0.80 GB (0.13 and one attention map in float32) with recomputation; keeps
         13.0 GB (outputs 6.9, attention maps 6.1) without;
       VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without.
     The generator's part waits while dL/dx0 is found: by assistant (1 image) and guided reference (2), then, these
-    freed, by the reward through the VAE. So: generator + max(3 UNets + work of the guided 2, VAE). Scaled by pixels
-    and dtype; attention maps grow faster than that, and the reward's own network is small beside the VAE.
+    freed, by the reward through the VAE. So: generator + max(3 UNets + work of the guided 2, VAE). Scaled by pixels,
+    width and dtype; attention maps grow faster than that, and the reward's own network is small beside the VAE.
     """
     keep, work = (0.46, 0.80) if config.compute.remat_unet else (13.0, 0.0)
     vae = 4.3 if config.compute.remat_vae else 13.4
-    scale = (config.data.resolution / 1024) ** 2 * jnp.dtype(config.compute.dtype).itemsize / 2
+    scale = width * (config.data.resolution / 1024) ** 2 * jnp.dtype(config.compute.dtype).itemsize / 2
     return 1e9 * scale * (keep + max(3 * keep + 2 * work, vae))
 
 
@@ -81,8 +83,8 @@ def memory_per_chip(config, counts: dict[str, int], fsdp: int) -> dict[str, floa
     }
 
 
-def _memory_lines(config, counts: dict[str, int], fsdp: int, per_device: int) -> list[str]:
-    state, each = memory_per_chip(config, counts, fsdp), activation_bytes(config)
+def _memory_lines(config, counts: dict[str, int], width: float, fsdp: int, per_device: int) -> list[str]:
+    state, each = memory_per_chip(config, counts, fsdp), activation_bytes(config, width)
     total = sum(state.values()) + per_device * each
     room = {chip: HEADROOM * 1e9 * size - sum(state.values()) for chip, size in CHIPS.items()}
     fits = [chip for chip in CHIPS if room[chip] >= per_device * each]
@@ -118,4 +120,5 @@ def describe(config, device_count: int) -> list[str]:
     if "unet" not in trees:
         return lines
     sharding.params_sharding(AbstractMesh((data, fsdp), ("data", "fsdp")), trees["unet"])
-    return lines + _memory_lines(config, counts, fsdp, per_device)
+    width = configs["unet"]["block_out_channels"][0] / 320
+    return lines + _memory_lines(config, counts, width, fsdp, per_device)

@@ -43,6 +43,7 @@ def test_activations_follow_pixels_dtype_and_recomputation():
     whole = plan.activation_bytes(dry())
     assert plan.activation_bytes(dry(**{"data.resolution": 512})) == pytest.approx(whole / 4)
     assert plan.activation_bytes(dry(**{"compute.dtype": "float32"})) == pytest.approx(2 * whole)
+    assert plan.activation_bytes(dry(), width=0.1) == pytest.approx(whole / 10)
     for network in ("unet", "vae"):
         assert plan.activation_bytes(dry(**{f"compute.remat_{network}": False})) > 2 * whole
 
