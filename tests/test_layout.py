@@ -12,14 +12,14 @@ PACKAGE = Path(di_star_jax.__file__).parent
 # A module may import from its own line and from those above.
 LEVELS = [
     {"config"},
-    {"diffusion", "models.attention"},
+    {"diffusion", "models.attention", "flops"},
     {"objectives", "models", "models.layers", "models.unet", "models.vae", "models.clip", "models.published",
      "sharding", "shapes.scenes", "shapes.oracle", "shapes.taste"},
     {"rewards", "samplers", "weights", "checkpoint", "prompts", "metrics"},
     {"pipeline"},
     {"step", "plan", "before_after"},
     {"train"},
-    {"main", "convert", "sample", "shapes", "shapes.pretrain", "shapes.tokenizer"},
+    {"main", "convert", "sample", "shapes", "mixture", "shapes.pretrain", "shapes.ablation", "shapes.tokenizer"},
 ]
 LEVEL = {module: i for i, level in enumerate(LEVELS) for module in level}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
