@@ -14,10 +14,29 @@ import ml_collections
 
 from di_star_jax.config import UserError
 
-# One row per method; every field named here overrides the default below.
+# One row per method and per row of the paper's Table 2, named NAME_REWARD_GUIDANCE; every field named here overrides the
+# default below. Guidance 0 in the paper is omega = 1: conditional, without guidance.
 PRESETS = {
-    "di_star": {},  # Table 2, DI* inside (100, 7.5)
-    "sim": {"objective.reward_scale": 0.0},  # Table 2, DI* inside (0, 7.5): score divergence without reward
+    "di_star": {},
+    "di_star_l2": {"objective.name": "di_star_l2"},
+    "di_star_outside": {"objective.name": "di_star_outside", "objective.omega": 1.0, "objective.alpha_cfg": 7.5},
+    "sim": {"objective.reward_scale": 0.0},
+    "sid": {"objective.name": "sid", "objective.reward_scale": 0.0},
+    "diff_instruct": {"objective.name": "kl", "objective.reward_scale": 0.0},
+    "di_pp": {"objective.name": "kl"},
+    "dmd": {"objective.name": "dmd", "objective.reward_scale": 0.0},
+    "reward_only": {"objective.name": "reward_only"},
+    "kl_0_0": {"objective.name": "kl", "objective.reward_scale": 0.0, "objective.omega": 1.0},
+    "kl_0_7.5": {"objective.name": "kl", "objective.reward_scale": 0.0},
+    "kl_100_7.5": {"objective.name": "kl"},
+    "outside_100_7.5": {"objective.name": "di_star_outside", "objective.omega": 1.0, "objective.alpha_cfg": 7.5},
+    "inside_0_0": {"objective.reward_scale": 0.0, "objective.omega": 1.0},
+    "inside_0_7.5": {"objective.reward_scale": 0.0},
+    "inside_1_7.5": {"objective.reward_scale": 1.0},
+    "inside_10_7.5": {"objective.reward_scale": 10.0},
+    "inside_100_4.5": {"objective.omega": 4.5},
+    "inside_100_7.5": {},
+    "inside_100_7.5_long": {"train.steps": 11600},
 }
 
 
@@ -48,13 +67,18 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.mesh.fsdp = 16  # devices that share one copy; the smallest that holds 101 GB of state is best
 
     config.generator = ml_collections.ConfigDict()
-    config.generator.timestep = 399  # what DMD2's generator is conditioned on, and keeps; 0..999
+    config.generator.steps = 1  # 2 and 4 train a few-step generator by DMD2's backward simulation
+    config.generator.timesteps = ()  # of the steps, falling, 0..999; empty: 399 for one step, else evenly from 999 (DMD2's)
 
     config.objective = ml_collections.ConfigDict()
     config.objective.name = "di_star"  # a key of objectives.OBJECTIVES
     config.objective.omega = 7.5  # guidance inside the reference; 1 is none
+    config.objective.alpha_cfg = 0.0  # guidance outside, as an implicit reward; of di_star_outside only
     config.objective.reward_scale = 100.0  # alpha_rew, on the cosine (not on PickScore's logits)
     config.objective.huber_c = 0.00054  # c / sqrt(d) of the pseudo-Huber distance, eps-space; > 0
+    config.objective.sid_alpha = 1.0  # of sid only; SiD's paper uses 1.0 and 1.2, 0.5 is the unbiased gradient
+    config.objective.weighting = "eps"  # w(t): "eps" 1, "score" 1 / sigma_t, "x0" sigma_t / alpha_t
+    config.objective.reduction = "sum"  # of the regulariser over a sample, or "mean"; changes its balance with the reward
     config.objective.t_min = 20  # first and last time of the generator's loss, 0..999, both included; DMD2's
     config.objective.t_max = 980
 
@@ -62,6 +86,7 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.assistant.t_min = 0  # first and last time of the assistant's loss, 0..999, both included; DMD2's
     config.assistant.t_max = 999
     config.assistant.updates = 1  # per generator update; 5 if training is unstable (DMD2 on SDXL)
+    config.assistant.sharing = "x0"  # with the generator's loss; "x_t" shares times, noise and one forward pass: 8 % less
     config.assistant.warmup_steps = 200  # assistant alone first: at the start it is the reference, not the generator
 
     config.optim = ml_collections.ConfigDict()

@@ -19,7 +19,13 @@ _spec = importlib.util.spec_from_file_location("di_star_sdxl_config", os.path.jo
 _sdxl = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_sdxl)
 
-PRESETS = _sdxl.PRESETS
+# The paper's guidance and reward scales, in this world's units (see SMALL).
+OMEGA = {1.0: 1.0, 4.5: 3.0, 7.5: 5.0}
+REWARD = {0.0: 0.0, 1.0: 0.1, 10.0: 1.0}
+SCALES = {"objective.omega": OMEGA, "objective.alpha_cfg": OMEGA, "objective.reward_scale": REWARD,
+          "train.steps": {11600: 1000}}
+PRESETS = {preset: {field: SCALES[field][value] if field in SCALES else value for field, value in row.items()}
+           for preset, row in _sdxl.PRESETS.items()}
 
 # What the small world changes; every other field is as in configs/sdxl.py.
 SMALL = {

@@ -63,6 +63,16 @@ def fields(config) -> dict[str, Any]:
     return flat
 
 
+def load_config(path: str, *preset: str) -> Any:
+    """The ConfigDict of a config file. Raises: UserError where there is no such file, or preset."""
+    if not os.path.isfile(path):
+        raise UserError(f"no config file {path}; give e.g. configs/shapes.py")
+    spec = importlib.util.spec_from_file_location("loaded_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*preset)
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
     """", did you mean ...?" where a known dotted name is near, else ""."""
     last = name.rsplit(".", 1)[-1]
@@ -92,11 +102,8 @@ def _config_path(argv: Sequence[str]) -> str | None:
 def _unknown_field(argv: Sequence[str], error: Exception) -> str:
     """Names the field of the command line that the config file does not have, or passes on the file's own error."""
     path = _config_path(argv)
-    spec = importlib.util.spec_from_file_location("config_for_suggestions", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        known = list(fields(module.get_config()))
+        known = list(fields(load_config(path)))
     except (AttributeError, KeyError):  # the file itself is at fault
         return f"{path}: {error}; a config file defines get_config(), see configs/sdxl.py"
     for name in _overrides(argv):
@@ -144,19 +151,34 @@ def check_workdir(workdir: str | None) -> None:
         raise UserError(f"workdir={workdir}: {parent} may not be written; give a folder of your own")
 
 
-def check(config, device_count: int, *, objectives: Sequence[str]) -> None:
+def generator_timesteps(generator) -> tuple[int, ...]:
+    """The times of the generator's steps. Args: the config's section; without timesteps they are DMD2's."""
+    if generator.timesteps:
+        return tuple(generator.timesteps)
+    if generator.steps == 1:
+        return (399,)
+    return tuple(999 - i * 1000 // generator.steps for i in range(generator.steps))
+
+
+def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequence[str]) -> None:
     """Refuses a config that cannot run.
 
     Args:
       config: ConfigDict with the fields of configs/sdxl.py.
       device_count: devices there are, over all hosts, or will be (dry run).
-      objectives: known names of objective.name.
+      objectives: known names of objective.name. outside: those of them with guidance outside.
     Raises: UserError for the first thing that is wrong.
     """
     c = config
     _one_of("objective.name", c.objective.name, objectives)
     if c.compute.dtype == "float16":
         raise UserError("compute.dtype='float16', in which SDXL's VAE overflows; use 'bfloat16', or 'float32'")
+    _one_of("objective.weighting", c.objective.weighting, ("eps", "score", "x0"))
+    _one_of("objective.reduction", c.objective.reduction, ("sum", "mean"))
+    _one_of("assistant.sharing", c.assistant.sharing, ("x0", "x_t"))
+    if c.assistant.sharing == "x_t" and c.assistant.updates != 1:
+        raise UserError(f"assistant.updates={c.assistant.updates} with assistant.sharing='x_t', in which one forward "
+                        "pass serves one update; set assistant.updates=1 or assistant.sharing='x0'")
     _one_of("compute.dtype", c.compute.dtype, ("bfloat16", "float32"))
     _one_of("eval.oracle", c.eval.oracle, ("", "shapes"))
     if c.data.resolution < 64 or c.data.resolution % 64:
@@ -175,8 +197,8 @@ def check(config, device_count: int, *, objectives: Sequence[str]) -> None:
         if not 0 <= low <= high <= 999:
             raise UserError(f"{section}.t_min={low}, {section}.t_max={high}, expected 0 <= t_min <= t_max <= 999; "
                             "20 and 980 are DMD2's")
-    if not 0 <= c.generator.timestep <= 999:
-        raise UserError(f"generator.timestep={c.generator.timestep}, expected 0..999; 399 is DMD2's")
+    _check_generator(c.generator)
+    _check_guidance(c.objective, outside)
     if c.eval.num_per_prompt < 2:
         raise UserError(f"eval.num_per_prompt={c.eval.num_per_prompt}, expected 2 or more to measure diversity; use 8")
     _check_mesh(c, device_count)
@@ -189,9 +211,30 @@ def check(config, device_count: int, *, objectives: Sequence[str]) -> None:
             _check_weights(f"weights.{name}", c.weights[name])
 
 
+def _check_generator(generator) -> None:
+    if not 1 <= generator.steps <= 100:
+        raise UserError(f"generator.steps={generator.steps}, expected 1 to 100; 1, 2 and 4 are usual")
+    times = generator_timesteps(generator)
+    if len(times) != generator.steps:
+        raise UserError(f"generator.timesteps={times} are {len(times)}, but generator.steps={generator.steps}; give as "
+                        "many, or () for DMD2's")
+    if not all(0 <= t <= 999 for t in times) or any(a <= b for a, b in zip(times, times[1:])):
+        raise UserError(f"generator.timesteps={times}, expected falling numbers in 0..999; 399 is DMD2's for one step, "
+                        "999, 749, 499, 249 for four")
+
+
+def _check_guidance(objective, outside: Sequence[str]) -> None:
+    if objective.name in outside and objective.omega != 1.0:
+        raise UserError(f"objective.name={objective.name!r} has its guidance outside, but objective.omega="
+                        f"{objective.omega} is inside; set objective.omega=1 and objective.alpha_cfg={objective.omega}")
+    if objective.name not in outside and objective.alpha_cfg != 0.0:
+        raise UserError(f"objective.alpha_cfg={objective.alpha_cfg} is guidance outside, which objective.name="
+                        f"{objective.name!r} does not have; set it to 0, or use {', '.join(outside)}")
+
+
 _POSITIVE = {"batch_size", "huber_c", "updates", "generator_lr", "assistant_lr", "eps", "clip_norm",
              "half_life_samples", "steps", "log_every", "image_every", "save_every", "keep", "num_prompts"}
-_NOT_NEGATIVE = {"seed", "omega", "reward_scale", "warmup_steps", "lr_warmup_steps", "weight_decay"}
+_NOT_NEGATIVE = {"seed", "omega", "alpha_cfg", "sid_alpha", "reward_scale", "warmup_steps", "lr_warmup_steps", "weight_decay"}
 
 
 def _one_of(name: str, value: str, known) -> None:

@@ -80,6 +80,19 @@ class Progress:
             self._bar.close()
 
 
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) in float64, as FID of the two sets of features.
+
+    Args: [N, D] and [M, D]; N and M well above D, or the covariances are singular and the distance is biased upwards.
+    """
+    (mu_a, cov_a), (mu_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a.astype(np.float64), b.astype(np.float64)))
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    # The product's eigenvalues are those of the symmetric root_a C_b root_a.
+    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0.0)).sum()
+    return float(((mu_a - mu_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
+
+
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """[-1, 1] float -> [0, 255] uint8, same shape, rounded as diffusers does."""
     return np.round((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
@@ -158,3 +171,9 @@ def before_after_table(rows: list[tuple[str, float, float]]) -> str:
     lines = ["| | before | after | change |", "|---|---|---|---|"]
     lines += [f"| {name} | {before:.4f} | {after:.4f} | {after - before:+.4f} |" for name, before, after in rows]
     return "\n".join(lines)
+
+
+def conclusion_of(page: Path) -> str:
+    """The part of a written page from '## Conclusion' on, which people write and a new table must not lose."""
+    text = page.read_text() if page.exists() else ""
+    return text[text.index("## Conclusion"):] if "## Conclusion" in text else "## Conclusion\n\nNot drawn yet.\n"

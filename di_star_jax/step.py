@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step of Diff-Instruct* as one pure function: both gradients, both updates, the average.
 
-B is the global batch; latents are [B, h, w, 4], images [B, H, W, 3].
+B is the global batch, K the generator's steps; latents are [B, h, w, 4], images [B, H, W, 3].
 """
 
 import dataclasses
@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from di_star_jax.diffusion import Schedule, guide
+from di_star_jax import objectives, samplers
+from di_star_jax.diffusion import Schedule, add_noise, guide
 from di_star_jax.models.unet import Condition
-from di_star_jax.objectives import OBJECTIVES, denoising_score_matching
-from di_star_jax.samplers import one_step
 
 Params = Any
 
@@ -47,12 +46,15 @@ class Settings:
     """Plain values of a step; see configs/sdxl.py for units, ranges and reasons."""
     objective: str
     omega: float
+    constants: objectives.Constants
+    weighting: str
+    reduction: str  # of the regulariser over a sample: "sum" or "mean"
     reward_scale: float
-    huber_c: float
     generator_times: tuple[int, int]  # first and last, both included
     assistant_times: tuple[int, int]
     assistant_updates: int
-    generator_timestep: int
+    sharing: str  # what the two losses share: "x0", or "x_t" and the assistant's forward pass
+    generator_timesteps: tuple[int, ...]  # falling, one per step of the generator
     latent_shape: tuple[int, int, int]
     ema_decay: float
 
@@ -81,38 +83,68 @@ def _draw(key: jax.Array, times: tuple[int, int], shape: tuple[int, ...]) -> tup
     return jax.random.randint(key_t, shape[:1], times[0], times[1] + 1), jax.random.normal(key_eps, shape)
 
 
-def guided_reference(unet, params: Params, condition: Condition, null: Condition, omega: float):
-    """eps_ref(x_t, t) with guidance inside: conditional and unconditional as one batch of 2B."""
+def reference_scores(unet, params: Params, condition: Condition, null: Condition, omega: float):
+    """The reference's (guided, cond, null) noise predictions, functions of (x_t, t).
+
+    Guided evaluates conditional and unconditional as one batch of 2B; at omega = 1 it is the conditional alone.
+    """
     both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
 
-    def eps_ref(x_t, t):
+    def guided(x_t, t):
         eps = unet(params, jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
         return guide(*jnp.split(eps, 2), omega)
 
-    return eps_ref
+    def cond(x_t, t):
+        return unet(params, x_t, t, condition)
+
+    return (cond if omega == 1.0 else guided), cond, lambda x_t, t: unet(params, x_t, t, null)
 
 
-def make_generate(networks: Networks, settings: Settings, schedule: Schedule):
-    """Returns generate(params, z, condition) -> x0 [B, h, w, 4]: the one-step generator."""
-    timesteps = [settings.generator_timestep]
-
-    def generate(params, z, condition):
-        return one_step(lambda x, t: networks.unet(params, x, t, condition), z, timesteps, schedule)
-
-    return generate
+def denoise(params: Params, x_t: jax.Array, t: jax.Array, condition: Condition, *, networks: Networks,
+            schedule: Schedule) -> jax.Array:
+    """x_0 [B, h, w, 4] by one step of the generator from x_t at the time t, a scalar."""
+    return samplers.one_step(lambda x, t: networks.unet(params, x, t, condition), x_t, t[None], schedule)
 
 
-def generator_loss(x0: jax.Array, key: jax.Array, *, assistant: Params, frozen: dict, conditions, token_ids,
+def simulate(params: Params, key: jax.Array, condition: Condition, *, networks: Networks, settings: Settings,
+             schedule: Schedule) -> tuple[jax.Array, jax.Array]:
+    """DMD2's backward simulation: what a random step of the generator, the same for the whole batch, is given.
+
+    Returns: (x_t [B, h, w, 4] without gradient, t scalar int32). With one step, z and its time.
+    """
+    timesteps = jnp.array(settings.generator_timesteps)
+    key_noise, key_step = jax.random.split(key)
+    batch = condition.context.shape[0]
+    noise = jax.random.normal(key_noise, (len(timesteps), batch, *settings.latent_shape))
+    if len(timesteps) == 1:
+        return noise[0], timesteps[0]
+    params = jax.lax.stop_gradient(params)
+    step = jax.random.randint(key_step, (), 0, len(timesteps))
+
+    def earlier(k, x_t):
+        x0 = denoise(params, x_t, timesteps[k], condition, networks=networks, schedule=schedule)
+        t = jnp.full((batch,), timesteps[k + 1])
+        return add_noise(x0, noise[k + 1], schedule.alpha[t], schedule.sigma[t])
+
+    return jax.lax.fori_loop(0, step, earlier, noise[0]), timesteps[step]
+
+
+def generator_loss(x0: jax.Array, t: jax.Array, eps: jax.Array, *, psi, frozen: dict, conditions, token_ids,
                    networks: Networks, settings: Settings, schedule: Schedule):
-    """Mean over the batch of -alpha_rew r(x0, c) + L_reg(x0) (Eq. 3.4), and what to log."""
-    condition, null = conditions
-    t, eps = _draw(key, settings.generator_times, x0.shape)
-    regulariser = OBJECTIVES[settings.objective](
-        x0, t, eps,
-        eps_psi=lambda x_t, t: networks.unet(assistant, x_t, t, condition),
-        eps_ref=guided_reference(networks.unet, frozen["unet"], condition, null, settings.omega),
-        huber_c=settings.huber_c, schedule=schedule)
-    reward = networks.reward(frozen, x0, token_ids)
+    """Mean over the batch of -alpha_rew r(x0, c) + L_reg(x0) (Eq. 3.4), and what to log.
+
+    Args:
+      x0, t, eps: samples, times [B] and noise.
+      psi: (x_t, t) -> the assistant's noise prediction.
+      others: as in `make_train_step`.
+    """
+    scores = objectives.Scores(psi, *reference_scores(networks.unet, frozen["unet"], *conditions, settings.omega))
+    regulariser = objectives.OBJECTIVES[settings.objective](
+        x0, t, eps, scores=scores, constants=settings.constants, schedule=schedule)
+    regulariser *= objectives.WEIGHTINGS[settings.weighting](schedule.alpha[t], schedule.sigma[t])
+    regulariser *= {"sum": 1.0, "mean": 1.0 / x0[0].size}[settings.reduction]
+    # Without weight the reward is only logged: no backward pass through the VAE.
+    reward = networks.reward(frozen, x0 if settings.reward_scale else jax.lax.stop_gradient(x0), token_ids)
     loss = jnp.mean(regulariser - settings.reward_scale * reward)
     return loss, {"regulariser/loss": jnp.mean(regulariser), "reward/mean": jnp.mean(reward),
                   "reward/std": jnp.std(reward)}
@@ -128,8 +160,8 @@ def train_assistant(assistant: Params, opt_state, x0: jax.Array, key: jax.Array,
     """`assistant_updates` steps of denoising score matching on one batch of x0, each with fresh times and noise."""
     def loss_fn(assistant, key):
         t, eps = _draw(key, settings.assistant_times, x0.shape)
-        return jnp.mean(denoising_score_matching(
-            x0, t, eps, eps_psi=lambda x_t, t: networks.unet(assistant, x_t, t, condition), schedule=schedule))
+        x_t = add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
+        return jnp.mean(objectives.denoising_score_matching(networks.unet(assistant, x_t, t, condition), eps))
 
     def one_update(carry, key):
         loss, grads = jax.value_and_grad(loss_fn)(carry[0], key)
@@ -146,6 +178,28 @@ def train_assistant(assistant: Params, opt_state, x0: jax.Array, key: jax.Array,
     return assistant, opt_state, {"assistant/loss": loss, "assistant/grad_norm": norm}
 
 
+def share_assistant(assistant: Params, x0: jax.Array, t: jax.Array, eps: jax.Array, *, condition: Condition,
+                    networks: Networks, schedule: Schedule):
+    """The assistant evaluated and linearised once, for both losses on the same x_t.
+
+    Returns:
+      (psi, loss, grads): the noise prediction as a function of (x_t, t), at this x_t and t only, with its gradient; the
+      denoising score matching loss, and its gradient with respect to the assistant. Each gradient is a pull-back of
+      the one linearisation: with respect to the input for psi, to the parameters for grads.
+    """
+    x_t = add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
+    eps_psi, pull_back = jax.vjp(lambda a, x: networks.unet(a, x, t, condition), assistant, x_t)
+
+    @jax.custom_vjp
+    def psi(x_t, t):
+        return eps_psi
+
+    psi.defvjp(lambda x_t, t: (eps_psi, None), lambda _, cotangent: (pull_back(cotangent)[1], None))
+    loss, cotangent = jax.value_and_grad(
+        lambda eps_psi: jnp.mean(objectives.denoising_score_matching(eps_psi, eps)))(eps_psi)
+    return psi, loss, pull_back(cotangent)[0]
+
+
 def make_train_step(networks: Networks, settings: Settings, schedule: Schedule, opt_generator, opt_assistant):
     """Returns the step, to be jitted with the state donated.
 
@@ -156,26 +210,37 @@ def make_train_step(networks: Networks, settings: Settings, schedule: Schedule, 
       key: of the run; the step's number is folded in.
       metrics: float32 scalars; `nonfinite` counts the gradients' non-finite norms.
     """
-    generate = make_generate(networks, settings, schedule)
     common = dict(networks=networks, settings=settings, schedule=schedule)
 
     def train_step(state: TrainState, frozen: dict, token_ids: dict, key: jax.Array):
         key_z, key_generator, key_assistant = jax.random.split(jax.random.fold_in(key, state.step), 3)
         conditions = jax.lax.stop_gradient(networks.encode_text(frozen, token_ids))
         condition = conditions[0]
-        z = jax.random.normal(key_z, (condition.context.shape[0], *settings.latent_shape))
 
         # One generator forward serves both losses; everything that acts on x0 is differentiated there first.
-        x0, pull_back = jax.vjp(lambda params: generate(params, z, condition), state.generator)
+        z, t_z = simulate(state.generator, key_z, condition, **common)
+        x0, pull_back = jax.vjp(lambda params: denoise(params, z, t_z, condition, networks=networks,
+                                                       schedule=schedule), state.generator)
+        t, eps = _draw(key_generator, settings.generator_times, x0.shape)
+        fixed_x0 = jax.lax.stop_gradient(x0)
+        if settings.sharing == "x_t":
+            psi, assistant_loss, assistant_grads = share_assistant(
+                state.assistant, fixed_x0, t, eps, condition=condition, networks=networks, schedule=schedule)
+        else:
+            psi = lambda x_t, t: networks.unet(state.assistant, x_t, t, condition)
         (loss, metrics), dx0 = jax.value_and_grad(generator_loss, has_aux=True)(
-            x0, key_generator, assistant=state.assistant, frozen=frozen, conditions=conditions,
-            token_ids=token_ids, **common)
+            x0, t, eps, psi=psi, frozen=frozen, conditions=conditions, token_ids=token_ids, **common)
         grads, = pull_back(dx0)
         generator, opt_g = _update(opt_generator, state.generator, grads, state.opt_generator)
 
-        assistant, opt_a, assistant_metrics = train_assistant(
-            state.assistant, state.opt_assistant, jax.lax.stop_gradient(x0), key_assistant, condition=condition,
-            optimizer=opt_assistant, **common)
+        if settings.sharing == "x_t":
+            assistant, opt_a = _update(opt_assistant, state.assistant, assistant_grads, state.opt_assistant)
+            assistant_metrics = {"assistant/loss": assistant_loss / x0[0].size,
+                                 "assistant/grad_norm": optax.global_norm(assistant_grads)}
+        else:
+            assistant, opt_a, assistant_metrics = train_assistant(
+                state.assistant, state.opt_assistant, fixed_x0, key_assistant, condition=condition,
+                optimizer=opt_assistant, **common)
 
         decay = settings.ema_decay
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, generator)
@@ -190,13 +255,11 @@ def make_train_step(networks: Networks, settings: Settings, schedule: Schedule, 
 
 def make_warmup_step(networks: Networks, settings: Settings, schedule: Schedule, opt_assistant):
     """Returns a step with `make_train_step`'s signature that trains the assistant alone on the frozen generator."""
-    generate = make_generate(networks, settings, schedule)
-
     def warmup_step(state: TrainState, frozen: dict, token_ids: dict, key: jax.Array):
         key_z, _, key_assistant = jax.random.split(jax.random.fold_in(key, state.step), 3)
         condition, _ = networks.encode_text(frozen, token_ids)
-        z = jax.random.normal(key_z, (condition.context.shape[0], *settings.latent_shape))
-        x0 = generate(state.generator, z, condition)
+        z, t_z = simulate(state.generator, key_z, condition, networks=networks, settings=settings, schedule=schedule)
+        x0 = denoise(state.generator, z, t_z, condition, networks=networks, schedule=schedule)
         assistant, opt_a, metrics = train_assistant(
             state.assistant, state.opt_assistant, x0, key_assistant, condition=condition, networks=networks,
             settings=settings, schedule=schedule, optimizer=opt_assistant)

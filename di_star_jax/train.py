@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from di_star_jax import before_after, checkpoint, metrics, pipeline, plan, prompts, rewards, sharding, step, weights
-from di_star_jax.config import UserError
+from di_star_jax import (before_after, checkpoint, metrics, objectives, pipeline, plan, prompts, rewards, samplers, sharding,
+                         step, weights)
+from di_star_jax.config import UserError, generator_timesteps
 from di_star_jax.diffusion import Schedule
 
 
@@ -71,11 +72,12 @@ def load_frozen(config, mesh: Mesh) -> Frozen:
 
 def settings_of(config, latent_shape: tuple[int, int, int]) -> step.Settings:
     """The plain values that the step needs of a config."""
+    c = config.objective
     return step.Settings(
-        objective=config.objective.name, omega=config.objective.omega, reward_scale=config.objective.reward_scale,
-        huber_c=config.objective.huber_c, generator_times=(config.objective.t_min, config.objective.t_max),
-        assistant_times=(config.assistant.t_min, config.assistant.t_max),
-        assistant_updates=config.assistant.updates, generator_timestep=config.generator.timestep,
+        objective=c.name, omega=c.omega, constants=objectives.Constants(c.huber_c, c.alpha_cfg, c.sid_alpha),
+        weighting=c.weighting, reduction=c.reduction, reward_scale=c.reward_scale, generator_times=(c.t_min, c.t_max),
+        assistant_times=(config.assistant.t_min, config.assistant.t_max), assistant_updates=config.assistant.updates,
+        sharing=config.assistant.sharing, generator_timesteps=generator_timesteps(config.generator),
         latent_shape=latent_shape, ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples))
 
 
@@ -106,6 +108,22 @@ def load_state(config, frozen: Frozen, mesh: Mesh, checkpoints: checkpoint.Check
     return init(generator, assistant)
 
 
+def make_draw(frozen: Frozen, settings: step.Settings, mesh: Mesh):
+    """Returns the compiled draw(params, frozen.params, token_ids [B, L], key) -> (images [B, H, W, 3], rewards [B])."""
+    timesteps = settings.generator_timesteps
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def draw(params, frozen_params, token_ids, key):
+        condition, _ = frozen.networks.encode_text(frozen_params, token_ids)
+        noise = jax.random.normal(key, (len(timesteps), condition.context.shape[0], *settings.latent_shape))
+        x0 = samplers.few_step(lambda x, t: frozen.networks.unet(params, x, t, condition), noise, timesteps,
+                               frozen.schedule)
+        image = frozen.decode(frozen_params, x0)
+        return jnp.clip(image, -1.0, 1.0), frozen.score(frozen_params, image, token_ids)
+
+    return draw
+
+
 def run(config, workdir: str) -> None:
     """Trains as `config` says, continuing what is in `workdir`, and leaves the results there.
 
@@ -125,7 +143,8 @@ def run(config, workdir: str) -> None:
     opts = optimizers(config)
     checkpoints = checkpoint.Checkpoints(folder / checkpoint.FOLDER, keep=config.train.keep)
     state = load_state(config, frozen, mesh, checkpoints, opts)
-    metadata = {"unet_config": frozen.unet.config, "reference": str(frozen.folder.absolute())}
+    metadata = {"unet_config": frozen.unet.config, "reference": str(frozen.folder.absolute()),
+                "generator_timesteps": settings.generator_timesteps}
 
     # Prompts, by index: step k sees the same ones on any number of hosts and after any restart.
     source = prompts.load(config.data.prompts, folder / "prompts", column=config.data.column)
@@ -137,13 +156,7 @@ def run(config, workdir: str) -> None:
         return {name: jax.make_array_from_process_local_data(batch_sharding, ids) for name, ids in mine.items()}
 
     # Before: scores and pictures of the generator as it came.
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def draw_compiled(params, frozen_params, token_ids, key):
-        condition, _ = frozen.networks.encode_text(frozen_params, token_ids)
-        z = jax.random.normal(key, (condition.context.shape[0], *settings.latent_shape))
-        generate = step.make_generate(frozen.networks, settings, frozen.schedule)
-        image = frozen.decode(frozen_params, generate(params, z, condition))
-        return jnp.clip(image, -1.0, 1.0), frozen.score(frozen_params, image, token_ids)
+    draw_compiled = make_draw(frozen, settings, mesh)
 
     def draw(params, token_ids, key):
         spread = {name: jax.make_array_from_callback(ids.shape, batch_sharding, lambda i, ids=ids: ids[i])

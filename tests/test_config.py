@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax.config import UserError, check, check_workdir, fields, planned_devices, suggest
-from di_star_jax.objectives import OBJECTIVES
+from di_star_jax.config import UserError, check, check_workdir, fields, generator_timesteps, planned_devices, suggest
+from di_star_jax.objectives import OBJECTIVES, OUTSIDE
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,13 +28,44 @@ def dry(**changes):
 
 
 def test_defaults_pass_and_both_configs_have_the_same_fields():
-    check(dry(), 16, objectives=OBJECTIVES)
+    check(dry(), 16, objectives=OBJECTIVES, outside=OUTSIDE)
     assert fields(load("sdxl")).keys() == fields(load("shapes")).keys()
     assert load("sdxl", "sim").objective.reward_scale == load("shapes", "sim").objective.reward_scale == 0.0
 
 
+def presets(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.PRESETS)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "shapes"])
+def test_every_preset_passes_the_checks(name):
+    for preset in presets(name):
+        config = load(name, preset)
+        config.dry_run = True
+        check(config, 16 if name == "sdxl" else 4, objectives=OBJECTIVES, outside=OUTSIDE)
+
+
+@pytest.mark.parametrize("preset, objective, omega, alpha_cfg, reward", [
+    ("kl_0_0", "kl", 1.0, 0.0, 0.0), ("kl_0_7.5", "kl", 7.5, 0.0, 0.0), ("kl_100_7.5", "kl", 7.5, 0.0, 100.0),
+    ("outside_100_7.5", "di_star_outside", 1.0, 7.5, 100.0), ("inside_0_0", "di_star", 1.0, 0.0, 0.0),
+    ("inside_0_7.5", "di_star", 7.5, 0.0, 0.0), ("inside_1_7.5", "di_star", 7.5, 0.0, 1.0),
+    ("inside_10_7.5", "di_star", 7.5, 0.0, 10.0), ("inside_100_4.5", "di_star", 4.5, 0.0, 100.0),
+    ("inside_100_7.5", "di_star", 7.5, 0.0, 100.0)])
+def test_rows_of_table_2_have_its_scales(preset, objective, omega, alpha_cfg, reward):
+    c = load("sdxl", preset).objective
+    assert (c.name, c.omega, c.alpha_cfg, c.reward_scale) == (objective, omega, alpha_cfg, reward)
+
+
+def test_a_few_step_generator_without_times_has_those_of_dmd2():
+    times = [generator_timesteps(dry(**{"generator.steps": k}).generator) for k in (1, 2, 4)]
+    assert times == [(399,), (999, 499), (999, 749, 499, 249)]
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown preset 'nothing', expected one of di_star, sim"):
+    with pytest.raises(UserError, match="unknown preset 'nothing', expected one of di_star, di_star_l2"):
         load("sdxl", "nothing")
 
 
@@ -47,12 +78,23 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
     ({"mesh.data": -2}, 8, r"mesh.data=-2, expected 1 or more"),
     ({"mesh.fsdp": -1}, 8, r"mesh.data=-1 and mesh.fsdp=-1: expected one of them at most"),
     ({"data.resolution": 1000}, 16, r"1000 is not a multiple of 64; use 1024"),
-    ({"objective.name": "distar"}, 16, r"objective.name='distar', expected one of 'di_star', did you mean di_star"),
+    ({"objective.name": "distar"}, 16, r"objective.name='distar', expected one of 'di_star', .*did you mean di_star"),
     ({"objective.huber_c": 0.0}, 16, r"objective.huber_c=0.0, expected more than 0"),
     ({"objective.reward_scale": -1.0}, 16, r"objective.reward_scale=-1.0, expected 0 or more"),
     ({"objective.t_max": 1000}, 16, r"objective.t_min=20, objective.t_max=1000, expected 0 <= t_min <= t_max <= 999"),
     ({"assistant.t_min": 500, "assistant.t_max": 400}, 16, r"assistant.t_min=500"),
-    ({"generator.timestep": -1}, 16, r"generator.timestep=-1, expected 0..999"),
+    ({"generator.timesteps": (-1,)}, 16, r"generator.timesteps=\(-1,\), expected falling numbers in 0..999"),
+    ({"generator.steps": 2, "generator.timesteps": (499, 999)}, 16, r"\(499, 999\), expected falling numbers"),
+    ({"generator.steps": 4, "generator.timesteps": (399,)}, 16, r"are 1, but generator.steps=4; give as many, or \(\)"),
+    ({"generator.steps": 200}, 16, r"generator.steps=200, expected 1 to 100"),
+    ({"objective.name": "di_star_outside"}, 16, r"guidance outside, but objective.omega=7.5 is inside; set .*omega=1"),
+    ({"objective.alpha_cfg": 7.5}, 16, r"alpha_cfg=7.5 is guidance outside, which objective.name='di_star' does not"),
+    ({"objective.alpha_cfg": -1.0}, 16, r"objective.alpha_cfg=-1.0, expected 0 or more"),
+    ({"objective.omega": -1.0}, 16, r"objective.omega=-1.0, expected 0 or more"),
+    ({"objective.weighting": "none"}, 16, r"objective.weighting='none', expected one of 'eps', 'score', 'x0'"),
+    ({"objective.reduction": "max"}, 16, r"objective.reduction='max', expected one of 'sum', 'mean'"),
+    ({"assistant.sharing": "x_t", "assistant.updates": 5}, 16, r"assistant.updates=5 with assistant.sharing='x_t'"),
+    ({"assistant.t_max": 1000}, 16, r"assistant.t_max=1000, expected 0 <= t_min <= t_max <= 999"),
     ({"compute.dtype": "float16"}, 16, r"compute.dtype='float16', in which SDXL's VAE overflows; use 'bfloat16'"),
     ({"compute.dtype": "half"}, 16, r"compute.dtype='half', expected one of 'bfloat16', 'float32'"),
     ({"optim.b2": 1.0}, 16, r"optim.b2=1.0, expected a number in \[0, 1\)"),
@@ -64,7 +106,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 ])
 def test_a_config_that_cannot_run_is_refused_in_one_line(changes, devices, message):
     with pytest.raises(UserError, match=message) as error:
-        check(dry(**changes), devices, objectives=OBJECTIVES)
+        check(dry(**changes), devices, objectives=OBJECTIVES, outside=OUTSIDE)
     assert "\n" not in str(error.value)
 
 
@@ -75,7 +117,7 @@ def test_a_missing_weights_folder_is_refused_before_the_network_is_asked(tmp_pat
     prompts.write_text("a cat\n")
     with pytest.raises(UserError, match=f"weights.generator={name}: no such folder"):
         check(dry(**{"dry_run": False, "data.prompts": str(prompts), "weights.generator": name}), 16,
-              objectives=OBJECTIVES)
+              objectives=OBJECTIVES, outside=OUTSIDE)
 
 
 def test_a_dry_run_is_for_this_machine_only_where_the_mesh_fits_it():

@@ -43,7 +43,7 @@ def command(monkeypatch, capsys):
     ([SDXL, DRY, "--config.data=3"], "--config.data=3"),
     ([SDXL, DRY, "--config.data.batch_size=6"], "data.batch_size=6 is not divisible by the 16 devices"),
     ([SDXL, DRY, "surplus"], "got 'surplus', expected flags only"),
-    ([SDXL + ":nothing", DRY], "unknown preset 'nothing', expected one of di_star, sim"),
+    ([SDXL + ":nothing", DRY], "unknown preset 'nothing', expected one of di_star, di_star_l2"),
     ([SDXL, "--config.mesh.fsdp=8"], "no --workdir"),
     ([SDXL, "--workdir=gs://bucket/run"], "mount the bucket"),
     ([SDXL, "--workdri=x"], "unknown flag --workdri, did you mean workdir?"),

@@ -52,6 +52,21 @@ def test_one_step_equals_diffusers_lcm_at_399():
     np.testing.assert_allclose(ours, diffusers_sample(LCMScheduler(**SDXL), timesteps=[399]), rtol=1e-4, atol=1e-4)
 
 
+def test_few_steps_equal_diffusers_lcm_with_the_same_noise():
+    from diffusers import LCMScheduler
+    times = [999, 749, 499, 249]
+    scheduler = LCMScheduler(**SDXL)
+    scheduler.set_timesteps(timesteps=times)
+    generator = torch.Generator().manual_seed(0)
+    noise = [Z, *(torch.randn(Z.shape, generator=generator).numpy() for _ in times[1:])]
+    generator.manual_seed(0)
+    x = torch.tensor(Z)
+    for t in scheduler.timesteps:
+        x = scheduler.step(eps_fn(x, t.reshape(1).float()), t, x, generator=generator, return_dict=False)[0]
+    ours = samplers.few_step(eps_fn, jnp.array(np.stack(noise)), times, SCHEDULE)
+    np.testing.assert_allclose(ours, x.numpy(), rtol=1e-3, atol=1e-3)
+
+
 def test_ddim_and_euler_find_the_data_of_a_gaussian():
     # Data N(2, 0.5^2) has a linear score; the flow maps N(0, 1) onto it.
     def exact(x_t, t):

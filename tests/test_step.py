@@ -11,7 +11,9 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from di_star_jax import diffusion, pipeline, rewards, sharding, step
+from di_star_jax import diffusion, flops, objectives, pipeline, rewards, sharding, step
+from di_star_jax.models import published
+from di_star_jax.models.unet import Condition
 
 TEXT = {"model_type": "clip_text_model", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32,
         "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 8, "projection_dim": 16,
@@ -34,8 +36,9 @@ CONFIGS = {
 SCHEDULE = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                                    beta_schedule="scaled_linear")
 SETTINGS = step.Settings(
-    objective="di_star", omega=7.5, reward_scale=100.0, huber_c=0.00054, generator_times=(20, 980),
-    assistant_times=(0, 999), assistant_updates=1, generator_timestep=399, latent_shape=(8, 8, 4), ema_decay=0.9)
+    objective="di_star", omega=7.5, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
+    weighting="eps", reduction="sum", reward_scale=100.0, generator_times=(20, 980), assistant_times=(0, 999),
+    assistant_updates=1, sharing="x0", generator_timesteps=(399,), latent_shape=(8, 8, 4), ema_decay=0.9)
 BATCH = 8
 
 
@@ -62,18 +65,37 @@ def world():
     return networks, params, other, {name: ids for name in ("tokenizer", "tokenizer_2", "reward")}
 
 
-def make(world, settings=SETTINGS, optimizer=None):
-    networks, params, other, ids = world
-    opt = optimizer or step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01,
-                                  clip_norm=10.0)
-    state = step.init_state(other, params["unet"], opt, opt)
-    update = jax.jit(step.make_train_step(networks, settings, SCHEDULE, opt, opt), donate_argnums=0)
-    return state, lambda state, key=jax.random.key(0): update(state, params, ids, key), update
+# A UNet of a few products: what the step does with it is the same, and compiles in a second.
+def small_unet(params, x_t, t, condition):
+    h = jnp.tanh(x_t @ params["a"] + condition.pooled[:, None, None, :] @ params["c"]
+                 + jnp.sin(diffusion.per_sample(t / 200.0, x_t)))
+    return h @ params["b"] + 0.1 * x_t
+
+
+def small_world():
+    """(networks, frozen parameters, another UNet's parameters)."""
+    def params(seed):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        return {"a": 0.5 * jax.random.normal(keys[0], (4, 16)), "b": 0.3 * jax.random.normal(keys[1], (16, 4)),
+                "c": jax.random.normal(keys[2], (3, 16))}
+
+    def encode_text(frozen, token_ids):
+        pooled = jax.random.normal(jax.random.key(5), (BATCH, 3))
+        condition = Condition(jnp.zeros((BATCH, 1, 1)), pooled, None)
+        return condition, pipeline.null_of(condition)
+
+    networks = step.Networks(small_unet, encode_text, lambda frozen, x0, ids: -(x0**2).mean((1, 2, 3)))
+    return networks, {"unet": params(0)}, params(1), params(2)
 
 
 @pytest.fixture(scope="module")
-def default(world):
-    return make(world)
+def small():
+    """(state, run(state, key) -> (state, metrics), the jitted step) of the small world."""
+    networks, frozen, generator, assistant = small_world()
+    opt = step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0)
+    update = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, opt, opt), donate_argnums=0)
+    state = step.init_state(generator, assistant, opt, opt)
+    return state, lambda state, key=jax.random.key(0): update(state, frozen, {}, key), update
 
 
 def copy(tree):
@@ -84,10 +106,13 @@ def distance(a, b):
     return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def test_a_step_moves_generator_assistant_and_average_and_donates_the_state(default):
-    state, run, _ = default
-    before, given = copy(state), copy(state)
-    after, metrics = run(given)
+def test_a_step_moves_generator_assistant_and_average_and_donates_the_state(world):
+    networks, params, other, ids = world
+    opt = step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0)
+    given = step.init_state(other, params["unet"], opt, opt)
+    before = copy(given)
+    update = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, opt, opt), donate_argnums=0)
+    after, metrics = update(given, params, ids, jax.random.key(0))
     assert int(after.step) == 1 and float(metrics["nonfinite"]) == 0
     assert all(np.isfinite(float(v)) for v in metrics.values())
     for name in ("generator", "assistant"):
@@ -97,16 +122,16 @@ def test_a_step_moves_generator_assistant_and_average_and_donates_the_state(defa
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.generator))
 
 
-def test_nothing_recompiles_after_the_first_step(default):
-    state, run, update = default
+def test_nothing_recompiles_after_the_first_step(small):
+    state, run, update = small
     state = copy(state)
     for _ in range(3):
         state, _ = run(state)
     assert update._cache_size() == 1
 
 
-def test_stopped_and_restarted_equals_a_straight_run(default):
-    state, run, _ = default
+def test_stopped_and_restarted_equals_a_straight_run(small):
+    state, run, _ = small
     straight = copy(state)
     for _ in range(3):
         straight, _ = run(straight)
@@ -137,54 +162,154 @@ def test_gradients_on_eight_devices_equal_those_on_one(world):
         assert error <= 1e-5 * max(largest, 1.0), f"{name}: {error} of {largest}"
 
 
-def test_the_generators_gradient_is_that_of_the_whole_loss(world):
-    # The step differentiates at x0 and pulls back; one jax.grad through everything must agree.
-    networks, params, other, ids = world
-    sgd = optax.sgd(1.0)
-    state = step.init_state(other, params["unet"], sgd, sgd)
-    key = jax.random.key(0)
-    after, _ = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, sgd, sgd))(state, params, ids, key)
-
-    def whole(generator):
-        key_z, key_generator, _ = jax.random.split(jax.random.fold_in(key, 0), 3)
-        conditions = networks.encode_text(params, ids)
-        z = jax.random.normal(key_z, (BATCH, 8, 8, 4))
-        x0 = step.make_generate(networks, SETTINGS, SCHEDULE)(generator, z, conditions[0])
-        return step.generator_loss(x0, key_generator, assistant=state.assistant, frozen=params,
-                                   conditions=conditions, token_ids=ids, networks=networks, settings=SETTINGS,
-                                   schedule=SCHEDULE)[0]
-
-    expected = jax.tree.map(lambda p, g: p - g, state.generator, jax.jit(jax.grad(whole))(state.generator))
-    largest = distance(expected, state.generator)
-    assert distance(after.generator, expected) <= 1e-4 * largest
-
-
-def test_warm_up_trains_the_assistant_alone(world):
-    networks, params, other, ids = world
+def test_warm_up_trains_the_assistant_alone(small):
+    networks, frozen, _, _ = small_world()
+    state = copy(small[0])
     opt = step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=10.0)
-    state = step.init_state(other, params["unet"], opt, opt)
-    warm = jax.jit(step.make_warmup_step(networks, SETTINGS, SCHEDULE, opt))
-    after, metrics = warm(state, params, ids, jax.random.key(0))
+    after, metrics = jax.jit(step.make_warmup_step(networks, SETTINGS, SCHEDULE, opt))(
+        state, frozen, {}, jax.random.key(0))
     assert distance(after.generator, state.generator) == 0.0
     assert distance(after.assistant, state.assistant) > 1e-5
     assert float(metrics["nonfinite"]) == 0
 
 
-def test_two_assistant_updates_move_the_assistant_further_than_one(world):
-    twice = dataclasses.replace(SETTINGS, assistant_updates=2)
-    sgd = optax.sgd(1e-3)
-    moved = []
-    for settings in (SETTINGS, twice):
-        state, run, _ = make(world, settings, sgd)
-        start = copy(state.assistant)
-        after, _ = run(state)
-        moved.append(distance(after.assistant, start))
-    assert moved[1] > 1.2 * moved[0]
-
-
-def test_a_gradient_that_is_not_finite_is_counted(default):
-    state, run, _ = default
+def test_a_gradient_that_is_not_finite_is_counted(small):
+    state, run, _ = small
     broken = copy(state)
-    broken.generator["conv_in"]["bias"] = broken.generator["conv_in"]["bias"].at[0].set(jnp.nan)
+    broken.generator["a"] = broken.generator["a"].at[0].set(jnp.nan)
     _, metrics = run(broken)
     assert float(metrics["nonfinite"]) > 0
+
+
+def small_step(key=0, **changes):
+    """One step of plain SGD with rate 1: the change of the parameters is the gradient.
+
+    Returns: (settings, gradients of the generator, of the assistant, metrics).
+    """
+    networks, frozen, generator, assistant = small_world()
+    settings = dataclasses.replace(SETTINGS, **changes)
+    sgd = optax.sgd(1.0)
+    state = step.init_state(generator, assistant, sgd, sgd)
+    after, metrics = jax.jit(step.make_train_step(networks, settings, SCHEDULE, sgd, sgd))(
+        state, frozen, {}, jax.random.key(key))
+    return (settings, *(jax.tree.map(lambda a, b: a - b, getattr(state, name), getattr(after, name))
+                        for name in ("generator", "assistant")), metrics)
+
+
+def expected_gradients(settings, key=0):
+    """The gradients of the shared scheme, each by its own jax.grad on the same x_t."""
+    networks, frozen, generator, assistant = small_world()
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(key), 0), 3)
+    conditions = networks.encode_text(frozen, {})
+    common = dict(networks=networks, schedule=SCHEDULE)
+    z, t_z = step.simulate(generator, keys[0], conditions[0], settings=settings, **common)
+    t, eps = step._draw(keys[1], settings.generator_times, z.shape)
+
+    def generator_loss(generator):
+        x0 = step.denoise(generator, z, t_z, conditions[0], **common)
+        return step.generator_loss(x0, t, eps, psi=lambda x_t, t: small_unet(assistant, x_t, t, conditions[0]),
+                                   frozen=frozen, conditions=conditions, token_ids={}, settings=settings, **common)[0]
+
+    def assistant_loss(assistant):
+        x0 = step.denoise(generator, z, t_z, conditions[0], **common)
+        x_t = diffusion.add_noise(x0, eps, SCHEDULE.alpha[t], SCHEDULE.sigma[t])
+        return objectives.denoising_score_matching(small_unet(assistant, x_t, t, conditions[0]), eps).mean()
+
+    return jax.grad(generator_loss)(generator), jax.grad(assistant_loss)(assistant)
+
+
+def assert_close(a, b, rtol=1e-4):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
+def test_one_shared_forward_gives_the_gradients_of_separate_ones_on_the_same_x_t(objective):
+    settings, *gradients, metrics = small_step(objective=objective, sharing="x_t")
+    for ours, separate in zip(gradients, expected_gradients(settings)):
+        assert_close(ours, separate)
+    assert metrics["nonfinite"] == 0
+
+
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
+def test_with_fresh_times_the_generators_gradient_is_the_same(objective):
+    settings, generator, assistant, metrics = small_step(objective=objective)
+    expected = expected_gradients(settings)
+    assert_close(generator, expected[0])
+    assert distance(assistant, expected[1]) > 1e-3  # other times, other noise
+    assert metrics["nonfinite"] == 0
+
+
+def test_no_regulariser_and_no_reward_is_no_gradient():
+    _, generator, _, _ = small_step(objective="reward_only", reward_scale=0.0)
+    assert all((g == 0).all() for g in jax.tree.leaves(generator))
+
+
+def test_omega_one_turns_guidance_off():
+    unguided = small_step(omega=1.0)[1]
+    constants = SETTINGS.constants._replace(alpha_cfg=0.0)
+    assert_close(unguided, small_step(objective="di_star_outside", omega=1.0, constants=constants)[1])
+    assert distance(unguided, small_step(omega=2.0)[1]) > 1e-4
+
+
+def test_reduction_and_weighting_scale_the_regulariser_alone():
+    at_399 = dict(reward_scale=0.0, generator_times=(399, 399))
+    plain = small_step(**at_399)[1]
+    mean = small_step(reduction="mean", **at_399)[1]
+    assert_close(jax.tree.map(lambda g: g * 8 * 8 * 4, mean), plain)
+    x0 = small_step(weighting="x0", **at_399)[1]
+    assert_close(jax.tree.map(lambda g: g * SCHEDULE.alpha[399] / SCHEDULE.sigma[399], x0), plain)
+    score = small_step(weighting="score", **at_399)[1]
+    assert_close(jax.tree.map(lambda g: g * SCHEDULE.sigma[399], score), plain)
+
+
+@pytest.mark.parametrize("timesteps", [(999, 499), (999, 749, 499, 249)])
+def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_made(timesteps):
+    networks, frozen, generator, _ = small_world()
+    condition = networks.encode_text(frozen, {})[0]
+    settings = dataclasses.replace(SETTINGS, generator_timesteps=timesteps)
+    seen = {}
+    for k in range(30):
+        key = jax.random.key(k)
+        x_t, t = step.simulate(generator, key, condition, networks=networks, settings=settings, schedule=SCHEDULE)
+        noise = jax.random.normal(jax.random.split(key)[0], (len(timesteps), *x_t.shape))
+        i = timesteps.index(int(t))
+        seen[i] = seen.setdefault(i, 0) + 1
+        expected = noise[0]
+        for j in range(i):
+            x0 = step.denoise(generator, expected, jnp.array(timesteps[j]), condition, networks=networks,
+                              schedule=SCHEDULE)
+            expected = diffusion.add_noise(x0, noise[j + 1], *(v[jnp.full(BATCH, timesteps[j + 1])] for v in SCHEDULE))
+        np.testing.assert_allclose(x_t, expected, rtol=1e-4, atol=1e-4)
+    assert sorted(seen) == list(range(len(timesteps)))
+    settings, *gradients, _ = small_step(generator_timesteps=timesteps, sharing="x_t", key=3)
+    for ours, separate in zip(gradients, expected_gradients(settings, key=3)):
+        assert_close(ours, separate)
+
+
+# UNet forwards per sample (an input-VJP is one, a whole backward pass two), VAE and reward apart.
+@pytest.mark.parametrize("changes, forwards", [
+    ({}, 12), ({"sharing": "x_t"}, 11), ({"objective": "di_star_outside", "omega": 1.0}, 11), ({"objective": "kl"}, 9)],
+    ids=str)
+def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwards):
+    unet = pipeline.abstract_model(published.PIPELINES["stabilityai/stable-diffusion-xl-base-1.0"]["unet"])
+    apply = lambda params, x_t, t, condition: nnx.merge(unet.graphdef, params)(x_t, t, condition)
+    shape = (2, 128, 128, 4)
+    condition = Condition(jnp.zeros((2, 77, 2048)), jnp.zeros((2, 1280)), jnp.zeros((2, 6)))
+    one = flops.count(apply, unet.params, jax.ShapeDtypeStruct(shape, jnp.float32), jnp.zeros(2, jnp.int32), condition)
+    assert one / 2 == pytest.approx(6.761e12, rel=1e-3)
+    networks = step.Networks(apply, lambda frozen, ids: (condition, pipeline.null_of(condition)),
+                             lambda frozen, x0, ids: jnp.zeros(2))
+    settings = dataclasses.replace(SETTINGS, latent_shape=shape[1:], **changes)
+    sgd = optax.sgd(1.0)
+    state = jax.eval_shape(lambda p: step.init_state(p, p, sgd, sgd), unet.params)
+    whole = flops.count(step.make_train_step(networks, settings, SCHEDULE, sgd, sgd), state, {"unet": unet.params}, {},
+                        jax.eval_shape(lambda: jax.random.key(0)))
+    assert whole / one == pytest.approx(forwards, rel=0.05)
+
+
+def test_further_assistant_updates_have_fresh_times_and_noise():
+    once, twice, thrice = (small_step(assistant_updates=k)[2] for k in (1, 2, 3))
+    first, second = distance(once, twice), distance(twice, thrice)
+    assert first > 1e-3 and second > 1e-3
+    assert distance(jax.tree.map(lambda a, b: a - b, twice, once), once) > 1e-3

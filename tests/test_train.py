@@ -13,8 +13,6 @@ from di_star_jax import checkpoint, models, pipeline, sample, train, weights
 from di_star_jax.config import UserError
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 
-pytestmark = pytest.mark.xdist_group("train")  # the fixtures take minutes: build them in one process
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -91,17 +89,17 @@ def test_a_stopped_run_continues_to_the_same_weights_bit_for_bit(folder, straigh
 
 def test_weights_that_blow_up_stop_the_run_with_what_to_do(folder, tmp_path):
     with pytest.raises(UserError, match=r"step \d+: a gradient is not finite.*lower optim.generator_lr"):
-        train.run(config_for(folder, **{"optim.generator_lr": 1e30, "optim.assistant_lr": 1e30, "eval.prompts": ""}),
+        train.run(config_for(folder, **{"assistant.warmup_steps": 3, "optim.assistant_lr": 1e30, "eval.prompts": ""}),
                   str(tmp_path))
 
 
 def test_sample_makes_the_same_picture_from_a_workdir_and_from_its_export(straight):
-    z = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    z = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
     pictures = []
     for source in (straight, straight / "diffusers"):
-        loaded, one_step = sample.load(str(source), "ema")
-        assert one_step
-        draw = sample.make_draw(loaded, sampler="one_step", timesteps=np.array([399]), guidance_scale=1.0)
+        loaded, times = sample.load(str(source), "ema")
+        assert times == (399,)
+        draw = sample.make_draw(loaded, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0)
         pictures.append(draw(["a red circle", "a blue square"], z))
     assert pictures[0].shape == (2, 16, 16, 3)
     assert np.array_equal(*pictures)

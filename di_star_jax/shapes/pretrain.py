@@ -24,7 +24,8 @@ import orbax.checkpoint as ocp
 from absl import app, flags
 from flax import nnx
 
-from di_star_jax import checkpoint, diffusion, models, pipeline, prompts, rewards, sample, samplers, step, weights
+from di_star_jax import (checkpoint, diffusion, models, objectives, pipeline, prompts, rewards, sample, samplers, step,
+                         weights)
 from di_star_jax.config import UserError, exit_on_user_error
 from di_star_jax.models.clip import CLIPConfig, CLIPModel
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
@@ -316,53 +317,67 @@ def render_pairs(folder: pathlib.Path, count: int) -> dict[str, np.ndarray]:
     return dict(np.load(folder / "pairs.npz"))
 
 
-def train_reward(folder: pathlib.Path, images: np.ndarray, ids: np.ndarray, pairs: dict[str, np.ndarray],
-                 pair_ids: np.ndarray, config: dict, steps: tuple[int, int] = (1500, 1500), batch_size: int = 96):
-    """CLIP's contrastive loss, then PickScore's: cross-entropy over the two scaled scores of a pair.
+def _logit_scale(params) -> jax.Array:
+    return jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
+
+
+def train_clip(folder: pathlib.Path, images: np.ndarray, ids: np.ndarray, config: dict, steps: int = 1500,
+               batch_size: int = 96, seed: int = 20):
+    """CLIP's contrastive loss on images and their captions.
 
     Args:
       folder: of the checkpoints.
       images, ids: uint8 [N, 64, 64, 3] and their captions, int32 [N, TOKENS].
-      pairs, pair_ids: from `render_pairs`, with their captions.
       config: the CLIPModel's config.json.
-      steps: of the two phases. batch_size: images of the first phase; the second takes half as many pairs.
+      steps, batch_size: of training. seed: of the first parameters.
     Returns:
       (graphdef, params)
     """
-    graphdef, params = models.init(lambda rngs: CLIPModel(CLIPConfig.from_json(config), rngs=rngs), seed=20)
-
-    def scale(params):
-        return jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
+    graphdef, params = models.init(lambda rngs: CLIPModel(CLIPConfig.from_json(config), rngs=rngs), seed=seed)
 
     def contrastive(params, batch, key):
         del key
         text = rewards.text_embeddings(graphdef, params, batch["ids"])
         image = rewards.image_embeddings(graphdef, params, batch["image"])
-        logits = scale(params) * image @ text.T  # [B, B]
+        logits = _logit_scale(params) * image @ text.T  # [B, B]
         labels = jnp.arange(len(logits))
         pull = optax.softmax_cross_entropy_with_integer_labels
         return (pull(logits, labels).mean() + pull(logits.T, labels).mean()) / 2
-
-    def preference(params, batch, key):
-        del key
-        text = rewards.text_embeddings(graphdef, params, batch["ids"])
-        scores = [rewards.pickscore(graphdef, params, batch["image"][:, i], text) for i in range(2)]
-        logits = scale(params) * jnp.stack(scores, axis=-1)  # [B, 2]
-        labels = jnp.stack([batch["prob"], 1.0 - batch["prob"]], axis=-1)
-        return optax.softmax_cross_entropy(logits, labels).mean()
 
     def images_at(step):
         rows = np.sort(np.random.default_rng((5, step)).integers(len(images), size=batch_size))
         return {"image": to_image(images[rows]), "ids": ids[rows]}
 
+    return graphdef, fit("CLIP, contrastive", folder, params, contrastive, images_at, adamw(1e-3, steps), steps)
+
+
+def train_reward(folder: pathlib.Path, clip: tuple, pairs: dict[str, np.ndarray], pair_ids: np.ndarray,
+                 steps: int = 1500, batch_size: int = 48):
+    """PickScore's loss: cross-entropy over the two scaled scores of a preference pair.
+
+    Args:
+      folder: of the checkpoints.
+      clip: from `train_clip`, to start from.
+      pairs, pair_ids: from `render_pairs`, with their captions, int32 [N, TOKENS].
+      steps, batch_size: of training.
+    Returns:
+      (graphdef, params)
+    """
+    graphdef, params = clip
+
+    def preference(params, batch, key):
+        del key
+        text = rewards.text_embeddings(graphdef, params, batch["ids"])
+        scores = [rewards.pickscore(graphdef, params, batch["image"][:, i], text) for i in range(2)]
+        logits = _logit_scale(params) * jnp.stack(scores, axis=-1)  # [B, 2]
+        labels = jnp.stack([batch["prob"], 1.0 - batch["prob"]], axis=-1)
+        return optax.softmax_cross_entropy(logits, labels).mean()
+
     def pairs_at(step):
-        rows = np.random.default_rng((6, step)).integers(len(pair_ids), size=batch_size // 2)
+        rows = np.random.default_rng((6, step)).integers(len(pair_ids), size=batch_size)
         return {"image": to_image(pairs["images"][rows]), "prob": pairs["prob"][rows], "ids": pair_ids[rows]}
 
-    params = fit("reward, contrastive", folder / "contrastive", params, contrastive, images_at,
-                 adamw(1e-3, steps[0]), steps[0])
-    return graphdef, fit("reward, preference", folder / "preference", params, preference, pairs_at,
-                         adamw(3e-4, steps[1]), steps[1])
+    return graphdef, fit("reward, preference", folder, params, preference, pairs_at, adamw(3e-4, steps), steps)
 
 
 def distil_generator(folder: pathlib.Path, graphdefs: dict, teacher: dict, token_ids: dict[str, np.ndarray],
@@ -382,9 +397,9 @@ def distil_generator(folder: pathlib.Path, graphdefs: dict, teacher: dict, token
         encode_text=lambda params, ids: pipeline.encode_text(graphdefs, params, ids, RESOLUTION),
         reward=lambda params, x0, ids: jnp.zeros(x0.shape[0]))
     settings = step.Settings(
-        objective="di_star", omega=DISTIL_OMEGA, reward_scale=0.0, huber_c=0.00054, generator_times=(20, 980),
-        assistant_times=(0, 999), assistant_updates=1, generator_timestep=399, latent_shape=(16, 16, 4),
-        ema_decay=0.98)
+        objective="di_star", omega=DISTIL_OMEGA, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
+        weighting="eps", reduction="sum", reward_scale=0.0, generator_times=(20, 980), assistant_times=(0, 999),
+        assistant_updates=1, sharing="x0", generator_timesteps=(399,), latent_shape=(16, 16, 4), ema_decay=0.98)
     schedule = diffusion.schedule_from_json(SCHEDULER)
     opts = [step.adamw(rate, lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=10.0)
             for rate in (1e-4, 2e-4)]
@@ -432,9 +447,9 @@ def report(folder: pathlib.Path) -> dict[str, float]:
     teacher = sample.make_draw(loaded, sampler="euler", timesteps=samplers.leading_timesteps(50),
                                guidance_scale=DISTIL_OMEGA)
     generator = loaded._replace(models=loaded.models | {"unet": pipeline.load_model(folder / "generator")})
-    one_step = sample.make_draw(generator, sampler="one_step", timesteps=np.array([399]), guidance_scale=1.0)
+    one_step = sample.make_draw(generator, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0)
     return {"teacher, 50 guided steps": accuracy(teacher, captions, seed=1),
-            "initial generator, one step": accuracy(one_step, captions, seed=2)}
+            "initial generator, one step": accuracy(lambda texts, z: one_step(texts, z[None]), captions, seed=2)}
 
 
 def write_captions(folder: pathlib.Path) -> None:
@@ -471,7 +486,8 @@ def run(workdir: pathlib.Path) -> None:
     pairs = render_pairs(workdir / "pairs", 10_000)
     pair_ids = caption_ids(out / "tokenizer", json.loads((workdir / "pairs" / "captions.json").read_text()))
     config = {**REWARD, "text_config": {**REWARD["text_config"], **special}}
-    _, reward = train_reward(workdir / "reward", images, ids["tokenizer"], pairs, pair_ids, config)
+    clip = train_clip(workdir / "reward" / "contrastive", images, ids["tokenizer"], config)
+    _, reward = train_reward(workdir / "reward" / "preference", clip, pairs, pair_ids)
     weights.save(out / "reward", reward, config=config, **_HALF_CLIP)
 
     generator = distil_generator(workdir / "generator", graphdefs, teacher, ids)
