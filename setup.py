@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Install with `pip install -e .` (train), `.[test]` (tests), `.[tpu]` or `.[cuda]` (accelerators)."""
+"""Install with `pip install -e .` (train), `.[test]` (tests), `.[docs]` (figures), `.[tpu]` or `.[cuda]` (accelerators)."""
 
 import setuptools
 
@@ -38,6 +38,7 @@ setuptools.setup(
         # 2.13 is the release whose default wheel is a CPU build where the parity tests were run; torchvision does not
         # import beside it.
         "test": ["torch==2.13.*", "diffusers>=0.38", "accelerate>=1.0", "pytest>=9", "pytest-xdist>=3.6", "scipy>=1.14"],
+        "docs": ["matplotlib>=3.9"],
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],
     },
