@@ -113,13 +113,12 @@ def simulate(params: Params, key: jax.Array, condition: Condition, *, networks: 
     Returns: (x_t [B, h, w, 4] without gradient, t scalar int32). With one step, z and its time.
     """
     timesteps = jnp.array(settings.generator_timesteps)
-    key_noise, key_step = jax.random.split(key)
     batch = condition.context.shape[0]
-    noise = jax.random.normal(key_noise, (len(timesteps), batch, *settings.latent_shape))
+    noise = jax.random.normal(key, (len(timesteps), batch, *settings.latent_shape))
     if len(timesteps) == 1:
         return noise[0], timesteps[0]
     params = jax.lax.stop_gradient(params)
-    step = jax.random.randint(key_step, (), 0, len(timesteps))
+    step = jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(timesteps))
 
     def earlier(k, x_t):
         x0 = denoise(params, x_t, timesteps[k], condition, networks=networks, schedule=schedule)

@@ -272,7 +272,7 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
     for k in range(30):
         key = jax.random.key(k)
         x_t, t = step.simulate(generator, key, condition, networks=networks, settings=settings, schedule=SCHEDULE)
-        noise = jax.random.normal(jax.random.split(key)[0], (len(timesteps), *x_t.shape))
+        noise = jax.random.normal(key, (len(timesteps), *x_t.shape))
         i = timesteps.index(int(t))
         seen[i] = seen.setdefault(i, 0) + 1
         expected = noise[0]
