@@ -64,7 +64,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # copies of the parameters; -1: the devices that fsdp leaves
-    config.mesh.fsdp = 16  # devices that share one copy; the smallest that holds 101 GB of state is best
+    config.mesh.fsdp = 16  # devices that share one copy; the smallest that holds 81 GB of state is best
+    config.mesh.context = 1  # devices that share each image, by rows: for more devices than images
 
     config.generator = ml_collections.ConfigDict()
     config.generator.steps = 1  # 2 and 4 train a few-step generator by DMD2's backward simulation
@@ -104,9 +105,17 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
 
     config.compute = ml_collections.ConfigDict()
     config.compute.dtype = "bfloat16"  # or float32; masters and moments are float32 always
-    config.compute.remat_unet = True  # recompute blocks in the backward pass: less memory, a third more FLOP
-    config.compute.remat_vae = True
-    config.compute.remat_reward = True
+    config.compute.attention = "auto"  # long self-attention: "splash" (TPU), "cudnn" (GPU), "xla"; auto by device
+    config.compute.microbatches = 1  # parts that a device's images are taken in, one after the other: less memory
+    # What a block keeps for the backward pass: "full" recomputation, all but "dots" (matrix products), or "none".
+    config.compute.remat_unet = "full"
+    config.compute.remat_vae = "full"
+    config.compute.remat_reward = "full"
+
+    config.decode = ml_collections.ConfigDict()  # of x0 for the reward in training
+    config.decode.view = "full"  # or "resized" to decode.resolution, or a random "crop" of it: less work and memory
+    config.decode.resolution = 512  # pixels, a multiple of 64; of "resized" and "crop"
+    config.decode.slice = 0  # images that a device decodes at a time, 0 for all
 
     config.train = ml_collections.ConfigDict()
     config.train.steps = 2000  # generator updates; 256k samples, the paper's short run; 11600 for the long one

@@ -112,28 +112,29 @@ def _unknown_field(argv: Sequence[str], error: Exception) -> str:
     return f"{path}: {error}"
 
 
-def mesh_shape(data: int, fsdp: int, device_count: int) -> tuple[int, int]:
-    """(data, fsdp) of the mesh, with -1 filled in. Raises: UserError where they do not make up `device_count`."""
+def mesh_shape(data: int, fsdp: int, context: int, device_count: int) -> tuple[int, int, int]:
+    """(data, fsdp, context) of the mesh, with -1 filled in. Raises: UserError where they do not make up `device_count`."""
     if data == -1 and fsdp == -1:
         raise UserError("mesh.data=-1 and mesh.fsdp=-1: expected one of them at most; set mesh.fsdp to a number")
-    for name, size in (("data", data), ("fsdp", fsdp)):
-        if size < 1 and size != -1:
-            raise UserError(f"mesh.{name}={size}, expected 1 or more, or -1 for what is left; use 1")
-    given = f"mesh data={data} x fsdp={fsdp}"
-    data = device_count // fsdp if data == -1 else data
-    fsdp = device_count // data if fsdp == -1 else fsdp
-    if data * fsdp != device_count:
-        divisors = " or ".join(str(n) for n in range(1, device_count + 1) if device_count % n == 0)
+    for name, size in (("data", data), ("fsdp", fsdp), ("context", context)):
+        if size < 1 and (size != -1 or name == "context"):
+            raise UserError(f"mesh.{name}={size}, expected 1 or more, or -1 (not context) for what is left; use 1")
+    given = f"mesh data={data} x fsdp={fsdp}" + (f" x context={context}" if context > 1 else "")
+    data = device_count // (fsdp * context) if data == -1 else data
+    fsdp = device_count // (data * context) if fsdp == -1 and data * context <= device_count else fsdp
+    if data * fsdp * context != device_count:
+        divisors = " or ".join(str(n) for n in range(1, device_count + 1) if device_count % (n * context) == 0)
         raise UserError(f"{given} does not make up the {device_count} devices; set mesh.data=-1 and mesh.fsdp to "
-                        f"{divisors}")
-    return data, fsdp
+                        f"{divisors or 'less, or mesh.context=1'}")
+    return data, fsdp, context
 
 
 def planned_devices(config, device_count: int) -> int:
     """Devices that a dry run is for: this machine's `device_count` if the mesh fits them, else the smallest it fits."""
-    given = [size for size in (config.mesh.data, config.mesh.fsdp) if size > 0]
+    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.context]
+    given = [size for size in sizes if size > 0]
     product = math.prod(given)
-    return device_count if len(given) < 2 and device_count % product == 0 else product
+    return device_count if len(given) < 3 and device_count % product == 0 else product
 
 
 def check_workdir(workdir: str | None) -> None:
@@ -180,10 +181,19 @@ def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequ
         raise UserError(f"assistant.updates={c.assistant.updates} with assistant.sharing='x_t', in which one forward "
                         "pass serves one update; set assistant.updates=1 or assistant.sharing='x0'")
     _one_of("compute.dtype", c.compute.dtype, ("bfloat16", "float32"))
+    _one_of("compute.attention", c.compute.attention, ("auto", "splash", "cudnn", "xla"))
+    for name in ("remat_unet", "remat_vae", "remat_reward"):
+        _one_of(f"compute.{name}", c.compute[name], ("none", "dots", "full"))
     _one_of("eval.oracle", c.eval.oracle, ("", "shapes"))
-    if c.data.resolution < 64 or c.data.resolution % 64:
-        near = max(64, round(c.data.resolution / 64) * 64)
-        raise UserError(f"data.resolution={c.data.resolution} is not a multiple of 64; use {near}")
+    for section in ("data", "decode"):
+        pixels = c[section].resolution
+        if pixels < 64 or pixels % 64:
+            near = max(64, round(pixels / 64) * 64)
+            raise UserError(f"{section}.resolution={pixels} is not a multiple of 64; use {near}")
+    _one_of("decode.view", c.decode.view, ("full", "resized", "crop"))
+    if c.decode.view != "full" and c.decode.resolution > c.data.resolution:
+        raise UserError(f"decode.resolution={c.decode.resolution} is more than data.resolution={c.data.resolution}; "
+                        f"use {c.data.resolution} or less, or decode.view='full'")
     for name, value in fields(c).items():
         if name.rsplit(".", 1)[-1] in _POSITIVE and not value > 0:
             raise UserError(f"{name}={value}, expected more than 0; see configs/sdxl.py for a good value")
@@ -233,8 +243,8 @@ def _check_guidance(objective, outside: Sequence[str]) -> None:
 
 
 _POSITIVE = {"batch_size", "huber_c", "updates", "generator_lr", "assistant_lr", "eps", "clip_norm",
-             "half_life_samples", "steps", "log_every", "image_every", "save_every", "keep", "num_prompts"}
-_NOT_NEGATIVE = {"seed", "omega", "alpha_cfg", "sid_alpha", "reward_scale", "warmup_steps", "lr_warmup_steps", "weight_decay"}
+             "half_life_samples", "microbatches", "steps", "log_every", "image_every", "save_every", "keep", "num_prompts"}
+_NOT_NEGATIVE = {"seed", "slice", "omega", "alpha_cfg", "sid_alpha", "reward_scale", "warmup_steps", "lr_warmup_steps", "weight_decay"}
 
 
 def _one_of(name: str, value: str, known) -> None:
@@ -243,14 +253,29 @@ def _one_of(name: str, value: str, known) -> None:
 
 
 def _check_mesh(config, device_count: int) -> None:
-    data, fsdp = mesh_shape(config.mesh.data, config.mesh.fsdp, device_count)
+    data, fsdp, context = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, device_count)
+    shares = data * fsdp  # of the batch
     for name, batch in (("data.batch_size", config.data.batch_size),
                         *([("eval.batch_size", config.eval.batch_size)] if config.eval.prompts else [])):
-        if batch % device_count:
-            below, above = batch // device_count * device_count, -(-batch // device_count) * device_count
+        if batch % shares:
+            below, above = batch // shares * shares, -(-batch // shares) * shares
             good = f"{below} or {above}" if below else str(above)
-            raise UserError(f"{name}={batch} is not divisible by the {device_count} devices of mesh data={data} x "
-                            f"fsdp={fsdp}; use {good}")
+            more = "" if below else ", or give several chips one image with mesh.context"
+            raise UserError(f"{name}={batch} is not divisible by the {shares} parts of mesh data={data} x "
+                            f"fsdp={fsdp}; use {good}{more}")
+    each, parts = config.data.batch_size // shares, config.compute.microbatches
+    if each % parts:
+        good = " or ".join(str(n) for n in range(1, each + 1) if each % n == 0)
+        raise UserError(f"compute.microbatches={parts} does not divide the {each} images of a device; use {good}")
+    if config.decode.slice and each // parts % config.decode.slice:
+        raise UserError(f"decode.slice={config.decode.slice} does not divide the {each // parts} images that a device "
+                        "takes at a time; use 1, or 0 for all at once")
+    # SDXL's UNet halves the latents' rows twice, its VAE makes eight of each: every chip needs whole rows at each level.
+    seen = config.decode.resolution if config.decode.view != "full" else config.data.resolution
+    for name, pixels in (("data.resolution", config.data.resolution), ("decode.resolution", seen)):
+        if context > 1 and pixels % (32 * context):
+            raise UserError(f"mesh.context={context} does not divide the rows of {name}={pixels} at the UNet's lowest "
+                            f"level; use a {name} that is a multiple of {32 * context}, or a smaller mesh.context")
 
 
 def _check_weights(name: str, value: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from di_star_jax import diffusion, metrics, objectives, pipeline, step
+from di_star_jax import diffusion, gradients, metrics, objectives, pipeline, sharding, step
 from di_star_jax.config import UserError, exit_on_user_error
 from di_star_jax.models.unet import Condition
 
@@ -33,7 +33,7 @@ METHODS = {  # name: what it changes in SETTINGS
     "sid, alpha 0.5": {"objective": "sid", "constants": objectives.Constants(0.00054, 0.0, sid_alpha=0.5)},
     "kl": {"objective": "kl"}, "dmd": {"objective": "dmd"}, "reward_only": {"objective": "reward_only"},
 }
-SETTINGS = step.Settings(
+SETTINGS = gradients.Settings(
     objective="di_star", omega=1.0, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
     weighting="eps", reduction="sum", reward_scale=0.0, generator_times=(20, 980), assistant_times=(0, 999),
     assistant_updates=3, sharing="x0", generator_timesteps=(399,), latent_shape=(2,), ema_decay=0.995)
@@ -114,14 +114,15 @@ def pretrain(steps: int) -> dict:
     return run_steps(update, (params, optimizer.init(params)), steps)[0]
 
 
-def train(start: dict, settings: step.Settings, steps: int) -> dict:
+def train(start: dict, settings: gradients.Settings, steps: int) -> dict:
     """The generator's averaged parameters after `steps` of the project's own step."""
-    rewards = step.Networks(apply_unet, encode_text, lambda frozen, x0, token_ids: reward(x0))
+    networks = gradients.Networks(apply_unet, encode_text, lambda frozen, x0, token_ids, crop: reward(x0))
     opts = [optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, steps, 0.1), b1=0.0))
             for rate in (3e-4, 1e-3)]
-    update = step.make_train_step(rewards, settings, SCHEDULE, *opts)
+    update = step.make_train_step(networks, settings, SCHEDULE, *opts,
+                                  sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
     state = step.init_state(start, start, *opts)
-    return run_steps(lambda state, k: update(state, {"unet": ()}, {}, jax.random.key(2))[0], state, steps).ema
+    return run_steps(lambda state, k: update(state, {"unet": ()}, {"prompt": jnp.zeros(BATCH)}, jax.random.key(2))[0], state, steps).ema
 
 
 def measure(x0: np.ndarray) -> dict[str, float | list[float]]:
@@ -141,8 +142,8 @@ def measure(x0: np.ndarray) -> dict[str, float | list[float]]:
 def draw(generator: dict, count: int = 200_000) -> np.ndarray:
     """[count, 2] samples of a one-step generator, the same noise for all."""
     z = jax.random.normal(jax.random.key(3), (count, 2))
-    x0 = step.denoise(generator, z, jnp.array(399), None, networks=step.Networks(apply_unet, None, None),
-                      schedule=SCHEDULE)
+    x0 = gradients.denoise(generator, z, jnp.array(399), None, networks=gradients.Networks(apply_unet, None, None),
+                           schedule=SCHEDULE)
     return np.asarray(x0)
 
 

@@ -25,14 +25,20 @@ EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
 class Scores(NamedTuple):
     """Scores as noise predictions (x_t [B, ...], t [B]) -> [B, ...]; an objective calls those it needs, once each.
 
-    psi: the assistant, standing for the generator's own score.
-    guided: the reference with guidance inside, eps_0 + omega (eps_c - eps_0).
+    psi_and_guided: two at once, of the same x_t: the assistant, standing for the generator's own score, and the reference
+      with guidance inside, eps_0 + omega (eps_c - eps_0).
+    psi: the assistant alone.
     cond, null: the reference's two parts, for guidance outside.
     """
+    psi_and_guided: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     psi: EpsFn
-    guided: EpsFn
     cond: EpsFn
     null: EpsFn
+
+
+def one_by_one(psi: EpsFn, guided: EpsFn, cond: EpsFn, null: EpsFn) -> Scores:
+    """Scores whose assistant and guided reference are two calls."""
+    return Scores(lambda x_t, t: (psi(x_t, t), guided(x_t, t)), psi, cond, null)
 
 
 class Constants(NamedTuple):
@@ -91,7 +97,7 @@ def di_star(x0: jax.Array, t: jax.Array, eps: jax.Array, *, scores: Scores, cons
       [B] float32.
     """
     x_t = add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
-    return score_divergence(scores.psi(x_t, t), scores.guided(x_t, t), eps,
+    return score_divergence(*scores.psi_and_guided(x_t, t), eps,
                             distance_grad=lambda y: pseudo_huber_grad(y, c=constants.huber_c * x0[0].size**0.5))
 
 
@@ -100,7 +106,7 @@ def di_star_l2(x0: jax.Array, t: jax.Array, eps: jax.Array, *, scores: Scores, c
     """`di_star` with the distance ||y||^2."""
     del constants
     x_t = add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
-    return score_divergence(scores.psi(x_t, t), scores.guided(x_t, t), eps, distance_grad=l2_grad)
+    return score_divergence(*scores.psi_and_guided(x_t, t), eps, distance_grad=l2_grad)
 
 
 def di_star_outside(x0: jax.Array, t: jax.Array, eps: jax.Array, *, scores: Scores, constants: Constants,
@@ -119,8 +125,8 @@ def sid(x0: jax.Array, t: jax.Array, eps: jax.Array, *, scores: Scores, constant
         schedule: Schedule) -> jax.Array:
     """Score identity distillation, equal to `di_star_l2` at sid_alpha = 1; SiD's divisor mean|x_ref - x_0| is left out."""
     x_t = add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
-    eps_ref = scores.guided(x_t, t)
-    y_t = scores.psi(x_t, t) - eps_ref
+    eps_psi, eps_ref = scores.psi_and_guided(x_t, t)
+    y_t = eps_psi - eps_ref
     return -2.0 * _dot(y_t, eps_ref - eps + constants.sid_alpha * y_t)
 
 
@@ -130,8 +136,8 @@ def kl(x0: jax.Array, t: jax.Array, eps: jax.Array, *, scores: Scores, constants
     """-sg(eps_psi - eps_ref)^T x_t: integral KL, of Diff-Instruct and (with a reward) Diff-Instruct++."""
     del constants
     x_t = add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
-    fixed = jax.lax.stop_gradient(x_t)
-    return -_dot(scores.psi(fixed, t) - scores.guided(fixed, t), x_t)
+    eps_psi, eps_ref = scores.psi_and_guided(jax.lax.stop_gradient(x_t), t)
+    return -_dot(eps_psi - eps_ref, x_t)
 
 
 # DMD (arXiv 2311.18828), per sample and summed; its own mean over pixels is objective.reduction="mean".
@@ -144,8 +150,7 @@ def dmd(x0: jax.Array, t: jax.Array, eps: jax.Array, *, scores: Scores, constant
     del constants
     alpha_t, sigma_t = schedule.alpha[t], schedule.sigma[t]
     x_t = jax.lax.stop_gradient(add_noise(x0, eps, alpha_t, sigma_t))
-    x_psi = eps_to_x0(x_t, scores.psi(x_t, t), alpha_t, sigma_t)
-    x_ref = eps_to_x0(x_t, scores.guided(x_t, t), alpha_t, sigma_t)
+    x_psi, x_ref = (eps_to_x0(x_t, eps, alpha_t, sigma_t) for eps in scores.psi_and_guided(x_t, t))
     distance = jnp.abs(jax.lax.stop_gradient(x0) - x_ref).mean(axis=tuple(range(1, x0.ndim)))
     return _dot((x_psi - x_ref) / per_sample(jnp.maximum(distance, 1e-5), x0), x0)
 

@@ -43,7 +43,12 @@ class Pipeline(NamedTuple):
     @property
     def vae_scale(self) -> int:
         """Image pixels per latent pixel, along one side."""
-        return VAEConfig.from_json(self.models["vae"].config).scale
+        return vae_scale(self.models["vae"].config)
+
+
+def vae_scale(config: dict) -> int:
+    """Image pixels per latent pixel, along one side. Args: the VAE's config.json."""
+    return VAEConfig.from_json(config).scale
 
 
 def model_class(config: dict) -> tuple[type, Any]:
@@ -55,45 +60,43 @@ def model_class(config: dict) -> tuple[type, Any]:
     return cls, config_cls.from_json(config)
 
 
-def abstract_model(config: dict, *, dtype=jnp.float32, remat: bool = False) -> Model:
+def abstract_model(config: dict, *, dtype=jnp.float32, remat: str = "none", kernel: str = "xla") -> Model:
     """A model from its config.json without allocating it; params are `jax.ShapeDtypeStruct`.
 
     Args:
       config: with `_class_name` (diffusers) or `architectures` (transformers).
       dtype: compute dtype.
-      remat: recompute blocks in the backward pass.
+      remat: what blocks keep for the backward pass, a key of models.layers.REMAT.
+      kernel: of long self-attention, see models/attention.py.
     Raises: UserError for a class or a setting that is not ported.
     """
     cls, settings = model_class(config)
-    return Model(*models.abstract(lambda rngs: cls(settings, rngs=rngs, dtype=dtype, remat=remat)), config)
+    # CLIP's attention is short, and in the text encoders masked.
+    options = {"remat": remat} if cls.__name__.startswith("CLIP") else {"remat": remat, "kernel": kernel}
+    return Model(*models.abstract(lambda rngs: cls(settings, rngs=rngs, dtype=dtype, **options)), config)
 
 
-def load_model(folder: Path, *, shardings=None, param_dtype=jnp.float32, dtype=jnp.float32,
-               remat: bool = False) -> Model:
+def load_model(folder: Path, *, shardings=None, param_dtype=jnp.float32, **options) -> Model:
     """Reads one model folder.
 
     Args:
       folder: with config.json and safetensors.
       shardings: function from the abstract parameter tree to a tree of shardings, or None for the default device.
       param_dtype: of the parameters in memory.
-      dtype, remat: as in `abstract_model`.
+      options: dtype, remat, kernel, as in `abstract_model`.
     Raises: UserError for whatever is wrong with the folder.
     """
-    model = abstract_model(weights.read_config(folder), dtype=dtype, remat=remat)
+    model = abstract_model(weights.read_config(folder), **options)
     params = weights.load(folder, model.params, dtype=param_dtype,
                           shardings=None if shardings is None else shardings(model.params))
     return model._replace(params=params)
 
 
-def load_pipeline(folder: Path, *, shardings=None, param_dtype=jnp.float32, dtype=jnp.float32,
-                  remat: dict[str, bool] | None = None) -> Pipeline:
-    """Reads a pipeline folder; arguments as in `load_model`, `remat` by component (all off if None)."""
+def load_pipeline(folder: Path, *, options: dict[str, dict] | None = None, **common) -> Pipeline:
+    """Reads a pipeline folder. Args: options, by component as in `abstract_model`; common: others of `load_model`."""
     index = weights.read_config(folder, name="model_index.json")
     parts = [p for p in ("unet", "vae", "text_encoder", "text_encoder_2") if index.get(p, [None])[0]]
-    loaded = {
-        part: load_model(folder / part, shardings=shardings, param_dtype=param_dtype, dtype=dtype,
-                         remat=bool(remat) and remat[part])
-        for part in parts}
+    loaded = {part: load_model(folder / part, **(options or {}).get(part, {}), **common) for part in parts}
     tokenizers = {p: Tokenizer(folder / p) for p in ("tokenizer", "tokenizer_2") if index.get(p, [None])[0]}
     scheduler = weights.read_config(folder, "scheduler", "scheduler_config.json")
     return Pipeline(folder, loaded, tokenizers, schedule_from_json(scheduler), scheduler)

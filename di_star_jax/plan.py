@@ -103,7 +103,7 @@ def describe(config, device_count: int) -> list[str]:
     Raises: UserError for an unusable model folder, and where mesh.fsdp cannot split the UNet.
     """
     planned = planned_devices(config, device_count) if config.dry_run else device_count
-    data, fsdp = mesh_shape(config.mesh.data, config.mesh.fsdp, planned)
+    data, fsdp, context = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, planned)
     here = f"{device_count} device{'s' if device_count > 1 else ''} ({jax.devices()[0].device_kind})"
     per_device = config.data.batch_size // planned
     where = f" over {here}" if planned == device_count else f"; this machine has {here}, the plan assumes {planned}"
@@ -119,6 +119,6 @@ def describe(config, device_count: int) -> list[str]:
     lines += [f"parameters: unknown before its config.json is here: {field}" for field in unknown]
     if "unet" not in trees:
         return lines
-    sharding.params_sharding(AbstractMesh((data, fsdp), ("data", "fsdp")), trees["unet"])
+    sharding.params_sharding(AbstractMesh((data, fsdp, context), sharding.AXES), trees["unet"])
     width = configs["unet"]["block_out_channels"][0] / 320
     return lines + _memory_lines(config, counts, width, fsdp, per_device)

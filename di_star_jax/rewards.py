@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image to CLIP pixels to PickScore, differentiable with respect to the image.
+"""Latents to what the reward sees of them; image to CLIP pixels to PickScore; all differentiable.
 
 The resize is Pillow's bicubic as two small fixed matrices. Training keeps the values unrounded; evaluation rounds where
 Pillow's 8-bit images do and so reproduces the scores of the published processor.
@@ -147,3 +147,53 @@ def pickscore_rounded(graphdef: nnx.GraphDef, params: dict, image: jax.Array, te
     """The reward in evaluation: `pickscore` of the image as an 8-bit file read by the published processor."""
     model = nnx.merge(graphdef, params)
     return _cosine(model, clip_pixels_rounded(image, size=model.config.vision_config.image_size), text)
+
+
+def full_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
+    """All of the latents."""
+    del crop, size
+    return latents
+
+
+def resized_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
+    """[B, h, w, C] -> [B, size, size, C], linear with antialiasing: a smaller picture of the whole."""
+    del crop
+    b, _, _, c = latents.shape
+    return jax.image.resize(latents, (b, size, size, c), "linear")
+
+
+def cropped_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
+    """[B, h, w, C] -> [B, size, size, C]: a window of each at its crop [B, 2] in [0, 1) of the places there are."""
+    room = jnp.array(latents.shape[1:3]) - size + 1
+    corner = (crop * room[None]).astype(jnp.int32)
+    window = lambda x, yx: jax.lax.dynamic_slice(x, (yx[0], yx[1], 0), (size, size, x.shape[-1]))
+    return jax.vmap(window)(latents, corner)
+
+
+VIEWS = {"full": full_view, "resized": resized_view, "crop": cropped_view}
+
+
+def in_slices(score: Callable[..., jax.Array], size: int) -> Callable[..., jax.Array]:
+    """`score`(x0 [B, ...], *others) -> [B], computed with its gradient for `size` images after the other.
+
+    A decoder's activations are then those of `size` images. Only x0 gets a gradient. 0 takes all images at once.
+    """
+    def sliced(x0, *others):
+        if size in (0, x0.shape[0]):
+            return score(x0, *others)
+
+        def parts(run):
+            split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (x0, others))
+            return jax.lax.map(lambda part: run(part[0], *part[1]), split)
+
+        def forward(x0):
+            # The gradient is found with the value, slice by slice: later, every slice would have to be decoded again.
+            value, grad = parts(lambda x, *rest: (lambda v, pull: (v, pull(jnp.ones_like(v))[0]))(
+                *jax.vjp(lambda x: score(x, *rest), x)))
+            return value.reshape(-1), grad.reshape(x0.shape)
+
+        value_alone = jax.custom_vjp(lambda x0: parts(score).reshape(-1))
+        value_alone.defvjp(forward, lambda grad, g: (g.reshape(-1, *(1,) * (x0.ndim - 1)) * grad,))
+        return value_alone(x0)
+
+    return sliced

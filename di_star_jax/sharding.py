@@ -1,62 +1,188 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where arrays live: a ('data', 'fsdp') mesh, parameters split over 'fsdp', the batch over both."""
+"""Where arrays live, and what crosses chips: a ('data', 'fsdp', 'context') mesh.
 
+The batch is split over data and fsdp, parameters and moments over fsdp and context, the rows of latents and images over
+context. What costs memory runs per device (`on_each`, a shard_map): each chip sees its part of the batch, and the layers
+call the functions below, which are the only collectives there are. XLA's own partitioner, left to itself, follows the
+weights' split instead of the batch's, and then a v5e:4x4 slice holds sixteen images' activations on every chip.
+Outside of `on_each`, on one device or under plain jit, all of these functions do nothing.
+"""
+
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from di_star_jax.config import UserError, mesh_shape
 
+AXES = ("data", "fsdp", "context")
+BATCH = ("data", "fsdp")  # split the first axis of prompts, noise, latents and images
+PARAMS = ("fsdp", "context")  # split parameters, their gradients and moments
 SMALL = 2**16  # elements; below this, splitting a leaf costs more than it saves
 LARGE = 2**18  # elements, 1 MB in float32; above this, a leaf that cannot be split is refused
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
+def make_mesh(data: int, fsdp: int, context: int = 1, *, devices=None) -> Mesh:
     """A mesh over all devices.
 
     Args:
       data: copies of the parameters; -1 is what is left.
-      fsdp: devices over which one copy is split; -1 is what is left.
-    Raises: UserError unless data * fsdp is the number of devices.
+      fsdp: devices over which one copy and its part of the batch are split; -1 is what is left.
+      context: devices that share one image, by rows.
+      devices: those to use; all there are if None.
+    Raises: UserError unless data * fsdp * context is the number of devices.
     """
-    # Auto: XLA propagates the shardings through the models, which do not mention them.
-    return jax.make_mesh(mesh_shape(data, fsdp, jax.device_count()), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(data, fsdp, context, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def _spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """Splits the largest axis that `fsdp` divides, the last of equals; small leaves stay whole."""
-    if fsdp == 1 or math.prod(shape) < SMALL:
+def _spec(path: tuple, shape: tuple[int, ...], parts: int) -> PartitionSpec:
+    """Splits the largest axis that `parts` divides, the last of equals; small leaves stay whole."""
+    if parts == 1 or math.prod(shape) < SMALL:
         return PartitionSpec()
-    axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if not axes and math.prod(shape) > LARGE:
-        raise UserError(f"mesh.fsdp={fsdp} divides no axis of {jax.tree_util.keystr(path, simple=True, separator='.')} "
-                        f"with shape {shape}; use a power of two, and mesh.data for the other devices")
+        raise UserError(f"mesh.fsdp x mesh.context = {parts} divides no axis of "
+                        f"{jax.tree_util.keystr(path, simple=True, separator='.')} with shape {shape}; use a power of "
+                        "two, and mesh.data for the other devices")
     if not axes:
         return PartitionSpec()
     # The first of three or more may be the depth of scanned blocks: split there, a block would live on one device.
     best = max(axes, key=lambda axis: (axis > 0 or len(shape) < 3, shape[axis], axis))
-    return PartitionSpec(*(("fsdp" if axis == best else None) for axis in range(len(shape))))
+    return PartitionSpec(*((PARAMS if axis == best else None) for axis in range(len(shape))))
 
 
 def params_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """A NamedSharding for each leaf; moments have their parameters' shapes and so their shardings.
 
-    Args: mesh with an axis 'fsdp'; tree of arrays or `jax.ShapeDtypeStruct`. Returns: a tree like it.
+    Args: mesh as of `make_mesh`; tree of arrays or `jax.ShapeDtypeStruct`. Returns: a tree like it.
     Raises: UserError where a leaf over 1 MB cannot be split.
     """
-    fsdp = mesh.shape["fsdp"]
+    parts = math.prod(mesh.shape[axis] for axis in PARAMS)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path, np.shape(leaf), fsdp)), tree)
+        lambda path, leaf: NamedSharding(mesh, _spec(path, np.shape(leaf), parts)), tree)
+
+
+def params_spec(mesh: Mesh, tree: Any) -> Any:
+    """`params_sharding` as PartitionSpecs, for `on_each`."""
+    return jax.tree.map(lambda sharding: sharding.spec, params_sharding(mesh, tree))
+
+
+def batch_spec(axis: int = 0) -> PartitionSpec:
+    """Splits one axis, the batch, over all devices that do not share images."""
+    return PartitionSpec(*(None,) * axis, BATCH)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the first axis over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Splits the first axis over all devices that do not share images."""
+    return NamedSharding(mesh, batch_spec())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def on_each(mesh: Mesh, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`fn` run by each device on its parts of the arguments; its results are parts too."""
+    # check_vma=False: gradients are summed by `sum_gradients`, once, and not wherever a small leaf is used.
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+# ---- inside `on_each` ----
+
+def size(*axes: str) -> int:
+    """Devices along axes of the mesh that this code runs on each device of; 1 outside of `on_each`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.manual_axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(part, axis, dtype, stored):
+    return jax.lax.all_gather(part.astype(dtype), PARAMS, axis=axis, tiled=True)
+
+
+def _gather_bwd(axis, dtype, stored, _, grad):
+    # Summed in float32: each device's share is rounded to the compute dtype, their sum need not be.
+    return (jax.lax.psum_scatter(grad.astype(jnp.float32), PARAMS, scatter_dimension=axis, tiled=True).astype(stored),)
+
+
+_gather.defvjp(lambda part, axis, dtype, stored: (_gather(part, axis, dtype, stored), None), _gather_bwd)
+
+
+def whole(part: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A parameter of a known full shape, gathered from the devices that share it, in the compute dtype.
+
+    Its gradient is that of the device's own part, summed over those devices.
+    """
+    split = [axis for axis, full in enumerate(shape) if part.shape[axis] != full]
+    return _gather(part, split[0], dtype, part.dtype) if split else part.astype(dtype)
+
+
+def sum_gradients(grads: Any, specs: Any) -> Any:
+    """Sums the devices' gradients. `whole` has summed those of split leaves over PARAMS already.
+
+    Args: grads, specs: trees of the devices' parts and their PartitionSpecs.
+    """
+    if size(*AXES) == 1:
+        return grads
+    return jax.tree.map(lambda g, spec: jax.lax.psum(g, "data" if any(spec) else AXES), grads, specs)
+
+
+def batch_sum(x: jax.Array) -> jax.Array:
+    """Sums a device's figure over those that have other images."""
+    return jax.lax.psum(x, BATCH) if size(*BATCH) > 1 else x
+
+
+def _own(x: jax.Array) -> jax.Array:
+    """This device's rows of a [B, H, W, C] that is the same on all devices of a context."""
+    rows = x.shape[1] // size("context")
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("context") * rows, rows, axis=1)
+
+
+def _all(x: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x, "context", axis=1, tiled=True)
+
+
+_split, _join = jax.custom_vjp(_own), jax.custom_vjp(_all)
+_split.defvjp(lambda x: (_own(x), None), lambda _, grad: (_all(grad),))
+_join.defvjp(lambda x: (_all(x), None), lambda _, grad: (_own(grad),))
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] that all devices of a context have -> [B, H / context, W, C], the device's own rows."""
+    return _split(x) if size("context") > 1 else x
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """The reverse of `split_rows`; what follows is computed by every device of the context alike."""
+    return _join(x) if size("context") > 1 else x
+
+
+def all_rows(x: jax.Array) -> jax.Array:
+    """[B, N, ...] own tokens -> [B, N * context, ...] all of them; what follows differs from device to device."""
+    return _all(x) if size("context") > 1 else x
+
+
+def mean_over_rows(x: jax.Array) -> jax.Array:
+    """The mean over a context's devices of their figures."""
+    return jax.lax.pmean(x, "context") if size("context") > 1 else x
+
+
+def with_halo(x: jax.Array, above: int, below: int) -> jax.Array:
+    """[B, H, W, C] -> [B, above + H + below, W, C]: rows of the neighbouring devices, zeros at the picture's borders."""
+    n = size("context")
+    if n == 1:
+        return jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
+    parts = [x]
+    if above:
+        parts.insert(0, jax.lax.ppermute(x[:, -above:], "context", [(i, i + 1) for i in range(n - 1)]))
+    if below:
+        parts.append(jax.lax.ppermute(x[:, :below], "context", [(i + 1, i) for i in range(n - 1)]))
+    return jnp.concatenate(parts, axis=1)

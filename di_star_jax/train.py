@@ -12,16 +12,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from di_star_jax import (before_after, checkpoint, metrics, objectives, pipeline, plan, prompts, rewards, samplers, sharding,
-                         step, weights)
+from di_star_jax import (before_after, checkpoint, gradients, metrics, objectives, pipeline, plan, prompts, rewards, samplers,
+                         sharding, step, weights)
 from di_star_jax.config import UserError, generator_timesteps
 from di_star_jax.diffusion import Schedule
 
 
 class Frozen(NamedTuple):
-    """What never changes in a run. `params` holds unet (the reference), vae, the text encoders and reward."""
+    """What never changes in a run. `params` holds unet (the reference), vae, the text encoders and reward.
+
+    The functions run per device, see sharding.py.
+    """
     params: dict
-    networks: step.Networks
+    networks: gradients.Networks
     decode: object  # (params, latents) -> image [B, H, W, 3]
     score: object  # (params, image, token_ids) -> reward [B] of 8-bit images
     schedule: Schedule
@@ -31,17 +34,27 @@ class Frozen(NamedTuple):
     latent_shape: tuple[int, int, int]
 
 
-def load_frozen(config, mesh: Mesh) -> Frozen:
-    """Reads reference pipeline and reward, sharded over the mesh, in the compute dtype."""
-    dtype = jnp.dtype(config.compute.dtype)
-    common = dict(shardings=lambda tree: sharding.params_sharding(mesh, tree), param_dtype=dtype, dtype=dtype)
-    remat = {"unet": config.compute.remat_unet, "vae": config.compute.remat_vae, "text_encoder": False,
-             "text_encoder_2": False}
-    reference = pipeline.load_pipeline(weights.resolve(config.weights.reference), remat=remat, **common)
-    reward = pipeline.load_model(weights.resolve(config.weights.reward), remat=config.compute.remat_reward, **common)
-    graphdefs = {name: model.graphdef for name, model in reference.models.items()} | {"reward": reward.graphdef}
-    params = {name: model.params for name, model in reference.models.items()} | {"reward": reward.params}
-    size = config.data.resolution // reference.vae_scale
+def kernel_of(config, platform: str) -> str:
+    """The attention kernel that a config asks for, "auto" by platform: "tpu", "gpu" or "cpu"."""
+    return {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}[platform] if config.compute.attention == "auto" else config.compute.attention
+
+
+def model_options(config, platform: str) -> dict[str, dict]:
+    """By component what `pipeline.abstract_model` takes besides the folder's config.json."""
+    c = config.compute
+    common = dict(dtype=jnp.dtype(c.dtype), kernel=kernel_of(config, platform))
+    remat = {"unet": c.remat_unet, "vae": c.remat_vae, "reward": c.remat_reward}
+    return {part: dict(common, remat=remat.get(part, "none")) for part in (*plan.PARTS, "reward")}
+
+
+def assemble(config, models: dict[str, pipeline.Model], schedule: Schedule, *, tokenizers: dict, folder: Path) -> Frozen:
+    """The functions of a run over its models, whose parameters may be abstract.
+
+    Args: models: by component, "reward" included; tokenizers, folder: of the reference.
+    """
+    graphdefs = {name: model.graphdef for name, model in models.items()}
+    scale = pipeline.vae_scale(models["vae"].config)
+    side, view = config.data.resolution // scale, rewards.VIEWS[config.decode.view]
 
     def unet(params, x_t, t, condition):
         return nnx.merge(graphdefs["unet"], params)(x_t, t, condition)
@@ -55,30 +68,45 @@ def load_frozen(config, mesh: Mesh) -> Frozen:
     def text_embeddings(params, token_ids):
         return rewards.text_embeddings(graphdefs["reward"], params["reward"], token_ids["reward"])
 
-    def reward_of_latents(params, x0, token_ids):
-        return rewards.pickscore(graphdefs["reward"], params["reward"], decode(params, x0),
-                                 text_embeddings(params, token_ids))
+    def reward_of_latents(params, x0, token_ids, crop):
+        def score_of(x0, text):
+            return rewards.pickscore(graphdefs["reward"], params["reward"], decode(params, x0), text)
+
+        seen = view(x0, crop, config.decode.resolution // scale)
+        return rewards.in_slices(score_of, config.decode.slice)(seen, text_embeddings(params, token_ids))
 
     def score(params, image, token_ids):
         return rewards.pickscore_rounded(graphdefs["reward"], params["reward"], image,
                                          text_embeddings(params, token_ids))
 
+    channels = pipeline.model_class(models["unet"].config)[1].in_channels
+    return Frozen({name: model.params for name, model in models.items()},
+                  gradients.Networks(unet, encode_text, reward_of_latents), decode, score, schedule, tokenizers, folder,
+                  models["unet"], (side, side, channels))
+
+
+def load_frozen(config, mesh: Mesh) -> Frozen:
+    """Reads reference pipeline and reward, sharded over the mesh, in the compute dtype."""
+    options = model_options(config, mesh.devices.flat[0].platform)
+    common = dict(shardings=lambda tree: sharding.params_sharding(mesh, tree), param_dtype=jnp.dtype(config.compute.dtype))
+    reference = pipeline.load_pipeline(weights.resolve(config.weights.reference), options=options, **common)
+    reward = pipeline.load_model(weights.resolve(config.weights.reward), **options["reward"], **common)
     tokenizers = reference.tokenizers | {
         "reward": prompts.Tokenizer(weights.resolve_tokenizer(config.weights.reward_tokenizer))}
-    channels = pipeline.model_class(reference.models["unet"].config)[1].in_channels
-    return Frozen(params, step.Networks(unet, encode_text, reward_of_latents), decode, score, reference.schedule,
-                  tokenizers, reference.folder, reference.models["unet"], (size, size, channels))
+    return assemble(config, reference.models | {"reward": reward}, reference.schedule, tokenizers=tokenizers,
+                    folder=reference.folder)
 
 
-def settings_of(config, latent_shape: tuple[int, int, int]) -> step.Settings:
+def settings_of(config, latent_shape: tuple[int, int, int]) -> gradients.Settings:
     """The plain values that the step needs of a config."""
     c = config.objective
-    return step.Settings(
+    return gradients.Settings(
         objective=c.name, omega=c.omega, constants=objectives.Constants(c.huber_c, c.alpha_cfg, c.sid_alpha),
         weighting=c.weighting, reduction=c.reduction, reward_scale=c.reward_scale, generator_times=(c.t_min, c.t_max),
         assistant_times=(config.assistant.t_min, config.assistant.t_max), assistant_updates=config.assistant.updates,
         sharing=config.assistant.sharing, generator_timesteps=generator_timesteps(config.generator),
-        latent_shape=latent_shape, ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples))
+        latent_shape=latent_shape, ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples),
+        microbatches=config.compute.microbatches)
 
 
 def optimizers(config):
@@ -89,37 +117,56 @@ def optimizers(config):
     return step.adamw(o.generator_lr, **common), step.adamw(o.assistant_lr, **common)
 
 
+def abstract_state(unet: pipeline.Model, opts, mesh: Mesh) -> step.TrainState:
+    """The state's shapes and shardings. Args: the generator's model; its and the assistant's optimizers."""
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), unet.params)
+    state = jax.eval_shape(lambda g, a: step.init_state(g, a, *opts), tree, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
+                        sharding.params_sharding(mesh, state))
+
+
 def load_state(config, frozen: Frozen, mesh: Mesh, checkpoints: checkpoint.Checkpoints, opts) -> step.TrainState:
     """The newest checkpoint's state, or that of step 0 from the generator's and the assistant's weights."""
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), frozen.unet.params)
-    shardings = sharding.params_sharding(mesh, tree)
-    abstract = jax.eval_shape(lambda g, a: step.init_state(g, a, *opts), tree, tree)
-    state_shardings = sharding.params_sharding(mesh, abstract)
+    abstract = abstract_state(frozen.unet, opts, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     latest = checkpoints.latest_step()
     if latest is not None:
         metrics.say(f"continuing at step {latest} of the checkpoints in {checkpoints.folder}")
-        return checkpoints.restore(latest, jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state_shardings))
-    generator = weights.load(weights.resolve(config.weights.generator), tree, shardings=shardings)
+        return checkpoints.restore(latest, abstract)
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract.generator)
+    generator = weights.load(weights.resolve(config.weights.generator), tree, shardings=shardings.generator)
     assistant_folder = (weights.resolve(config.weights.assistant) if config.weights.assistant
                         else frozen.folder / "unet")
-    assistant = weights.load(assistant_folder, tree, shardings=shardings)
-    init = jax.jit(lambda g, a: step.init_state(g, a, *opts), out_shardings=state_shardings, donate_argnums=(0, 1))
+    assistant = weights.load(assistant_folder, tree, shardings=shardings.assistant)
+    init = jax.jit(lambda g, a: step.init_state(g, a, *opts), out_shardings=shardings, donate_argnums=(0, 1))
     return init(generator, assistant)
 
 
-def make_draw(frozen: Frozen, settings: step.Settings, mesh: Mesh):
+def jit_step(step_fn, state, mesh: Mesh):
+    """A step compiled with its state donated, and left where it was. Args: state, for its shardings; may be abstract."""
+    return jax.jit(step_fn, donate_argnums=0,
+                   out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
+
+
+def make_draw(frozen: Frozen, settings: gradients.Settings, mesh: Mesh):
     """Returns the compiled draw(params, frozen.params, token_ids [B, L], key) -> (images [B, H, W, 3], rewards [B])."""
     timesteps = settings.generator_timesteps
 
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def draw(params, frozen_params, token_ids, key):
+    def each(params, frozen_params, token_ids, noise):
         condition, _ = frozen.networks.encode_text(frozen_params, token_ids)
-        noise = jax.random.normal(key, (len(timesteps), condition.context.shape[0], *settings.latent_shape))
         x0 = samplers.few_step(lambda x, t: frozen.networks.unet(params, x, t, condition), noise, timesteps,
                                frozen.schedule)
         image = frozen.decode(frozen_params, x0)
         return jnp.clip(image, -1.0, 1.0), frozen.score(frozen_params, image, token_ids)
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def draw(params, frozen_params, token_ids, key):
+        batch = next(iter(token_ids.values())).shape[0]
+        noise = jax.random.normal(key, (len(timesteps), batch, *settings.latent_shape))
+        spread = sharding.on_each(
+            mesh, each, (sharding.params_spec(mesh, params), sharding.params_spec(mesh, frozen_params),
+                         sharding.batch_spec(), sharding.batch_spec(1)), sharding.batch_spec())
+        return spread(params, frozen_params, token_ids, noise)
 
     return draw
 
@@ -136,7 +183,7 @@ def run(config, workdir: str) -> None:
     # Where and what.
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     metrics.say("\n".join(plan.describe(config, jax.device_count())))
     frozen = load_frozen(config, mesh)
     settings = settings_of(config, frozen.latent_shape)
@@ -183,8 +230,8 @@ def run(config, workdir: str) -> None:
 
     # The step, compiled at its first call.
     key = jax.random.key(config.seed)
-    train_step = jax.jit(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts), donate_argnums=0)
-    warmup_step = jax.jit(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1]), donate_argnums=0)
+    train_step = jit_step(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts, mesh), state, mesh)
+    warmup_step = jit_step(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1], mesh), state, mesh)
     first = int(state.step)
     writer = metrics.Writer(folder, first_step=first)
     total = config.assistant.warmup_steps + config.train.steps

@@ -1,4 +1,49 @@
 #!/usr/bin/env bash
-# One machine, all its devices: launch/local.sh configs/shapes.py runs/shapes [--config.FIELD=VALUE ...]
+# One machine: launch/local.sh CONFIG WORKDIR [--config.FIELD=VALUE ...] runs one process with all its devices.
+# PROCESSES=2 launch/local.sh ... starts that many over loopback and splits the GPUs among them: a pod in small.
+# XLA_FLAGS="$(python -m di_star_jax.xla_flags h100)" launch/local.sh ... for several GPUs.
 set -euo pipefail
-exec python -m di_star_jax.main --config="$1" --workdir="$2" "${@:3}"
+fail() { echo "error: $*" >&2; exit 2; }
+[ $# -ge 2 ] || fail "got $# arguments, expected CONFIG WORKDIR; e.g. launch/local.sh configs/shapes.py runs/shapes"
+processes="${PROCESSES:-1}"
+[[ "$processes" =~ ^[1-9][0-9]*$ ]] || fail "got PROCESSES=$processes, expected a number from 1"
+command=(python -m di_star_jax.main --config="$1" --workdir="$2" "${@:3}")
+if [ "$processes" = 1 ]; then exec "${command[@]}"; fi
+
+visible="${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}"
+IFS=, read -ra gpus <<<"$visible"
+share=$((${#gpus[@]} / processes))
+[ $((share * processes)) = "${#gpus[@]}" ] || fail "${#gpus[@]} GPUs do not split into PROCESSES=$processes"
+port="${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}"
+
+pids=()
+# JAX holds SIGTERM back until its step is done, which never is where a process has died: hence SIGKILL, PATIENCE (10)
+# seconds later.
+stop() {
+  kill "${pids[@]}" 2>/dev/null || true
+  for ((i = 0; i < 10 * ${PATIENCE:-10}; i++)); do kill -0 "${pids[@]}" 2>/dev/null || break; sleep 0.1; done
+  { kill -9 "${pids[@]}" || true; wait; } 2>/dev/null
+}
+# Asked to stop from outside, all are alive and may take the time to save.
+trap 'kill "${pids[@]}" 2>/dev/null; wait; exit 143' TERM INT
+for ((i = 0; i < processes; i++)); do
+  (
+    export JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$processes" JAX_PROCESS_ID="$i"
+    if [ "$share" -gt 0 ]; then
+      mine=("${gpus[@]:i * share:share}")
+      CUDA_VISIBLE_DEVICES="$(IFS=,; echo "${mine[*]}")"
+      export CUDA_VISIBLE_DEVICES
+    fi
+    exec "${command[@]}"
+  ) &
+  pids+=($!)
+done
+for _ in "${pids[@]}"; do
+  status=0
+  wait -n || status=$?
+  if [ "$status" != 0 ]; then
+    echo "error: a process ended with exit code $status; ending the others" >&2
+    stop
+    exit "$status"
+  fi
+done

@@ -5,6 +5,7 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Compiling is most of what the tests do; without LLVM's slow passes it takes half as long.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
                            " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0")

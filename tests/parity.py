@@ -42,7 +42,7 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval()
 
 
-def port(module: torch.nn.Module, config: dict, *, dtype=jnp.float32, remat: bool = False):
+def port(module: torch.nn.Module, config: dict, *, dtype=jnp.float32, remat: str = "none"):
     """(graphdef, params) of our port with a torch module's weights."""
     cls, settings = pipeline.model_class(config)
     graphdef, tree = models.abstract(lambda rngs: cls(settings, rngs=rngs, dtype=dtype, remat=remat))
@@ -64,7 +64,7 @@ def to_nchw(x: np.ndarray) -> torch.Tensor:
     return torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
-def compare(module, theirs, config: dict, ours, x: np.ndarray, chosen: list[str], *, remat: bool = False) -> Errors:
+def compare(module, theirs, config: dict, ours, x: np.ndarray, chosen: list[str], *, remat: str = "none") -> Errors:
     """Compares an image-to-image function of a module: forward, and gradients of a random projection of it.
 
     Args:
@@ -129,7 +129,7 @@ def unet_inputs(name: str, batch: int, height: int, width: int) -> dict[str, np.
     return {k: v.astype(np.int32 if k == "t" else np.float32) for k, v in values.items()}
 
 
-def unet_errors(name: str, batch: int, height: int, width: int, *, remat: bool = False) -> Errors:
+def unet_errors(name: str, batch: int, height: int, width: int, *, remat: str = "none") -> Errors:
     from di_star_jax.models.unet import Condition
     v = unet_inputs(name, batch, height, width)
     module = torch_unet(name)

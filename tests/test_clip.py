@@ -180,7 +180,7 @@ def test_rematerialisation_changes_no_value_and_no_gradient():
         traced = jax.jit(loss).trace(params)
         return traced.lower().compile()(params), str(traced.jaxpr)
 
-    (plain, plain_jaxpr), (remat, remat_jaxpr) = run(False), run(True)
+    (plain, plain_jaxpr), (remat, remat_jaxpr) = run("none"), run("full")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, remat)
     assert "remat" in remat_jaxpr and "remat" not in plain_jaxpr
 

@@ -12,12 +12,13 @@ PACKAGE = Path(di_star_jax.__file__).parent
 # A module may import from its own line and from those above.
 LEVELS = [
     {"config"},
-    {"diffusion", "models.attention", "flops"},
+    {"diffusion", "models.attention", "flops", "sharding", "xla_flags"},
     {"objectives", "models", "models.layers", "models.unet", "models.vae", "models.clip", "models.published",
-     "sharding", "shapes.scenes", "shapes.oracle", "shapes.taste"},
+     "shapes.scenes", "shapes.oracle", "shapes.taste"},
     {"rewards", "samplers", "weights", "checkpoint", "prompts", "metrics"},
     {"pipeline"},
-    {"step", "plan", "before_after"},
+    {"gradients", "plan", "before_after"},
+    {"step"},
     {"train"},
     {"main", "convert", "sample", "shapes", "mixture", "shapes.pretrain", "shapes.ablation", "shapes.tokenizer"},
 ]

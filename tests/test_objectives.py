@@ -14,8 +14,8 @@ import pytest
 
 from di_star_jax import diffusion
 from di_star_jax.diffusion import add_noise, guide
-from di_star_jax.objectives import (OBJECTIVES, WEIGHTINGS, Constants, Scores, denoising_score_matching, dmd,
-                                    implicit_guidance, kl, l2_grad, pseudo_huber_grad, sid)
+from di_star_jax.objectives import (OBJECTIVES, WEIGHTINGS, Constants, denoising_score_matching, dmd,
+                                    implicit_guidance, kl, l2_grad, one_by_one, pseudo_huber_grad, sid)
 
 SDXL = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                                beta_schedule="scaled_linear")
@@ -64,7 +64,7 @@ def scores(theta, name, omega=1.0):
     """The assistant knows theta; the reference has guidance inside and its parts."""
     dim = len(theta)
     cond, null = (eps_of(log_density(name, dim, part)) for part in ("cond", "null"))
-    return Scores(eps_of(lambda x, alpha: log_normal(x, alpha * theta)),
+    return one_by_one(eps_of(lambda x, alpha: log_normal(x, alpha * theta)),
                   lambda x, t: guide(cond(x, t), null(x, t), omega), cond, null)
 
 
@@ -77,8 +77,8 @@ def log_ref(x, name, omega):
 def y_of(theta, x, name, omega):
     """y_t = eps_psi - eps_ref at x [B, d]."""
     t = jnp.full(x.shape[:1], T)
-    networks = scores(theta, name, omega)
-    return networks.psi(x, t) - networks.guided(x, t)
+    eps_psi, eps_ref = scores(theta, name, omega).psi_and_guided(x, t)
+    return eps_psi - eps_ref
 
 
 def huber(y):
@@ -119,7 +119,7 @@ def dmd_definition(theta, fixed, x_theta, x_fixed, *, name, omega):
     t = jnp.full(x_fixed.shape[:1], T)
     z, eps = noise(len(fixed))
     x0 = fixed[None] + z
-    x_ref = diffusion.eps_to_x0(x_fixed, scores(fixed, name, omega).guided(x_fixed, t), SDXL.alpha[t], SDXL.sigma[t])
+    x_ref = diffusion.eps_to_x0(x_fixed, scores(fixed, name, omega).psi_and_guided(x_fixed, t)[1], SDXL.alpha[t], SDXL.sigma[t])
     weight = SIGMA**2 / ALPHA**2 / jnp.maximum(jnp.abs(x0 - x_ref).mean(axis=-1), 1e-5)
     return (weight * (log_normal(x_theta, ALPHA * fixed) - log_ref(x_theta, name, omega))).mean()
 
@@ -215,7 +215,7 @@ def test_kl_normalised_equals_dmd():
     x0, t, eps = batch()
     networks = scores(THETA, "mixture", omega=3.0)
     x_t = add_noise(x0, eps, SDXL.alpha[t], SDXL.sigma[t])
-    x_ref = diffusion.eps_to_x0(x_t, networks.guided(x_t, t), SDXL.alpha[t], SDXL.sigma[t])
+    x_ref = diffusion.eps_to_x0(x_t, networks.psi_and_guided(x_t, t)[1], SDXL.alpha[t], SDXL.sigma[t])
     divisor = jnp.abs(x0 - x_ref).mean(axis=-1, keepdims=True)
     normalised = dx0(kl, x0, t, eps, networks) * SIGMA / ALPHA**2 / divisor
     np.testing.assert_allclose(dx0(dmd, x0, t, eps, networks), normalised, rtol=1e-4, atol=1e-5)
@@ -227,7 +227,7 @@ def test_diff_instructs_x0_form_is_kl_weighted_by_x0():
     networks = scores(THETA, "mixture", omega=3.0)
     x_t = add_noise(x0, eps, SDXL.alpha[t], SDXL.sigma[t])
     difference = (diffusion.eps_to_x0(x_t, networks.psi(x_t, t), SDXL.alpha[t], SDXL.sigma[t])
-                  - diffusion.eps_to_x0(x_t, networks.guided(x_t, t), SDXL.alpha[t], SDXL.sigma[t]))
+                  - diffusion.eps_to_x0(x_t, networks.psi_and_guided(x_t, t)[1], SDXL.alpha[t], SDXL.sigma[t]))
     weight = WEIGHTINGS["x0"](SDXL.alpha[t], SDXL.sigma[t])[:, None]
     np.testing.assert_allclose(difference * ALPHA, weight * dx0(kl, x0, t, eps, networks), rtol=1e-4, atol=1e-5)
 
@@ -250,13 +250,13 @@ def test_reward_only_has_no_gradient():
 def test_equal_scores_have_finite_gradients_at_both_ends(objective, t):
     x0, t, eps = batch(t=t)
     same = eps_of(lambda x, alpha: log_normal(x, alpha * THETA))
-    grad = dx0(OBJECTIVES[objective], x0, t, eps, Scores(same, same, same, same))
+    grad = dx0(OBJECTIVES[objective], x0, t, eps, one_by_one(same, same, same, same))
     np.testing.assert_array_equal(grad, jnp.zeros_like(grad))
 
 
 def test_a_reference_that_predicts_x0_leaves_dmd_finite():
     x0, t, eps = batch()
-    exact = Scores(lambda x_t, t: 0.5 * eps, *(lambda x_t, t: eps,) * 3)
+    exact = one_by_one(lambda x_t, t: 0.5 * eps, *(lambda x_t, t: eps,) * 3)
     assert np.isfinite(dx0(dmd, x0, t, eps, exact)).all()
 
 
@@ -265,9 +265,12 @@ def test_gradient_flows_through_x_t_into_both_score_networks(objective):
     x0, t, eps = batch()
     networks = scores(THETA, "mixture")
     full = dx0(OBJECTIVES[objective], x0, t, eps, networks)
-    for field in ("psi", "guided"):
-        fn = getattr(networks, field)
-        cut = networks._replace(**{field: lambda x_t, t, fn=fn: fn(jax.lax.stop_gradient(x_t), t)})
+    for i in range(2):
+        def one_cut(x_t, t, i=i):
+            there, cut = (networks.psi_and_guided(x, t) for x in (x_t, jax.lax.stop_gradient(x_t)))
+            return (cut[0], there[1]) if i == 0 else (there[0], cut[1])
+
+        cut = networks._replace(psi_and_guided=one_cut)
         assert not np.allclose(full, dx0(OBJECTIVES[objective], x0, t, eps, cut), rtol=1e-2)
 
 
@@ -282,7 +285,7 @@ def test_kl_asks_for_no_gradient_of_a_score_network(objective):
         raise AssertionError("differentiated")
 
     x0, t, eps = batch()
-    dx0(OBJECTIVES[objective], x0, t, eps, Scores(*(lambda x_t, t: network(x_t),) * 4))
+    dx0(OBJECTIVES[objective], x0, t, eps, one_by_one(*(lambda x_t, t: network(x_t),) * 4))
 
 
 def test_pseudo_huber_grad_is_the_derivative_of_the_distance():

@@ -69,5 +69,5 @@ def test_a_folder_without_unet_is_refused(tmp_path):
 
 
 def test_a_mesh_that_cannot_split_the_unet_is_refused():
-    with pytest.raises(UserError, match="mesh.fsdp=3 divides no axis of .*kernel with shape"):
+    with pytest.raises(UserError, match="mesh.fsdp x mesh.context = 3 divides no axis of .*kernel with shape"):
         plan.describe(dry(**{"mesh.fsdp": 3, "data.batch_size": 3}), 1)

@@ -17,7 +17,7 @@ MEGABYTE = 2**20
                                     published.PICKSCORE], ids=["unet", "vae", "bigG", "pickscore"])
 @pytest.mark.parametrize("fsdp", [8, 16])
 def test_no_leaf_over_a_megabyte_is_replicated_at_full_size(config, fsdp):
-    mesh = AbstractMesh((1, fsdp), ("data", "fsdp"))
+    mesh = AbstractMesh((1, fsdp, 1), sharding.AXES)
     tree = pipeline.abstract_model(config).params
     shardings = sharding.params_sharding(mesh, tree)
     for (path, leaf), split in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings)):
@@ -26,33 +26,34 @@ def test_no_leaf_over_a_megabyte_is_replicated_at_full_size(config, fsdp):
 
 
 def test_mesh_fills_in_what_is_left_and_refuses_what_does_not_fit():
-    assert sharding.make_mesh(-1, 4).shape == {"data": 2, "fsdp": 4}
-    assert sharding.make_mesh(8, -1).shape == {"data": 8, "fsdp": 1}
+    assert sharding.make_mesh(-1, 4).shape == {"data": 2, "fsdp": 4, "context": 1}
+    assert sharding.make_mesh(8, -1).shape == {"data": 8, "fsdp": 1, "context": 1}
+    assert sharding.make_mesh(-1, 2, 2).shape == {"data": 2, "fsdp": 2, "context": 2}
     with pytest.raises(UserError, match="data=-1 x fsdp=3 does not make up the 8 devices"):
         sharding.make_mesh(-1, 3)
 
 
 def spec(shape, fsdp):
     tree = jax.ShapeDtypeStruct(shape, "float32")
-    return tuple(sharding.params_sharding(AbstractMesh((1, fsdp), ("data", "fsdp")), tree).spec)
+    return tuple(sharding.params_sharding(AbstractMesh((1, fsdp, 1), sharding.AXES), tree).spec)
 
 
 def test_scanned_blocks_are_split_inside_and_not_by_depth():
-    assert spec((2048, 1024, 64), 8) == (None, "fsdp", None)
-    assert spec((640, 2048), 8) == (None, "fsdp")
-    assert spec((4096, 320), 8) == ("fsdp", None)
+    assert spec((2048, 1024, 64), 8) == (None, sharding.PARAMS, None)
+    assert spec((640, 2048), 8) == (None, sharding.PARAMS)
+    assert spec((4096, 320), 8) == (sharding.PARAMS, None)
 
 
 def test_small_leaves_stay_whole_and_a_large_one_that_cannot_be_split_is_refused():
     assert spec((1280,), 8) == ()
     assert spec((300, 301), 16) == ()
-    with pytest.raises(UserError, match=r"mesh.fsdp=7 divides no axis of .*with shape \(640, 640\); use a power"):
+    with pytest.raises(UserError, match=r"mesh.fsdp x mesh.context = 7 divides no axis of .*with shape \(640, 640\); use a power"):
         spec((640, 640), 7)
 
 
 def test_moments_are_split_like_their_parameters():
     params = {"down": {0: {"kernel": jax.ShapeDtypeStruct((1280, 5120), "float32")}}}
-    mesh = AbstractMesh((2, 4), ("data", "fsdp"))
+    mesh = AbstractMesh((2, 4, 1), sharding.AXES)
     moments = jax.eval_shape(optax.adam(1e-3).init, params)
     split = sharding.params_sharding(mesh, moments)
     assert split[0].mu == split[0].nu == sharding.params_sharding(mesh, params)

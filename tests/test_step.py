@@ -9,9 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
 
-from di_star_jax import diffusion, flops, objectives, pipeline, rewards, sharding, step
+from di_star_jax import diffusion, flops, gradients, objectives, pipeline, rewards, sharding, step
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition
 
@@ -35,11 +34,16 @@ CONFIGS = {
 }
 SCHEDULE = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                                    beta_schedule="scaled_linear")
-SETTINGS = step.Settings(
+SETTINGS = gradients.Settings(
     objective="di_star", omega=7.5, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
     weighting="eps", reduction="sum", reward_scale=100.0, generator_times=(20, 980), assistant_times=(0, 999),
     assistant_updates=1, sharing="x0", generator_timesteps=(399,), latent_shape=(8, 8, 4), ema_decay=0.9)
 BATCH = 8
+IDS = {"tokenizer": jnp.zeros((BATCH, 8), jnp.int32)}
+
+
+def one_device():
+    return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +57,12 @@ def world():
     other = models.init(lambda rngs: pipeline.model_class(CONFIGS["unet"])[0](
         pipeline.model_class(CONFIGS["unet"])[1], rngs=rngs), seed=99)[1]
 
-    def reward(params, x0, ids):
+    def reward(params, x0, ids, crop):
         text = rewards.text_embeddings(graphdefs["reward"], params["reward"], ids["reward"])
         return rewards.pickscore(graphdefs["reward"], params["reward"],
                                  nnx.merge(graphdefs["vae"], params["vae"]).decode(x0), text)
 
-    networks = step.Networks(
+    networks = gradients.Networks(
         lambda params, x_t, t, condition: nnx.merge(graphdefs["unet"], params)(x_t, t, condition),
         lambda params, ids: pipeline.encode_text(graphdefs, params, ids, 16), reward)
     ids = np.random.default_rng(0).integers(0, 40, (BATCH, 8)).astype(np.int32)
@@ -84,7 +88,7 @@ def small_world():
         condition = Condition(jnp.zeros((BATCH, 1, 1)), pooled, None)
         return condition, pipeline.null_of(condition)
 
-    networks = step.Networks(small_unet, encode_text, lambda frozen, x0, ids: -(x0**2).mean((1, 2, 3)))
+    networks = gradients.Networks(small_unet, encode_text, lambda frozen, x0, ids, crop: -(x0**2).mean((1, 2, 3)))
     return networks, {"unet": params(0)}, params(1), params(2)
 
 
@@ -93,9 +97,10 @@ def small():
     """(state, run(state, key) -> (state, metrics), the jitted step) of the small world."""
     networks, frozen, generator, assistant = small_world()
     opt = step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0)
-    update = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, opt, opt), donate_argnums=0)
+    update = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, opt, opt, one_device()), donate_argnums=0)
     state = step.init_state(generator, assistant, opt, opt)
-    return state, lambda state, key=jax.random.key(0): update(state, frozen, {}, key), update
+    state = jax.device_put(state, sharding.params_sharding(one_device(), state))  # where the step leaves it
+    return state, lambda state, key=jax.random.key(0): update(state, frozen, IDS, key), update
 
 
 def copy(tree):
@@ -111,7 +116,7 @@ def test_a_step_moves_generator_assistant_and_average_and_donates_the_state(worl
     opt = step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0)
     given = step.init_state(other, params["unet"], opt, opt)
     before = copy(given)
-    update = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, opt, opt), donate_argnums=0)
+    update = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, opt, opt, one_device()), donate_argnums=0)
     after, metrics = update(given, params, ids, jax.random.key(0))
     assert int(after.step) == 1 and float(metrics["nonfinite"]) == 0
     assert all(np.isfinite(float(v)) for v in metrics.values())
@@ -142,32 +147,48 @@ def test_stopped_and_restarted_equals_a_straight_run(small):
     assert distance(straight, part) == 0.0
 
 
-def test_gradients_on_eight_devices_equal_those_on_one(world):
-    # With plain SGD of rate 1 a step's change of the parameters is the gradient.
+def world_gradients(world, mesh, **changes):
+    """(generator's, assistant's) gradients of one step of the tiny SDXL on a mesh, as NumPy trees, and the metrics.
+
+    With plain SGD of rate 1 a step's change of the parameters is the gradient.
+    """
     networks, params, other, ids = world
     sgd = optax.sgd(1.0)
-    update = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, sgd, sgd))
     state = step.init_state(other, params["unet"], sgd, sgd)
-    one, _ = update(state, params, ids, jax.random.key(0))
-    mesh = sharding.make_mesh(2, 4)
     put = lambda tree: jax.device_put(tree, sharding.params_sharding(mesh, tree))
     spread = {name: jax.device_put(v, sharding.batch_sharding(mesh)) for name, v in ids.items()}
-    eight, _ = jax.jit(update)(put(state), put(params), spread, jax.random.key(0))
-    assert isinstance(mesh, Mesh) and len(mesh.devices.ravel()) == 8
-    for name in ("generator", "assistant"):
-        gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), getattr(one, name), getattr(state, name))
-        largest = max(np.abs(g).max() for g in jax.tree.leaves(gradient))
-        error = max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in
-                    zip(jax.tree.leaves(getattr(one, name)), jax.tree.leaves(getattr(eight, name))))
-        assert error <= 1e-5 * max(largest, 1.0), f"{name}: {error} of {largest}"
+    update = step.make_train_step(networks, dataclasses.replace(SETTINGS, **changes), SCHEDULE, sgd, sgd, mesh)
+    after, metrics = jax.jit(update)(put(state), put(params), spread, jax.random.key(0))
+    return [jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), getattr(after, name), getattr(state, name))
+            for name in ("generator", "assistant")], metrics
+
+
+@pytest.fixture(scope="module")
+def on_one(world):
+    return world_gradients(world, one_device())
+
+
+@pytest.mark.parametrize("shape, changes", [
+    ((2, 4, 1), {}), ((1, 4, 2), {}), ((1, 1, 2), {}), ((2, 2, 1), {"microbatches": 2})],
+    ids=["fsdp", "context", "context-alone", "microbatches"])
+def test_gradients_on_many_devices_equal_those_on_one(world, on_one, monkeypatch, shape, changes):
+    monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
+    mesh = sharding.make_mesh(*shape, devices=jax.devices()[:np.prod(shape)])
+    many, metrics = world_gradients(world, mesh, **changes)
+    for ours, expected in zip(many, on_one[0]):
+        largest = max(np.abs(g).max() for g in jax.tree.leaves(expected))
+        error = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)))
+        assert error <= 1e-5 * max(largest, 1.0), f"{error} of {largest}"
+    for name, value in on_one[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
 
 
 def test_warm_up_trains_the_assistant_alone(small):
     networks, frozen, _, _ = small_world()
     state = copy(small[0])
     opt = step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=10.0)
-    after, metrics = jax.jit(step.make_warmup_step(networks, SETTINGS, SCHEDULE, opt))(
-        state, frozen, {}, jax.random.key(0))
+    after, metrics = jax.jit(step.make_warmup_step(networks, SETTINGS, SCHEDULE, opt, one_device()))(
+        state, frozen, IDS, jax.random.key(0))
     assert distance(after.generator, state.generator) == 0.0
     assert distance(after.assistant, state.assistant) > 1e-5
     assert float(metrics["nonfinite"]) == 0
@@ -190,8 +211,8 @@ def small_step(key=0, **changes):
     settings = dataclasses.replace(SETTINGS, **changes)
     sgd = optax.sgd(1.0)
     state = step.init_state(generator, assistant, sgd, sgd)
-    after, metrics = jax.jit(step.make_train_step(networks, settings, SCHEDULE, sgd, sgd))(
-        state, frozen, {}, jax.random.key(key))
+    after, metrics = jax.jit(step.make_train_step(networks, settings, SCHEDULE, sgd, sgd, one_device()))(
+        state, frozen, IDS, jax.random.key(key))
     return (settings, *(jax.tree.map(lambda a, b: a - b, getattr(state, name), getattr(after, name))
                         for name in ("generator", "assistant")), metrics)
 
@@ -199,21 +220,23 @@ def small_step(key=0, **changes):
 def expected_gradients(settings, key=0):
     """The gradients of the shared scheme, each by its own jax.grad on the same x_t."""
     networks, frozen, generator, assistant = small_world()
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(key), 0), 3)
-    conditions = networks.encode_text(frozen, {})
+    draws = gradients.draw(jax.random.fold_in(jax.random.key(key), 0), BATCH, settings)
+    conditions = networks.encode_text(frozen, IDS)
     common = dict(networks=networks, schedule=SCHEDULE)
-    z, t_z = step.simulate(generator, keys[0], conditions[0], settings=settings, **common)
-    t, eps = step._draw(keys[1], settings.generator_times, z.shape)
+    z, t_z = gradients.simulate(generator, draws, conditions[0], settings=settings, **common)
+    psi = lambda x_t, t: small_unet(assistant, x_t, t, conditions[0])
+    scores = objectives.one_by_one(
+        psi, *gradients.reference_scores(small_unet, frozen["unet"], conditions, settings.omega))
 
     def generator_loss(generator):
-        x0 = step.denoise(generator, z, t_z, conditions[0], **common)
-        return step.generator_loss(x0, t, eps, psi=lambda x_t, t: small_unet(assistant, x_t, t, conditions[0]),
-                                   frozen=frozen, conditions=conditions, token_ids={}, settings=settings, **common)[0]
+        x0 = gradients.denoise(generator, z, t_z, conditions[0], **common)
+        return gradients.generator_loss(x0, draws.t, draws.eps, draws.crop, scores=scores, frozen=frozen, token_ids=IDS,
+                                        settings=settings, **common)[0]
 
     def assistant_loss(assistant):
-        x0 = step.denoise(generator, z, t_z, conditions[0], **common)
-        x_t = diffusion.add_noise(x0, eps, SCHEDULE.alpha[t], SCHEDULE.sigma[t])
-        return objectives.denoising_score_matching(small_unet(assistant, x_t, t, conditions[0]), eps).mean()
+        x0 = gradients.denoise(generator, z, t_z, conditions[0], **common)
+        x_t = diffusion.add_noise(x0, draws.eps, SCHEDULE.alpha[draws.t], SCHEDULE.sigma[draws.t])
+        return objectives.denoising_score_matching(small_unet(assistant, x_t, draws.t, conditions[0]), draws.eps).mean()
 
     return jax.grad(generator_loss)(generator), jax.grad(assistant_loss)(assistant)
 
@@ -266,18 +289,18 @@ def test_reduction_and_weighting_scale_the_regulariser_alone():
 @pytest.mark.parametrize("timesteps", [(999, 499), (999, 749, 499, 249)])
 def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_made(timesteps):
     networks, frozen, generator, _ = small_world()
-    condition = networks.encode_text(frozen, {})[0]
+    condition = networks.encode_text(frozen, IDS)[0]
     settings = dataclasses.replace(SETTINGS, generator_timesteps=timesteps)
     seen = {}
     for k in range(30):
-        key = jax.random.key(k)
-        x_t, t = step.simulate(generator, key, condition, networks=networks, settings=settings, schedule=SCHEDULE)
-        noise = jax.random.normal(key, (len(timesteps), *x_t.shape))
+        draws = gradients.draw(jax.random.key(k), BATCH, settings)
+        x_t, t = gradients.simulate(generator, draws, condition, networks=networks, settings=settings, schedule=SCHEDULE)
+        noise = jnp.moveaxis(draws.noise, 1, 0)
         i = timesteps.index(int(t))
         seen[i] = seen.setdefault(i, 0) + 1
         expected = noise[0]
         for j in range(i):
-            x0 = step.denoise(generator, expected, jnp.array(timesteps[j]), condition, networks=networks,
+            x0 = gradients.denoise(generator, expected, jnp.array(timesteps[j]), condition, networks=networks,
                               schedule=SCHEDULE)
             expected = diffusion.add_noise(x0, noise[j + 1], *(v[jnp.full(BATCH, timesteps[j + 1])] for v in SCHEDULE))
         np.testing.assert_allclose(x_t, expected, rtol=1e-4, atol=1e-4)
@@ -298,13 +321,13 @@ def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwar
     condition = Condition(jnp.zeros((2, 77, 2048)), jnp.zeros((2, 1280)), jnp.zeros((2, 6)))
     one = flops.count(apply, unet.params, jax.ShapeDtypeStruct(shape, jnp.float32), jnp.zeros(2, jnp.int32), condition)
     assert one / 2 == pytest.approx(6.761e12, rel=1e-3)
-    networks = step.Networks(apply, lambda frozen, ids: (condition, pipeline.null_of(condition)),
-                             lambda frozen, x0, ids: jnp.zeros(2))
+    networks = gradients.Networks(apply, lambda frozen, ids: (condition, pipeline.null_of(condition)),
+                             lambda frozen, x0, ids, crop: jnp.zeros(2))
     settings = dataclasses.replace(SETTINGS, latent_shape=shape[1:], **changes)
     sgd = optax.sgd(1.0)
     state = jax.eval_shape(lambda p: step.init_state(p, p, sgd, sgd), unet.params)
-    whole = flops.count(step.make_train_step(networks, settings, SCHEDULE, sgd, sgd), state, {"unet": unet.params}, {},
-                        jax.eval_shape(lambda: jax.random.key(0)))
+    whole = flops.count(step.make_train_step(networks, settings, SCHEDULE, sgd, sgd, one_device()), state,
+                        {"unet": unet.params}, {"prompt": jnp.zeros(2)}, jax.eval_shape(lambda: jax.random.key(0)))
     assert whole / one == pytest.approx(forwards, rel=0.05)
 
 

@@ -1,10 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scaled dot-product attention: the one place where a kernel is chosen."""
+"""Scaled dot-product attention: the one place where a kernel is chosen.
+
+Dims: B batch, N queries, M keys, H heads, D head width.
+"""
+
+import functools
+import logging
 
 import jax
+import jax.numpy as jnp
+
+KERNELS = ("splash", "cudnn", "xla")
+LONG = 1024  # tokens; below this, and for the text's 77, the flash kernels' overhead is not repaid
+BLOCK = 2**26  # logits per image and head above which XLA's path computes them by blocks of queries
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+@functools.cache
+def _log(kernel: str, n: int, m: int, h: int, d: int) -> None:
+    logging.getLogger(__name__).info("attention of %d on %d tokens, %d heads of %d: %s", n, m, h, d, kernel)
+
+
+def choose(kernel: str, n: int, m: int, d: int, dtype, masked: bool) -> str:
+    """What of KERNELS computes such an attention where `kernel` is preferred: flash kernels take long, unmasked ones.
+
+    Both take head widths up to 128: the VAE's one head of 512 stays with XLA, for cuDNN refuses it and splash takes the
+    TPU compiler four minutes. splash needs multiples of 128 tokens, cuDNN 16-bit floats and widths that 8 divides.
+    """
+    long = not masked and n >= LONG and m >= LONG and d <= 128
+    if kernel == "splash" and long and n % 128 == 0 and m % 128 == 0:
+        return "splash"
+    if kernel == "cudnn" and long and d % 8 == 0 and jnp.dtype(dtype).itemsize == 2:
+        return "cudnn"
+    return "xla"
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None = None,
+              kernel: str = "xla") -> jax.Array:
     """softmax(q k^T / sqrt(D)) v, with float32 logits.
 
     Args:
@@ -12,7 +43,52 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | Non
       k: [B, M, H, D] keys.
       v: [B, M, H, D] values.
       mask: bool, broadcastable to [B, H, N, M]; True where attention is allowed. None allows all.
+      kernel: what is preferred: "splash" (Pallas, TPU), "cudnn" (flash, GPU) or "xla"; see `choose`.
     Returns:
       [B, N, H, D], dtype of q.
     """
+    n, m, h, d = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+    chosen = choose(kernel, n, m, d, q.dtype, mask is not None)
+    _log(chosen, n, m, h, d)
+    if chosen == "splash":
+        return splash(q, k, v)
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    if n * m > BLOCK and mask is None:
+        return _by_blocks(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of some queries after the others, recomputed in the backward pass: never all logits at once."""
+    b, n, h, d = q.shape
+    blocks = next(i for i in range(n * k.shape[1] // BLOCK, n + 1) if n % i == 0)
+    one = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v))
+    parts = jnp.moveaxis(q.reshape(b, blocks, n // blocks, h, d), 1, 0)
+    return jnp.moveaxis(jax.lax.map(one, parts), 0, 1).reshape(q.shape)
+
+
+def _block(tokens: int) -> int:
+    """The largest multiple of 128 that divides `tokens`, at most 1024, which fits the vector memory (MaxDiffusion's)."""
+    return next(size for size in range(1024, 0, -128) if tokens % size == 0)
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Flash attention in Pallas for TPUs; arguments as `attention`, N and M multiples of 128.
+
+    Source: jax.experimental.pallas.ops.tpu.splash_attention.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    n, m, h, d = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+    block_q, block_kv = _block(n), _block(m)
+    sizes = kernels.BlockSizes(
+        block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv, block_q_dq=block_q,
+        block_kv_dq=block_kv)
+    mask = masks.MultiHeadMask([masks.FullMask((n, m))] * h)
+    # A concrete mask's block table is made with NumPy: it must not become part of the trace.
+    with jax.ensure_compile_time_eval():
+        one_image = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * d**-0.5, k, v))  # [B, H, N, D]
+    return jnp.swapaxes(jax.vmap(one_image)(q, k, v), 1, 2)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from di_star_jax import sharding
 from di_star_jax.config import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.attention import attention
@@ -129,12 +130,12 @@ class TextOutput(NamedTuple):
     pooled: jax.Array
 
 
-def _norm(config, kw: dict) -> nnx.LayerNorm:
-    return nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, **kw)
+def _norm(config, kw: dict) -> layers.LayerNorm:
+    return layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kw)
 
 
-def _embed(count: int, width: int, kw: dict) -> nnx.Embed:
-    return nnx.Embed(count, width, embedding_init=nnx.initializers.normal(0.02), **kw)
+def _embed(count: int, width: int, kw: dict) -> layers.Embed:
+    return layers.Embed(count, width, embedding_init=nnx.initializers.normal(0.02), **kw)
 
 
 class CLIPAttention(nnx.Module):
@@ -143,10 +144,10 @@ class CLIPAttention(nnx.Module):
     def __init__(self, config, **kw):
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.q_proj = nnx.Linear(width, width, **kw)
-        self.k_proj = nnx.Linear(width, width, **kw)
-        self.v_proj = nnx.Linear(width, width, **kw)
-        self.out_proj = nnx.Linear(width, width, **kw)
+        self.q_proj = layers.Linear(width, width, **kw)
+        self.k_proj = layers.Linear(width, width, **kw)
+        self.v_proj = layers.Linear(width, width, **kw)
+        self.out_proj = layers.Linear(width, width, **kw)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -158,8 +159,8 @@ class CLIPMLP(nnx.Module):
 
     def __init__(self, config, **kw):
         self.activation = config.hidden_act
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, **kw)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, **kw)
+        self.fc1 = layers.Linear(config.hidden_size, config.intermediate_size, **kw)
+        self.fc2 = layers.Linear(config.intermediate_size, config.hidden_size, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
@@ -182,7 +183,7 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The stacked layers: [B, N, D] -> ([B, N, D] input of the last layer, [B, N, D] its output)."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs, dtype, remat: bool):
+    def __init__(self, config, *, rngs: nnx.Rngs, dtype, remat: str):
         self.remat = remat
         self.layers = layers.stacked(lambda rngs: CLIPEncoderLayer(config, rngs=rngs, dtype=dtype),
                                      config.num_hidden_layers, rngs)
@@ -214,7 +215,7 @@ class CLIPTextEmbeddings(nnx.Module):
 class CLIPTextTransformer(nnx.Module):
     """[B, L] token ids -> TextOutput, without projection. Source: transformers' `text_model`."""
 
-    def __init__(self, config: CLIPTextConfig, *, remat: bool, **kw):
+    def __init__(self, config: CLIPTextConfig, *, remat: str, **kw):
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config, **kw)
         self.encoder = CLIPEncoder(config, remat=remat, **kw)
@@ -238,12 +239,12 @@ class CLIPVisionEmbeddings(nnx.Module):
     """[B, S, S, 3] -> [B, N, D]: class token, patches, positions. Source: transformers `CLIPVisionEmbeddings`."""
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype):
-        width, patch = config.hidden_size, (config.patch_size, config.patch_size)
+        width = config.hidden_size
         self.shape = (config.image_size, config.image_size, config.num_channels)
         self.dtype = dtype
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
-        self.patch_embedding = nnx.Conv(config.num_channels, width, patch, strides=patch, padding="VALID",
-                                        use_bias=False, dtype=dtype, rngs=rngs)
+        self.patch_embedding = layers.Conv(config.num_channels, width, config.patch_size, stride=config.patch_size,
+                                           use_bias=False, dtype=dtype, rngs=rngs)
         count = 1 + (config.image_size // config.patch_size) ** 2
         self.position_embedding = _embed(count, width, dict(dtype=dtype, rngs=rngs))
 
@@ -252,7 +253,7 @@ class CLIPVisionEmbeddings(nnx.Module):
             raise UserError(f"got pixels {pixels.shape[1:]}, the CLIP model takes {self.shape}; resize them first")
         b, width = pixels.shape[0], self.patch_embedding.out_features
         patches = self.patch_embedding(pixels).reshape(b, -1, width)  # [B, N-1, D]
-        first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (b, 1, width))
+        first = jnp.broadcast_to(sharding.whole(self.class_embedding[...], (width,), self.dtype), (b, 1, width))
         x = jnp.concatenate([first, patches], axis=1)  # [B, N, D]
         return x + self.position_embedding(jnp.arange(x.shape[1]))[None]
 
@@ -260,7 +261,7 @@ class CLIPVisionEmbeddings(nnx.Module):
 class CLIPVisionTransformer(nnx.Module):
     """[B, S, S, 3] CLIP-normalised pixels -> [B, D]. Source: transformers' `vision_model`."""
 
-    def __init__(self, config: CLIPVisionConfig, *, remat: bool, **kw):
+    def __init__(self, config: CLIPVisionConfig, *, remat: str, **kw):
         self.embeddings = CLIPVisionEmbeddings(config, **kw)
         self.pre_layrnorm = _norm(config, kw)
         self.encoder = CLIPEncoder(config, remat=remat, **kw)
@@ -274,7 +275,7 @@ class CLIPVisionTransformer(nnx.Module):
 class CLIPTextModel(nnx.Module):
     """SDXL's first text encoder; `pooled` is not projected. Source: transformers `CLIPTextModel`."""
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
         self.config = config
         self.text_model = CLIPTextTransformer(config, remat=remat, rngs=rngs, dtype=dtype)
 
@@ -286,10 +287,10 @@ class CLIPTextModel(nnx.Module):
 class CLIPTextModelWithProjection(nnx.Module):
     """SDXL's second text encoder; `pooled` is projected. Source: transformers `CLIPTextModelWithProjection`."""
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
         self.config = config
         self.text_model = CLIPTextTransformer(config, remat=remat, rngs=rngs, dtype=dtype)
-        self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype,
+        self.text_projection = layers.Linear(config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype,
                                           rngs=rngs)
 
     def __call__(self, token_ids: jax.Array) -> TextOutput:
@@ -301,14 +302,14 @@ class CLIPTextModelWithProjection(nnx.Module):
 class CLIPModel(nnx.Module):
     """Both towers with projections to one space, and the logit scale. Source: transformers `CLIPModel`."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
         kw = dict(rngs=rngs, dtype=dtype)
         self.config = config
         self.text_model = CLIPTextTransformer(config.text_config, remat=remat, **kw)
         self.vision_model = CLIPVisionTransformer(config.vision_config, remat=remat, **kw)
-        self.visual_projection = nnx.Linear(config.vision_config.hidden_size, config.projection_dim, use_bias=False,
+        self.visual_projection = layers.Linear(config.vision_config.hidden_size, config.projection_dim, use_bias=False,
                                             **kw)
-        self.text_projection = nnx.Linear(config.text_config.hidden_size, config.projection_dim, use_bias=False, **kw)
+        self.text_projection = layers.Linear(config.text_config.hidden_size, config.projection_dim, use_bias=False, **kw)
         self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init_value))  # the logarithm of the scale
 
     def image_features(self, pixels: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that UNet and VAE share. Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels.
+"""Blocks that UNet, VAE and CLIP share. Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels.
 
 Attribute names are those of diffusers' PyTorch modules, so that a path in the parameter tree is a key in its files.
+On a mesh each layer gathers its own weights (sharding.whole), and H is this device's part of the rows (sharding.size).
 """
 
 import math
@@ -11,17 +12,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from di_star_jax import sharding
 from di_star_jax.models.attention import attention
 
 Dtype = Any
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+# What a block keeps for its backward pass: everything, its matrix products, or its input alone.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
-def checkpointed(module: nnx.Module, *args, remat: bool) -> jax.Array:
-    """Runs `module(*args)`; with remat the backward pass recomputes its inside instead of storing it."""
-    if not remat:
+def checkpointed(module: nnx.Module, *args, remat: str) -> jax.Array:
+    """Runs `module(*args)`; the backward pass recomputes what `remat`, a key of REMAT, does not keep."""
+    if remat == "none":
         return module(*args)
     graphdef, params = nnx.split(module)
-    return jax.checkpoint(lambda params, *args: nnx.merge(graphdef, params)(*args))(params, *args)
+    return jax.checkpoint(lambda params, *args: nnx.merge(graphdef, params)(*args), policy=REMAT[remat])(params, *args)
 
 
 def stacked(build, depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -29,7 +39,7 @@ def stacked(build, depth: int, rngs: nnx.Rngs) -> nnx.Module:
     return nnx.vmap(build, in_axes=0)(rngs.split(depth))
 
 
-def scan_blocks(blocks: nnx.Module, x: jax.Array, *args, remat: bool) -> jax.Array:
+def scan_blocks(blocks: nnx.Module, x: jax.Array, *args, remat: str) -> jax.Array:
     """Applies stacked blocks one after the other: one traced body whatever the depth."""
     graphdef, params = nnx.split(blocks)
 
@@ -39,17 +49,86 @@ def scan_blocks(blocks: nnx.Module, x: jax.Array, *args, remat: bool) -> jax.Arr
     return jax.lax.scan(body, x, params)[0]
 
 
-def group_norm(channels: int, groups: int, eps: float, dtype: Dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    # E[x^2] - E[x]^2 loses digits where the mean is large, as it is in the VAE decoder.
-    return nnx.GroupNorm(channels, num_groups=groups, epsilon=eps, use_fast_variance=False, dtype=dtype, rngs=rngs)
+class Linear(nnx.Linear):
+    """`nnx.Linear` whose weights may be split over devices."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(self.dtype) @ sharding.whole(self.kernel[...], (self.in_features, self.out_features), self.dtype)
+        return y if self.bias is None else y + sharding.whole(self.bias[...], (self.out_features,), self.dtype)
 
 
-def conv3x3(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs, *, stride: int = 1, padding=1) -> nnx.Conv:
-    return nnx.Conv(c_in, c_out, (3, 3), strides=stride, padding=padding, dtype=dtype, rngs=rngs)
+class Conv(nnx.Conv):
+    """`nnx.Conv` of [B, H, W, C] whose weights, and whose image's rows, may be split over devices."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, *, stride: int = 1, padding: Padding | None = None,
+                 use_bias: bool = True, dtype: Dtype, rngs: nnx.Rngs):
+        super().__init__(c_in, c_out, (kernel, kernel), strides=stride, use_bias=use_bias, dtype=dtype, rngs=rngs)
+        self.stride = stride
+        self.pad = padding or ((0, 0), (0, 0))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = sharding.whole(self.kernel[...], self.kernel_shape, self.dtype)
+        (above, below), across = self.pad
+        x, rows = x.astype(self.dtype), self.pad[0]
+        if above + below and sharding.size("context") > 1:
+            x = sharding.with_halo(x, above, max(self.kernel_shape[0] - self.stride - above, 0))
+            rows = (0, 0)
+        y = jax.lax.conv_general_dilated(x, kernel, (self.stride, self.stride), (rows, across),
+                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y if self.bias is None else y + sharding.whole(self.bias[...], (self.out_features,), self.dtype)
 
 
-def conv1x1(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    return nnx.Conv(c_in, c_out, (1, 1), dtype=dtype, rngs=rngs)
+class Embed(nnx.Embed):
+    """`nnx.Embed` whose table may be split over devices."""
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = sharding.whole(self.embedding[...], (self.num_embeddings, self.features), self.dtype)
+        return jnp.take(table, ids, axis=0)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm` over the last axis, in float32, whose weights may be split over devices."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
+        scale, bias = (sharding.whole(leaf[...], x.shape[-1:], jnp.float32) for leaf in (self.scale, self.bias))
+        return (x * scale + bias).astype(self.dtype)
+
+
+class GroupNorm(nnx.GroupNorm):
+    """`nnx.GroupNorm` of [B, H, W, C], in float32, over all rows of the image wherever they are.
+
+    The image itself is never reshaped to groups: a TPU would pad their few channels to 128.
+    """
+
+    def _over_groups(self, per_channel: jax.Array) -> jax.Array:
+        """[B, C] means over the own pixels -> [B, 1, 1, C] means over the group's channels and all pixels."""
+        b, c = per_channel.shape
+        per_group = sharding.mean_over_rows(per_channel.reshape(b, self.num_groups, -1).mean(-1, keepdims=True))
+        return jnp.broadcast_to(per_group, (b, self.num_groups, c // self.num_groups)).reshape(b, 1, 1, c)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        # Not E[x^2] - E[x]^2, which loses digits where the mean is large, as it is in the VAE decoder.
+        centred = x - self._over_groups(x.mean((1, 2)))
+        inverse = jax.lax.rsqrt(self._over_groups((centred * centred).mean((1, 2))) + self.epsilon)
+        scale, bias = (sharding.whole(leaf[...], x.shape[-1:], jnp.float32) for leaf in (self.scale, self.bias))
+        return (centred * (inverse * scale) + bias).astype(self.dtype)
+
+
+def group_norm(channels: int, groups: int, eps: float, dtype: Dtype, rngs: nnx.Rngs) -> GroupNorm:
+    return GroupNorm(channels, num_groups=groups, epsilon=eps, dtype=dtype, rngs=rngs)
+
+
+def conv3x3(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs, *, stride: int = 1,
+            padding: Padding = ((1, 1), (1, 1))) -> Conv:
+    return Conv(c_in, c_out, 3, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
+
+
+def conv1x1(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs) -> Conv:
+    return Conv(c_in, c_out, 1, dtype=dtype, rngs=rngs)
 
 
 def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
@@ -74,8 +153,8 @@ class TimestepEmbedding(nnx.Module):
     """[B, C_in] -> [B, C]: linear, SiLU, linear. Source: diffusers `TimestepEmbedding`."""
 
     def __init__(self, c_in: int, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(c_in, channels, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.linear_1 = Linear(c_in, channels, dtype=dtype, rngs=rngs)
+        self.linear_2 = Linear(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(nnx.silu(self.linear_1(x)))
@@ -88,7 +167,7 @@ class ResnetBlock2D(nnx.Module):
                  rngs: nnx.Rngs):
         self.norm1 = group_norm(c_in, groups, eps, dtype, rngs)
         self.conv1 = conv3x3(c_in, c_out, dtype, rngs)
-        self.time_emb_proj = None if temb is None else nnx.Linear(temb, c_out, dtype=dtype, rngs=rngs)
+        self.time_emb_proj = None if temb is None else Linear(temb, c_out, dtype=dtype, rngs=rngs)
         self.norm2 = group_norm(c_out, groups, eps, dtype, rngs)
         self.conv2 = conv3x3(c_out, c_out, dtype, rngs)
         self.conv_shortcut = None if c_in == c_out else conv1x1(c_in, c_out, dtype, rngs)
@@ -104,7 +183,7 @@ class ResnetBlock2D(nnx.Module):
 class Downsample2D(nnx.Module):
     """Halves H and W by a strided convolution. Source: diffusers `Downsample2D`."""
 
-    def __init__(self, channels: int, *, padding, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, padding: Padding, dtype: Dtype, rngs: nnx.Rngs):
         self.conv = conv3x3(channels, channels, dtype, rngs, stride=2, padding=padding)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -132,15 +211,16 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, channels: int, *, heads: int, context: int | None = None, groups: int | None = None,
-                 eps: float = 1e-6, dtype: Dtype, rngs: nnx.Rngs):
+                 eps: float = 1e-6, kernel: str, dtype: Dtype, rngs: nnx.Rngs):
         self.heads = heads
+        self.kernel = kernel
         self.group_norm = None if groups is None else group_norm(channels, groups, eps, dtype, rngs)
         biased = groups is not None
         kv = channels if context is None else context
-        self.to_q = nnx.Linear(channels, channels, use_bias=biased, dtype=dtype, rngs=rngs)
-        self.to_k = nnx.Linear(kv, channels, use_bias=biased, dtype=dtype, rngs=rngs)
-        self.to_v = nnx.Linear(kv, channels, use_bias=biased, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)])
+        self.to_q = Linear(channels, channels, use_bias=biased, dtype=dtype, rngs=rngs)
+        self.to_k = Linear(kv, channels, use_bias=biased, dtype=dtype, rngs=rngs)
+        self.to_v = Linear(kv, channels, use_bias=biased, dtype=dtype, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, dtype=dtype, rngs=rngs)])
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], self.heads, -1)  # [B, N, heads, C / heads]
@@ -149,8 +229,10 @@ class Attention(nnx.Module):
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.reshape(h.shape[0], -1, h.shape[-1])  # [B, N, C]
         kv = h if context is None else context
-        h = attention(self._split_heads(self.to_q(h)), self._split_heads(self.to_k(kv)),
-                      self._split_heads(self.to_v(kv)))
+        q, k, v = (self._split_heads(x) for x in (self.to_q(h), self.to_k(kv), self.to_v(kv)))
+        if context is None:
+            k, v = sharding.all_rows(k), sharding.all_rows(v)
+        h = attention(q, k, v, kernel=self.kernel)
         h = self.to_out[0](h.reshape(*h.shape[:2], -1)).reshape(x.shape)
         return h if self.group_norm is None else x + h
 
@@ -159,7 +241,7 @@ class GEGLU(nnx.Module):
     """[B, N, C] -> [B, N, D]: a linear map gated by the exact GELU of another. Source: diffusers `GEGLU`."""
 
     def __init__(self, c_in: int, c_out: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(c_in, 2 * c_out, dtype=dtype, rngs=rngs)
+        self.proj = Linear(c_in, 2 * c_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -180,7 +262,7 @@ class FeedForward(nnx.Module):
         self.net = nnx.List([
             GEGLU(channels, 4 * channels, dtype=dtype, rngs=rngs),
             Dropout(),
-            nnx.Linear(4 * channels, channels, dtype=dtype, rngs=rngs),
+            Linear(4 * channels, channels, dtype=dtype, rngs=rngs),
         ])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -192,14 +274,14 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention on the text, feed-forward, each residual. Source: diffusers `BasicTransformerBlock`."""
 
-    def __init__(self, channels: int, *, heads: int, context: int, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, heads: int, context: int, kernel: str, dtype: Dtype, rngs: nnx.Rngs):
         def norm():
-            return nnx.LayerNorm(channels, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
+            return LayerNorm(channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
         self.norm1 = norm()
-        self.attn1 = Attention(channels, heads=heads, dtype=dtype, rngs=rngs)
+        self.attn1 = Attention(channels, heads=heads, kernel=kernel, dtype=dtype, rngs=rngs)
         self.norm2 = norm()
-        self.attn2 = Attention(channels, heads=heads, context=context, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(channels, heads=heads, context=context, kernel=kernel, dtype=dtype, rngs=rngs)
         self.norm3 = norm()
         self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
 
@@ -213,17 +295,18 @@ class Transformer2DModel(nnx.Module):
     """[B, H, W, C] attends to itself and to a context [B, M, K]. Source: diffusers `Transformer2DModel`."""
 
     def __init__(self, channels: int, *, heads: int, depth: int, context: int, groups: int, linear_projection: bool,
-                 remat: bool, dtype: Dtype, rngs: nnx.Rngs):
+                 remat: str, kernel: str, dtype: Dtype, rngs: nnx.Rngs):
         self.remat = remat
         self.norm = group_norm(channels, groups, 1e-6, dtype, rngs)  # 1e-6 here, 1e-5 in the UNet's resnets
         if linear_projection:
-            self.proj_in = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
-            self.proj_out = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+            self.proj_in = Linear(channels, channels, dtype=dtype, rngs=rngs)
+            self.proj_out = Linear(channels, channels, dtype=dtype, rngs=rngs)
         else:
             self.proj_in = conv1x1(channels, channels, dtype, rngs)
             self.proj_out = conv1x1(channels, channels, dtype, rngs)
         self.transformer_blocks = stacked(
-            lambda rngs: BasicTransformerBlock(channels, heads=heads, context=context, dtype=dtype, rngs=rngs),
+            lambda rngs: BasicTransformerBlock(channels, heads=heads, context=context, kernel=kernel, dtype=dtype,
+                                               rngs=rngs),
             depth, rngs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:

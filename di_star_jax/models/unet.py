@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from di_star_jax import sharding
 from di_star_jax.config import UserError
 from di_star_jax.models import layers
 
@@ -105,11 +106,11 @@ def _resnet(config: UNetConfig, level: int, c_in: int, **kw) -> layers.ResnetBlo
                                 groups=config.norm_num_groups, eps=config.norm_eps, **kw)
 
 
-def _transformer(config: UNetConfig, level: int, remat: bool, **kw) -> layers.Transformer2DModel:
+def _transformer(config: UNetConfig, level: int, remat: str, kernel: str, **kw) -> layers.Transformer2DModel:
     return layers.Transformer2DModel(
         config.block_out_channels[level], heads=config.attention_head_dim[level],
         depth=config.transformer_layers_per_block[level], context=config.cross_attention_dim,
-        groups=config.norm_num_groups, linear_projection=config.use_linear_projection, remat=remat, **kw)
+        groups=config.norm_num_groups, linear_projection=config.use_linear_projection, remat=remat, kernel=kernel, **kw)
 
 
 class DownBlock2D(nnx.Module):
@@ -118,16 +119,16 @@ class DownBlock2D(nnx.Module):
     Source: diffusers `DownBlock2D` and `CrossAttnDownBlock2D`.
     """
 
-    def __init__(self, config: UNetConfig, level: int, *, remat: bool, **kw):
+    def __init__(self, config: UNetConfig, level: int, *, remat: str, kernel: str, **kw):
         self.remat = remat
         c_out = config.block_out_channels[level]
         c_in = config.block_out_channels[max(level - 1, 0)]
         count = config.layers_per_block
         self.resnets = nnx.List([_resnet(config, level, c_in if i == 0 else c_out, **kw) for i in range(count)])
         attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
-        self.attentions = nnx.List([_transformer(config, level, remat, **kw) for _ in range(count)]) if attends else None
+        self.attentions = nnx.List([_transformer(config, level, remat, kernel, **kw) for _ in range(count)]) if attends else None
         last = level == len(config.block_out_channels) - 1
-        self.downsamplers = None if last else nnx.List([layers.Downsample2D(c_out, padding=1, **kw)])
+        self.downsamplers = None if last else nnx.List([layers.Downsample2D(c_out, padding=((1, 1), (1, 1)), **kw)])
 
     def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         skips = []
@@ -145,11 +146,11 @@ class DownBlock2D(nnx.Module):
 class UNetMidBlock2DCrossAttn(nnx.Module):
     """Resnet, transformer, resnet. Source: diffusers `UNetMidBlock2DCrossAttn`."""
 
-    def __init__(self, config: UNetConfig, *, remat: bool, **kw):
+    def __init__(self, config: UNetConfig, *, remat: str, kernel: str, **kw):
         self.remat = remat
         level = len(config.block_out_channels) - 1
         channels = config.block_out_channels[level]
-        self.attentions = nnx.List([_transformer(config, level, remat, **kw)])
+        self.attentions = nnx.List([_transformer(config, level, remat, kernel, **kw)])
         self.resnets = nnx.List([_resnet(config, level, channels, **kw) for _ in range(2)])
 
     def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
@@ -164,7 +165,7 @@ class UpBlock2D(nnx.Module):
     `level` counts as in the down path. Source: diffusers `UpBlock2D` and `CrossAttnUpBlock2D`.
     """
 
-    def __init__(self, config: UNetConfig, level: int, *, remat: bool, **kw):
+    def __init__(self, config: UNetConfig, level: int, *, remat: str, kernel: str, **kw):
         self.remat = remat
         widths = config.block_out_channels
         count = config.layers_per_block + 1
@@ -172,7 +173,7 @@ class UpBlock2D(nnx.Module):
         skips = [widths[level]] * (count - 1) + [widths[max(level - 1, 0)]]
         self.resnets = nnx.List([_resnet(config, level, a + b, **kw) for a, b in zip(inputs, skips)])
         attends = config.up_block_types[len(widths) - 1 - level] == "CrossAttnUpBlock2D"
-        self.attentions = nnx.List([_transformer(config, level, remat, **kw) for _ in range(count)]) if attends else None
+        self.attentions = nnx.List([_transformer(config, level, remat, kernel, **kw) for _ in range(count)]) if attends else None
         self.upsamplers = None if level == 0 else nnx.List([layers.Upsample2D(widths[level], **kw)])
 
     def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array,
@@ -192,22 +193,25 @@ class UNet2DConditionModel(nnx.Module):
       config: from the folder's config.json.
       rngs: for the initial parameters, which are float32.
       dtype: compute dtype.
-      remat: recompute each resnet and transformer block in the backward pass instead of storing its inside.
+      remat: what each resnet and transformer block keeps for the backward pass, a key of layers.REMAT.
+      kernel: of self-attention, see attention.py.
     """
 
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
+    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none",
+                 kernel: str = "xla"):
         self.config = config
         self.dtype = dtype
         kw = dict(dtype=dtype, rngs=rngs)
+        block = dict(remat=remat, kernel=kernel, **kw)
         widths = config.block_out_channels
         levels = range(len(widths))
         self.conv_in = layers.conv3x3(config.in_channels, widths[0], dtype, rngs)
         self.time_embedding = layers.TimestepEmbedding(widths[0], 4 * widths[0], **kw)
         self.add_embedding = None if config.addition_embed_type is None else layers.TimestepEmbedding(
             config.projection_class_embeddings_input_dim, 4 * widths[0], **kw)
-        self.down_blocks = nnx.List([DownBlock2D(config, i, remat=remat, **kw) for i in levels])
-        self.mid_block = UNetMidBlock2DCrossAttn(config, remat=remat, **kw)
-        self.up_blocks = nnx.List([UpBlock2D(config, i, remat=remat, **kw) for i in reversed(levels)])
+        self.down_blocks = nnx.List([DownBlock2D(config, i, **block) for i in levels])
+        self.mid_block = UNetMidBlock2DCrossAttn(config, **block)
+        self.up_blocks = nnx.List([UpBlock2D(config, i, **block) for i in reversed(levels)])
         self.conv_norm_out = layers.group_norm(widths[0], config.norm_num_groups, config.norm_eps, dtype, rngs)
         self.conv_out = layers.conv3x3(widths[0], config.out_channels, dtype, rngs)
 
@@ -237,7 +241,7 @@ class UNet2DConditionModel(nnx.Module):
         """
         temb = self._embed(t, condition)
         context = condition.context.astype(self.dtype)
-        x = self.conv_in(x_t.astype(self.dtype))
+        x = self.conv_in(sharding.split_rows(x_t))
         skips = [x]
         for block in self.down_blocks:
             x, more = block(x, temb, context)
@@ -247,4 +251,4 @@ class UNet2DConditionModel(nnx.Module):
         for block in self.up_blocks:
             used, skips = skips[-count:], skips[:-count]
             x = block(x, used, temb, context, skips[-1].shape[1:3] if skips else None)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)
+        return sharding.join_rows(self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from di_star_jax import sharding
 from di_star_jax.config import UserError
 from di_star_jax.models import layers
 
@@ -51,19 +52,22 @@ def _resnet(config: VAEConfig, c_in: int, c_out: int, **kw) -> layers.ResnetBloc
 class MidBlock(nnx.Module):
     """Resnet, attention over all pixels with one head, resnet. Source: diffusers `UNetMidBlock2D`."""
 
-    def __init__(self, config: VAEConfig, **kw):
+    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, **kw):
+        self.remat = remat
         channels = config.block_out_channels[-1]
-        self.attentions = nnx.List([layers.Attention(channels, heads=1, groups=config.norm_num_groups, **kw)])
+        self.attentions = nnx.List([layers.Attention(channels, heads=1, groups=config.norm_num_groups, kernel=kernel, **kw)])
         self.resnets = nnx.List([_resnet(config, channels, channels, **kw) for _ in range(2)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        for module in (self.resnets[0], self.attentions[0], self.resnets[1]):
+            x = layers.checkpointed(module, x, remat=self.remat)
+        return x
 
 
 class DownBlock(nnx.Module):
     """Resnets, then a downsampling but at the last level. Source: diffusers `DownEncoderBlock2D`."""
 
-    def __init__(self, config: VAEConfig, level: int, *, remat: bool, **kw):
+    def __init__(self, config: VAEConfig, level: int, *, remat: str, **kw):
         self.remat = remat
         widths = config.block_out_channels
         c_in, c_out = widths[max(level - 1, 0)], widths[level]
@@ -82,7 +86,7 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """Resnets, then an upsampling but at the last level. Source: diffusers `UpDecoderBlock2D`."""
 
-    def __init__(self, config: VAEConfig, level: int, *, remat: bool, **kw):
+    def __init__(self, config: VAEConfig, level: int, *, remat: str, **kw):
         self.remat = remat
         widths = config.block_out_channels
         c_in, c_out = widths[min(level + 1, len(widths) - 1)], widths[level]
@@ -99,12 +103,12 @@ class UpBlock(nnx.Module):
 class Encoder(nnx.Module):
     """[B, H, W, 3] -> [B, H/f, W/f, 2 * latent_channels]. Source: diffusers `Encoder`."""
 
-    def __init__(self, config: VAEConfig, *, remat: bool, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, rngs=rngs)
         widths = config.block_out_channels
         self.conv_in = layers.conv3x3(config.in_channels, widths[0], **kw)
         self.down_blocks = nnx.List([DownBlock(config, i, remat=remat, **kw) for i in range(len(widths))])
-        self.mid_block = MidBlock(config, **kw)
+        self.mid_block = MidBlock(config, remat=remat, kernel=kernel, **kw)
         self.conv_norm_out = layers.group_norm(widths[-1], config.norm_num_groups, 1e-6, dtype, rngs)
         self.conv_out = layers.conv3x3(widths[-1], 2 * config.latent_channels, **kw)
 
@@ -118,11 +122,11 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """[B, H/f, W/f, latent_channels] -> [B, H, W, 3]. Source: diffusers `Decoder`."""
 
-    def __init__(self, config: VAEConfig, *, remat: bool, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, dtype, rngs: nnx.Rngs):
         kw = dict(dtype=dtype, rngs=rngs)
         widths = config.block_out_channels
         self.conv_in = layers.conv3x3(config.latent_channels, widths[-1], **kw)
-        self.mid_block = MidBlock(config, **kw)
+        self.mid_block = MidBlock(config, remat=remat, kernel=kernel, **kw)
         self.up_blocks = nnx.List([UpBlock(config, i, remat=remat, **kw) for i in reversed(range(len(widths)))])
         self.conv_norm_out = layers.group_norm(widths[0], config.norm_num_groups, 1e-6, dtype, rngs)
         self.conv_out = layers.conv3x3(widths[0], config.out_channels, **kw)
@@ -141,15 +145,17 @@ class AutoencoderKL(nnx.Module):
       config: from the folder's config.json.
       rngs: for the initial parameters, which are float32.
       dtype: compute dtype; SDXL's own VAE overflows in float16.
-      remat: recompute each resnet in the backward pass instead of storing its inside.
+      remat: what each resnet keeps for the backward pass, a key of layers.REMAT.
+      kernel: of the one attention layer, see attention.py.
     """
 
-    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: bool = False):
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none",
+                 kernel: str = "xla"):
         self.config = config
         self.dtype = dtype
         kw = dict(dtype=dtype, rngs=rngs)
-        self.encoder = Encoder(config, remat=remat, **kw)
-        self.decoder = Decoder(config, remat=remat, **kw)
+        self.encoder = Encoder(config, remat=remat, kernel=kernel, **kw)
+        self.decoder = Decoder(config, remat=remat, kernel=kernel, **kw)
         self.quant_conv = layers.conv1x1(2 * config.latent_channels, 2 * config.latent_channels, **kw)
         self.post_quant_conv = layers.conv1x1(config.latent_channels, config.latent_channels, **kw)
 
@@ -158,12 +164,13 @@ class AutoencoderKL(nnx.Module):
 
         Returns: mean and standard deviation of the scaled latents, [B, H/f, W/f, latent_channels] float32 each.
         """
-        moments = self.quant_conv(self.encoder(image.astype(self.dtype))).astype(jnp.float32)
+        moments = self.quant_conv(self.encoder(sharding.split_rows(image)))
+        moments = sharding.join_rows(moments.astype(jnp.float32))
         mean, logvar = jnp.split(moments, 2, axis=-1)
         scaling = self.config.scaling_factor
         return scaling * mean, scaling * jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Args: scaled latents [B, h, w, latent_channels]. Returns: image [B, f h, f w, 3] float32, about [-1, 1]."""
-        x = self.post_quant_conv((latents / self.config.scaling_factor).astype(self.dtype))
-        return self.decoder(x).astype(jnp.float32)
+        x = self.post_quant_conv(sharding.split_rows(latents / self.config.scaling_factor))
+        return sharding.join_rows(self.decoder(x).astype(jnp.float32))

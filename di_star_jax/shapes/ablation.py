@@ -62,7 +62,7 @@ class World:
     """What all rows share: frozen networks, held-out captions, the judge, and the teacher's pictures."""
 
     def __init__(self, workdir: pathlib.Path, config):
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
         self.frozen = train.load_frozen(config, mesh)
         self.captions = pathlib.Path(config.eval.prompts).read_text().splitlines()
         reward_folder = pathlib.Path(config.weights.reward)

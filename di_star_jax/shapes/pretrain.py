@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from absl import app, flags
 from flax import nnx
 
-from di_star_jax import (checkpoint, diffusion, models, objectives, pipeline, prompts, rewards, sample, samplers, step,
-                         weights)
+from di_star_jax import (checkpoint, diffusion, gradients, models, objectives, pipeline, prompts, rewards, sample, samplers,
+                         sharding, step, weights)
 from di_star_jax.config import UserError, exit_on_user_error
 from di_star_jax.models.clip import CLIPConfig, CLIPModel
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
@@ -392,18 +392,19 @@ def distil_generator(folder: pathlib.Path, graphdefs: dict, teacher: dict, token
     Returns:
       the generator's averaged UNet parameters.
     """
-    networks = step.Networks(
+    networks = gradients.Networks(
         unet=lambda params, x_t, t, condition: nnx.merge(graphdefs["unet"], params)(x_t, t, condition),
         encode_text=lambda params, ids: pipeline.encode_text(graphdefs, params, ids, RESOLUTION),
-        reward=lambda params, x0, ids: jnp.zeros(x0.shape[0]))
-    settings = step.Settings(
+        reward=lambda params, x0, ids, crop: jnp.zeros(x0.shape[0]))
+    settings = gradients.Settings(
         objective="di_star", omega=DISTIL_OMEGA, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
         weighting="eps", reduction="sum", reward_scale=0.0, generator_times=(20, 980), assistant_times=(0, 999),
         assistant_updates=1, sharing="x0", generator_timesteps=(399,), latent_shape=(16, 16, 4), ema_decay=0.98)
     schedule = diffusion.schedule_from_json(SCHEDULER)
     opts = [step.adamw(rate, lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=10.0)
             for rate in (1e-4, 2e-4)]
-    update = jax.jit(step.make_train_step(networks, settings, schedule, *opts), donate_argnums=0)
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    update = jax.jit(step.make_train_step(networks, settings, schedule, *opts, mesh), donate_argnums=0)
     state = step.init_state(teacher["unet"], teacher["unet"], *opts)
     store = checkpoint.Checkpoints(folder, keep=1)
     first = store.latest_step() or 0
