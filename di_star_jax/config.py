@@ -180,6 +180,9 @@ def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequ
     if c.assistant.sharing == "x_t" and c.assistant.updates != 1:
         raise UserError(f"assistant.updates={c.assistant.updates} with assistant.sharing='x_t', in which one forward "
                         "pass serves one update; set assistant.updates=1 or assistant.sharing='x0'")
+    if c.assistant.sharing == "x_t" and c.compute.loop_networks:
+        raise UserError("compute.loop_networks=True with assistant.sharing='x_t', which has no loop; set "
+                        "compute.loop_networks=False or assistant.sharing='x0'")
     _one_of("compute.dtype", c.compute.dtype, ("bfloat16", "float32"))
     _one_of("compute.attention", c.compute.attention, ("auto", "splash", "cudnn", "xla"))
     for name in ("remat_unet", "remat_vae", "remat_reward"):

@@ -104,8 +104,9 @@ def settings_of(config, latent_shape: tuple[int, int, int]) -> gradients.Setting
         objective=c.name, omega=c.omega, constants=objectives.Constants(c.huber_c, c.alpha_cfg, c.sid_alpha),
         weighting=c.weighting, reduction=c.reduction, reward_scale=c.reward_scale, generator_times=(c.t_min, c.t_max),
         assistant_times=(config.assistant.t_min, config.assistant.t_max), assistant_updates=config.assistant.updates,
-        sharing=config.assistant.sharing, generator_timesteps=generator_timesteps(config.generator),
-        latent_shape=latent_shape, ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples),
+        sharing="loops" if config.compute.loop_networks else config.assistant.sharing,
+        generator_timesteps=generator_timesteps(config.generator), latent_shape=latent_shape,
+        ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples),
         microbatches=config.compute.microbatches)
 
 
