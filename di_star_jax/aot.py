@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the whole training step for devices that are not here: memory, collectives and roofline, no weights, no TPU."""
+"""A training step and its parts without weights, to be compiled for devices that need not be here, or measured."""
 
 import importlib.util
 import math
 import os
 import re
-import resource
 import time
 from typing import Any, NamedTuple
 
@@ -45,15 +44,19 @@ def topology_devices(name: str) -> list:
                         "try v5e:4x4, v6e:2x4 or v5p:2x2x1") from None
 
 
-class Step(NamedTuple):
-    """A step that can be traced: the function, its abstract arguments with their shardings, and their mesh."""
+class Work(NamedTuple):
+    """Something to compile or measure: a jitted function, its abstract arguments with their shardings, and their mesh.
+
+    The first argument is donated, and is the first result, where `donates`.
+    """
     fn: Any
     args: tuple
     mesh: Mesh
+    donates: bool
 
 
-def abstract_step(config, mesh: Mesh) -> Step:
-    """The training step of a config over models that are known by their config.json alone.
+def _frozen(config, mesh: Mesh) -> train.Frozen:
+    """The run's functions over models that are known by their config.json alone.
 
     Raises: UserError where weights.reference or weights.reward is neither a folder nor a published model's name.
     """
@@ -61,50 +64,142 @@ def abstract_step(config, mesh: Mesh) -> Step:
     if unknown:
         raise UserError(f"{unknown[0]} is neither a folder nor a model whose sizes are known; give a folder")
     options = train.model_options(config, mesh.devices.flat[0].platform)
-    models = {name: pipeline.abstract_model(model, **options[name]) for name, model in known.items()}
-    schedule = Schedule(*2 * (jnp.ones(1000),))  # only its shape counts here
-    frozen = train.assemble(config, models, schedule, tokenizers={}, folder=None)
-    opts = train.optimizers(config)
-    state = train.abstract_state(frozen.unet, opts, mesh)
     dtype = jnp.dtype(config.compute.dtype)
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), frozen.params,
-                          sharding.params_sharding(mesh, frozen.params))
-    length = {"reward": known["reward"]["text_config"], "tokenizer": known["text_encoder"],
-              "tokenizer_2": known.get("text_encoder_2", known["text_encoder"])}
-    ids = {name: jax.ShapeDtypeStruct((config.data.batch_size, text.get("max_position_embeddings", 77)), jnp.int32,
-                                      sharding=sharding.batch_sharding(mesh)) for name, text in length.items()}
+    models = {}
+    for name, found in known.items():
+        model = pipeline.abstract_model(found, **options[name])
+        models[name] = model._replace(params=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), model.params,
+            sharding.params_sharding(mesh, model.params)))
+    schedule = Schedule(*2 * (jnp.ones(1000),))  # only its shape counts here
+    return train.assemble(config, models, schedule, tokenizers={}, folder=None)
+
+
+def _token_ids(config, frozen: train.Frozen, mesh: Mesh) -> dict:
+    names = {"tokenizer": frozen.configs["text_encoder"], "reward": frozen.configs["reward"]["text_config"]}
+    if "text_encoder_2" in frozen.configs:
+        names["tokenizer_2"] = frozen.configs["text_encoder_2"]
+    return {name: _array(mesh, (config.data.batch_size, text.get("max_position_embeddings", 77)), jnp.int32)
+            for name, text in names.items()}
+
+
+def _array(mesh: Mesh, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    """Of a batch."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+
+
+def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    settings = train.settings_of(config, frozen.latent_shape)
-    fn = step.make_train_step(frozen.networks, settings, schedule, *opts, mesh)
-    return Step(train.jit_step(fn, state, mesh), (state, params, ids,
-                jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))), mesh)
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
 
 
-def compile_step(step: Step, config, chip: str) -> dict:
-    """Traces, lowers and compiles; nothing runs.
+def train_work(config, mesh: Mesh) -> Work:
+    """The whole training step."""
+    frozen, opts = _frozen(config, mesh), train.optimizers(config)
+    state = train.abstract_state(frozen.unet, opts, mesh)
+    fn = step.make_train_step(frozen.networks, train.settings_of(config, frozen.latent_shape), frozen.schedule, *opts, mesh)
+    return Work(train.jit_step(fn, state, mesh, config.compute.compile_effort), (state, frozen.params, _token_ids(config, frozen, mesh), _key(mesh)),
+                mesh, donates=True)
 
-    Returns: seconds, host_gb, memory in bytes per chip (arguments, temporaries, aliased, peak), flop of one device's
-      step, collectives. Raises: UserError where it does not fit the chip.
-    """
-    times, began = {}, time.time()
-    def lap(name):
+
+def sample_work(config, mesh: Mesh) -> Work:
+    """Prompts to pictures by the generator, and their reward."""
+    frozen = _frozen(config, mesh)
+    fn = train.make_draw(frozen, train.settings_of(config, frozen.latent_shape), mesh, score=False)
+    return Work(fn, (frozen.params["unet"], frozen.params, _token_ids(config, frozen, mesh), _key(mesh)), mesh, False)
+
+
+def unet_work(config, mesh: Mesh) -> Work:
+    """The UNet forward and backward to its float32 parameters."""
+    frozen = _frozen(config, mesh)
+    params = train.abstract_state(frozen.unet, train.optimizers(config), mesh).generator
+    specs, batch = sharding.params_spec(mesh, params), config.data.batch_size
+    ids = _token_ids(config, frozen, mesh)
+    local = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen.params, ids))
+    whole = jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype), jax.eval_shape(frozen.networks.encode_text, *local)[0])
+
+    def each(params, x_t, t, condition):
+        loss = lambda params: jnp.sum(frozen.networks.unet(params, x_t, t, condition) ** 2) / batch
+        return sharding.sum_gradients(jax.grad(loss)(params), specs)
+
+    spread = sharding.on_each(mesh, each, (specs, *3 * (sharding.batch_spec(),)), specs)
+    return Work(jax.jit(spread), (params, _array(mesh, (batch, *frozen.latent_shape)), _array(mesh, (batch,), jnp.int32),
+                                  whole), mesh, False)
+
+
+def vae_work(config, mesh: Mesh) -> Work:
+    """The decoder forward and backward to its latents."""
+    frozen = _frozen(config, mesh)
+
+    def each(params, latents):
+        return jax.grad(lambda x: jnp.sum(frozen.decode(params, x) ** 2))(latents)
+
+    return _of_latents(config, mesh, frozen, each)
+
+
+def reward_work(config, mesh: Mesh) -> Work:
+    """Decoder and reward forward and backward to the latents."""
+    frozen = _frozen(config, mesh)
+
+    def each(params, latents, token_ids, crop):
+        return jax.grad(lambda x: jnp.sum(frozen.networks.reward(params, x, token_ids, crop)))(latents)
+
+    return _of_latents(config, mesh, frozen, each, _token_ids(config, frozen, mesh),
+                       _array(mesh, (config.data.batch_size, 2)))
+
+
+def _of_latents(config, mesh: Mesh, frozen: train.Frozen, each, *others) -> Work:
+    latents = _array(mesh, (config.data.batch_size, *frozen.latent_shape))
+    spread = sharding.on_each(
+        mesh, each, (sharding.params_spec(mesh, frozen.params), *(1 + len(others)) * (sharding.batch_spec(),)),
+        sharding.batch_spec())
+    return Work(jax.jit(spread), (frozen.params, latents, *others), mesh, False)
+
+
+WORK = {"train": train_work, "sample": sample_work, "unet": unet_work, "vae": vae_work, "reward": reward_work}
+
+
+def model_flop(what: str, config, device) -> float:
+    """Model FLOP of one sample: one pass each, nothing recomputed, whatever the config saves memory by."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({
+        "data.batch_size": 1, "compute.microbatches": 1, "compute.loop_networks": False, "compute.compile_effort": 0.0,
+        "compute.remat_unet": "none", "compute.remat_vae": "none", "compute.remat_reward": "none",
+        "compute.attention": "xla", "decode.slice": 0})
+    work = WORK[what](config, sharding.make_mesh(1, 1, devices=[device]))
+    return flops.count(work.fn, *work.args)
+
+
+class Compiled(NamedTuple):
+    """run: the compiled function; seconds: of trace, lower, compile; memory: bytes a device by purpose; traffic: see
+    `flops.collectives`."""
+    run: Any
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    traffic: dict
+
+
+def compile_work(work: Work, config) -> Compiled:
+    """Traces, lowers and compiles; nothing runs. Raises: UserError where it does not fit the devices."""
+    device = work.mesh.devices.flat[0]
+    seconds, began = {}, time.time()
+
+    def lap(name, result):
         nonlocal began
-        times[name], began = time.time() - began, time.time()
+        seconds[name], began = time.time() - began, time.time()
+        return result
 
-    traced = step.fn.trace(*step.args)
-    lap("trace")
-    lowered = traced.lower(lowering_platforms=("tpu",))
-    lap("lower")
+    traced = lap("trace", work.fn.trace(*work.args))
+    lowered = lap("lower", traced.lower(lowering_platforms=({"gpu": "cuda"}.get(device.platform, device.platform),)))
     try:
-        compiled = lowered.compile()
+        run = lap("compile", lowered.compile())
     except jax.errors.JaxRuntimeError as error:
-        raise _too_large(error, config, chip) from None
-    lap("compile")
-    memory = compiled.memory_analysis()
-    sizes = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-             "aliased": memory.alias_size_in_bytes, "peak": memory.peak_memory_in_bytes}
-    return {"seconds": times, "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, "memory": sizes,
-            "executed_flop": flops.count_traced(traced.jaxpr), "collectives": flops.collectives(traced.jaxpr)}
+        raise _too_large(error, config, device.device_kind) from None
+    sizes = run.memory_analysis()
+    memory = {} if sizes is None else {
+        "arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes,
+        "aliased": sizes.alias_size_in_bytes, "peak": sizes.peak_memory_in_bytes}
+    return Compiled(run, seconds, memory, flops.collectives(traced.jaxpr))
 
 
 def _too_large(error: Exception, config, chip: str) -> Exception:
@@ -113,13 +208,4 @@ def _too_large(error: Exception, config, chip: str) -> Exception:
     if not found:
         return error
     need, have = (float(found[i]) * {"G": 1.0, "M": 1e-3}[found[i + 1]] * 2**30 / 1e9 for i in (1, 3))
-    return out_of_memory(need, have, chip, config)
-
-
-def out_of_memory(need: float, have: float, chip: str, config) -> UserError:
-    """Args: need, have, GB of one chip."""
-    c = config.compute
-    return UserError(
-        f"the step needs {need:.1f} GB a chip, a {chip} has {have:.1f}; in this order raise compute.microbatches={c.microbatches}, "
-        f"set compute.remat_unet={c.remat_unet!r}, remat_vae={c.remat_vae!r} and remat_reward={c.remat_reward!r} to 'full', "
-        f"raise mesh.fsdp={config.mesh.fsdp} or lower data.batch_size={config.data.batch_size}")
+    return plan.out_of_memory(need, have, chip, config)

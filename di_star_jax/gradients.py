@@ -7,13 +7,11 @@ share of the gradients of the whole batch's mean, and per-sample figures.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from di_star_jax import objectives, samplers, sharding
 from di_star_jax.diffusion import Schedule, add_noise, guide
@@ -146,22 +144,36 @@ def _mean(per_sample_loss: jax.Array) -> jax.Array:
     return jnp.sum(per_sample_loss) / (per_sample_loss.shape[0] * sharding.size(*sharding.BATCH))
 
 
-def generator_loss(x0: jax.Array, t: jax.Array, eps: jax.Array, crop: jax.Array, *, scores: objectives.Scores,
-                   frozen: dict, token_ids: dict, networks: Networks, settings: Settings, schedule: Schedule):
-    """-alpha_rew r(x0, c) + L_reg(x0) (Eq. 3.4), its share of the mean, and (r, L_reg) per sample.
-
-    Args:
-      x0, t, eps, crop: samples; times, noise and the reward's view of them.
-      scores: see there.
-      others: as in `step.make_train_step`.
-    """
-    regulariser = objectives.OBJECTIVES[settings.objective](
+def regulariser(x0: jax.Array, t: jax.Array, eps: jax.Array, *, scores: objectives.Scores, settings: Settings,
+                schedule: Schedule) -> jax.Array:
+    """L_reg(x0) [b] (Eq. 3.4), weighted and reduced as the settings say. Args: samples, times and noise; scores."""
+    loss = objectives.OBJECTIVES[settings.objective](
         x0, t, eps, scores=scores, constants=settings.constants, schedule=schedule)
-    regulariser *= objectives.WEIGHTINGS[settings.weighting](schedule.alpha[t], schedule.sigma[t])
-    regulariser *= {"sum": 1.0, "mean": 1.0 / x0[0].size}[settings.reduction]
-    # Without weight the reward is only logged: no backward pass through the VAE.
-    reward = networks.reward(frozen, x0 if settings.reward_scale else jax.lax.stop_gradient(x0), token_ids, crop)
-    return _mean(regulariser - settings.reward_scale * reward), (reward, regulariser)
+    loss *= objectives.WEIGHTINGS[settings.weighting](schedule.alpha[t], schedule.sigma[t])
+    return loss * {"sum": 1.0, "mean": 1.0 / x0[0].size}[settings.reduction]
+
+
+def generator_gradient(x0: jax.Array, draws: Draws, *, scores: objectives.Scores, frozen: dict, token_ids: dict,
+                       networks: Networks, settings: Settings, schedule: Schedule):
+    """d/dx0 of the mean of -alpha_rew r(x0, c) + L_reg(x0) (Eq. 3.4).
+
+    One part after the other, so that the decoder's activations and the score networks' need not be held together.
+
+    Returns: (dx0 [b, h, w, 4], reward [b], L_reg [b]).
+    """
+    def mean_regulariser(x0):
+        loss = regulariser(x0, draws.t, draws.eps, scores=scores, settings=settings, schedule=schedule)
+        return _mean(loss), loss
+
+    def mean_reward(x0):
+        reward = networks.reward(frozen, x0, token_ids, draws.crop)
+        return _mean(-settings.reward_scale * reward), reward
+
+    (_, loss), dx0 = jax.value_and_grad(mean_regulariser, has_aux=True)(x0)
+    if not settings.reward_scale:  # it is only logged: no backward pass through the VAE
+        return dx0, mean_reward(x0)[1], loss
+    (_, reward), of_reward = jax.value_and_grad(mean_reward, has_aux=True)(x0)
+    return dx0 + of_reward, reward, loss
 
 
 def assistant_loss(assistant: Params, x0: jax.Array, t: jax.Array, eps: jax.Array, condition: Condition, *,
@@ -188,13 +200,12 @@ def apart(generator: Params, assistant: Params, frozen: dict, token_ids: dict, d
     x0, pull_back = _generate(generator, draws, conditions[0], settings=settings, **common)
     scores = objectives.one_by_one(lambda x_t, t: networks.unet(assistant, x_t, t, conditions[0]),
                          *reference_scores(networks.unet, frozen["unet"], conditions, settings.omega))
-    (_, (reward, regulariser)), dx0 = jax.value_and_grad(generator_loss, has_aux=True)(
-        x0, draws.t, draws.eps, draws.crop, scores=scores, frozen=frozen, token_ids=token_ids, settings=settings,
-        **common)
+    dx0, reward, loss_reg = generator_gradient(x0, draws, scores=scores, frozen=frozen, token_ids=token_ids,
+                                               settings=settings, **common)
     grads, = pull_back(dx0)
     (_, loss), assistant_grads = jax.value_and_grad(assistant_loss, has_aux=True)(
         assistant, x0, draws.t_psi, draws.eps_psi, conditions[0], **common)
-    return (grads, assistant_grads), Figures(x0, reward, regulariser, loss)
+    return (grads, assistant_grads), Figures(x0, reward, loss_reg, loss)
 
 
 def _linearised(psi_of_params, assistant: Params, x_t: jax.Array, eps: jax.Array):
@@ -232,11 +243,10 @@ def together(generator: Params, assistant: Params, frozen: dict, token_ids: dict
     psi, loss, assistant_grads = _linearised(
         lambda params, x_t: networks.unet(params, x_t, draws.t, conditions[0]), assistant, x_t, draws.eps)
     scores = objectives.one_by_one(psi, *reference_scores(networks.unet, frozen["unet"], conditions, settings.omega))
-    (_, (reward, regulariser)), dx0 = jax.value_and_grad(generator_loss, has_aux=True)(
-        x0, draws.t, draws.eps, draws.crop, scores=scores, frozen=frozen, token_ids=token_ids, settings=settings,
-        **common)
+    dx0, reward, loss_reg = generator_gradient(x0, draws, scores=scores, frozen=frozen, token_ids=token_ids,
+                                               settings=settings, **common)
     grads, = pull_back(dx0)
-    return (grads, assistant_grads), Figures(x0, reward, regulariser, loss / x0[0].size)
+    return (grads, assistant_grads), Figures(x0, reward, loss_reg, loss / x0[0].size)
 
 
 def _pick(first: jax.Array, a: Params, b: Params) -> Params:
@@ -254,11 +264,8 @@ def scanned_scores(assistant: Params, reference: Params, conditions: tuple[Condi
     passes = [conditions[0], *([conditions[0]] if omega == 1.0 else conditions)]
     stacked = jax.tree.map(lambda *c: jnp.stack(c), *passes)
 
-    # What was picked is picked again in the backward pass, not kept once per turn.
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names("picked"))
     def one(x_t, t, first, condition):
-        params = checkpoint_name(_pick(first, assistant, reference), "picked")
-        return unet(params, x_t, t, condition)
+        return unet(_pick(first, assistant, reference), x_t, t, condition)
 
     def psi_and_guided(x_t, t):
         first = jnp.arange(len(passes)) == 0
@@ -281,9 +288,8 @@ def in_loops(generator: Params, assistant: Params, frozen: dict, token_ids: dict
     z, t_z = simulate(generator, draws, conditions[0], settings=settings, **common)
     x0 = denoise(generator, z, t_z, conditions[0], **common)
     scores = scanned_scores(assistant, frozen["unet"], conditions, unet=networks.unet, omega=settings.omega)
-    (_, (reward, regulariser)), dx0 = jax.value_and_grad(generator_loss, has_aux=True)(
-        x0, draws.t, draws.eps, draws.crop, scores=scores, frozen=frozen, token_ids=token_ids, settings=settings,
-        **common)
+    dx0, reward, loss_reg = generator_gradient(x0, draws, scores=scores, frozen=frozen, token_ids=token_ids,
+                                               settings=settings, **common)
     # x0 is linear in the generator's noise prediction: what its gradient is there.
     _, to_eps = jax.vjp(lambda eps: samplers.one_step(lambda x, t: eps, z, t_z[None], schedule), z)
     x_t = add_noise(x0, draws.eps_psi, schedule.alpha[draws.t_psi], schedule.sigma[draws.t_psi])
@@ -302,7 +308,7 @@ def in_loops(generator: Params, assistant: Params, frozen: dict, token_ids: dict
 
     _, (grads, loss) = jax.lax.scan(one, None, (jnp.array([True, False]), jnp.stack([z, x_t]), times))
     grads = tuple(jax.tree.map(lambda g, i=i: g[i], grads) for i in range(2))
-    return grads, Figures(x0, reward, regulariser, loss[1] / x0[0].size)
+    return grads, Figures(x0, reward, loss_reg, loss[1] / x0[0].size)
 
 
 GRADIENTS = {"x0": apart, "x_t": together, "loops": in_loops}

@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from di_star_jax import pipeline, sharding, weights
-from di_star_jax.config import mesh_shape, planned_devices
+from di_star_jax import flops, pipeline, sharding, weights
+from di_star_jax.config import UserError, mesh_shape, planned_devices
 from di_star_jax.models import published
 
-# Memory of one chip, GB (10^9 bytes). See a vendor's data sheet; for the H200, what its driver shows.
-CHIPS = {"TPU v5e": 17.2, "TPU v4": 34.4, "TPU v6e": 34.4, "H100 or A100-80": 85.9, "TPU v5p": 102.0, "H200": 149.0}
-HEADROOM = 0.92  # what of it XLA can give to arrays
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -62,33 +59,61 @@ def activation_bytes(config, width: float = 1.0) -> float:
     freed, by the reward through the VAE. So: generator + max(3 UNets + work of the guided 2, VAE). Scaled by pixels,
     width and dtype; attention maps grow faster than that, and the reward's own network is small beside the VAE.
     """
-    keep, work = (0.46, 0.80) if config.compute.remat_unet else (13.0, 0.0)
-    vae = 4.3 if config.compute.remat_vae else 13.4
+    keep, work = (0.46, 0.80) if config.compute.remat_unet != "none" else (13.0, 0.0)
+    vae = 4.3 if config.compute.remat_vae != "none" else 13.4
     scale = width * (config.data.resolution / 1024) ** 2 * jnp.dtype(config.compute.dtype).itemsize / 2
     return 1e9 * scale * (keep + max(3 * keep + 2 * work, vae))
 
 
-def memory_per_chip(config, counts: dict[str, int], fsdp: int) -> dict[str, float]:
-    """Bytes of state on one chip, by purpose. Args: counts, parameters by component; fsdp chips share one copy."""
+def memory_per_chip(config, counts: dict[str, int], shards: int) -> dict[str, float]:
+    """Bytes of state on one chip, by purpose. Args: counts, parameters by component; shards, chips that share one copy."""
     compute = jnp.dtype(config.compute.dtype).itemsize
     unet = counts["unet"]
+    moments = 2 if config.optim.b1 else 1  # at b1 = 0 the first is the gradient
     return {
-        "generator and assistant, float32": 2 * unet * 4 / fsdp,
-        "Adam's moments of both": 4 * unet * 4 / fsdp,
-        "average of the generator (EMA)": unet * 4 / fsdp,
-        "gradients of both": 2 * unet * 4 / fsdp,
-        f"frozen networks, {config.compute.dtype}": sum(counts.values()) * compute / fsdp,
+        "generator and assistant, float32": 2 * unet * 4 / shards,
+        "Adam's moments of both": 2 * moments * unet * 4 / shards,
+        "average of the generator (EMA)": unet * 4 / shards,
+        "gradients of both": 2 * unet * 4 / shards,
+        f"frozen networks, {config.compute.dtype}": sum(counts.values()) * compute / shards,
         # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of the UNet.
-        "gathered weights": unet / 30 * compute if fsdp > 1 else 0.0,
+        "gathered weights": unet / 30 * compute if shards > 1 else 0.0,
     }
 
 
-def _memory_lines(config, counts: dict[str, int], width: float, fsdp: int, per_device: int) -> list[str]:
-    state, each = memory_per_chip(config, counts, fsdp), activation_bytes(config, width)
+def out_of_memory(need: float, have: float, chip: str, config) -> UserError:
+    """What to do about it. Args: need, have, GB of one chip."""
+    c = config.compute
+    return UserError(
+        f"the step needs {need:.1f} GB a device, {chip} has {have:.1f}; in this order raise compute.microbatches="
+        f"{c.microbatches}, set compute.remat_unet={c.remat_unet!r}, remat_vae={c.remat_vae!r} and remat_reward="
+        f"{c.remat_reward!r} to 'full', raise mesh.fsdp={config.mesh.fsdp}, lower data.batch_size={config.data.batch_size}")
+
+
+def check_memory(config, device: jax.Device, device_count: int) -> None:
+    """Refuses a run that cannot fit its devices, before anything is loaded. Raises: UserError.
+
+    Says nothing where the device or the models are not known; what a compiler makes of the step may still be more.
+    """
+    chip = flops.CHIPS.get(flops.chip_of(device.device_kind))
+    configs, unknown = model_configs(config)
+    if chip is None or unknown:
+        return
+    data, fsdp, context = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, device_count)
+    counts = {name: parameters(pipeline.abstract_model(known).params) for name, known in configs.items()}
+    width = configs["unet"]["block_out_channels"][0] / 320
+    each = config.data.batch_size // (data * fsdp) // config.compute.microbatches / context
+    need = sum(memory_per_chip(config, counts, fsdp * context).values()) + each * activation_bytes(config, width)
+    if need > chip.memory:
+        raise out_of_memory(need / 1e9, chip.memory / 1e9, device.device_kind, config)
+
+
+def _memory_lines(config, counts: dict[str, int], width: float, shards: int, per_device: float) -> list[str]:
+    state, each = memory_per_chip(config, counts, shards), activation_bytes(config, width)
     total = sum(state.values()) + per_device * each
-    room = {chip: HEADROOM * 1e9 * size - sum(state.values()) for chip, size in CHIPS.items()}
-    fits = [chip for chip in CHIPS if room[chip] >= per_device * each]
-    largest = [f"{chip} {int(room[chip] // each)}" for chip in CHIPS if room[chip] >= each]
+    room = {name: chip.memory - sum(state.values()) for name, chip in flops.CHIPS.items()}
+    fits = [chip for chip in room if room[chip] >= per_device * each]
+    largest = [f"{chip} {int(room[chip] // each)}" for chip in room if room[chip] >= each]
     return [
         *(f"memory per chip: {size / 1e9:7.2f} GB {name}" for name, size in state.items()),
         f"memory per chip: {per_device * each / 1e9:7.2f} GB activations (estimate), {each / 1e9:.2f} GB an image",
@@ -105,11 +130,11 @@ def describe(config, device_count: int) -> list[str]:
     planned = planned_devices(config, device_count) if config.dry_run else device_count
     data, fsdp, context = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, planned)
     here = f"{device_count} device{'s' if device_count > 1 else ''} ({jax.devices()[0].device_kind})"
-    per_device = config.data.batch_size // planned
+    per_device = config.data.batch_size / planned
     where = f" over {here}" if planned == device_count else f"; this machine has {here}, the plan assumes {planned}"
     lines = [
-        f"mesh: data={data} x fsdp={fsdp}{where}",
-        f"batch: {config.data.batch_size} images of {config.data.resolution} pixels a step, {per_device} on a device",
+        f"mesh: data={data} x fsdp={fsdp} x context={context}{where}",
+        f"batch: {config.data.batch_size} images of {config.data.resolution} pixels a step, {per_device:g} on a device",
         f"steps: {config.assistant.warmup_steps} of the assistant alone, then {config.train.steps} of both, "
         f"{config.train.steps * config.data.batch_size:,} images"]
     configs, unknown = model_configs(config)
@@ -121,4 +146,5 @@ def describe(config, device_count: int) -> list[str]:
         return lines
     sharding.params_sharding(AbstractMesh((data, fsdp, context), sharding.AXES), trees["unet"])
     width = configs["unet"]["block_out_channels"][0] / 320
-    return lines + _memory_lines(config, counts, width, fsdp, per_device)
+    at_once = per_device / config.compute.microbatches
+    return lines + _memory_lines(config, counts, width, fsdp * context, at_once)

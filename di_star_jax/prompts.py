@@ -185,10 +185,10 @@ class PromptStream:
         self._stream = grain.MapDataset.source(source).shuffle(seed).repeat()
         self._batch_size = batch_size
 
-    def at(self, step: int, process_index: int = 0, process_count: int = 1) -> list[str]:
-        """This host's prompts of a step, in the order of the hosts. batch_size must be a multiple of process_count."""
-        each = self._batch_size // process_count
-        first = step * self._batch_size + process_index * each
+    def at(self, step: int, part: int = 0, parts: int = 1) -> list[str]:
+        """One of `parts` equal parts of a step's prompts. batch_size must be a multiple of parts."""
+        each = self._batch_size // parts
+        first = step * self._batch_size + part * each
         return [self._stream[i] for i in range(first, first + each)]
 
 

@@ -2,6 +2,7 @@
 """A run from weights to weights: build, restore, loop, log, save, export."""
 
 import functools
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ class Frozen(NamedTuple):
     tokenizers: dict[str, prompts.Tokenizer]
     folder: Path
     unet: pipeline.Model
+    configs: dict[str, dict]  # config.json by component
     latent_shape: tuple[int, int, int]
 
 
@@ -82,7 +84,7 @@ def assemble(config, models: dict[str, pipeline.Model], schedule: Schedule, *, t
     channels = pipeline.model_class(models["unet"].config)[1].in_channels
     return Frozen({name: model.params for name, model in models.items()},
                   gradients.Networks(unet, encode_text, reward_of_latents), decode, score, schedule, tokenizers, folder,
-                  models["unet"], (side, side, channels))
+                  models["unet"], {name: model.config for name, model in models.items()}, (side, side, channels))
 
 
 def load_frozen(config, mesh: Mesh) -> Frozen:
@@ -143,14 +145,21 @@ def load_state(config, frozen: Frozen, mesh: Mesh, checkpoints: checkpoint.Check
     return init(generator, assistant)
 
 
-def jit_step(step_fn, state, mesh: Mesh):
-    """A step compiled with its state donated, and left where it was. Args: state, for its shardings; may be abstract."""
-    return jax.jit(step_fn, donate_argnums=0,
+def jit_step(step_fn, state, mesh: Mesh, effort: float):
+    """A step compiled with its state donated, and left where it was.
+
+    Args: state, for its shardings; may be abstract. effort: compute.compile_effort.
+    """
+    options = {"exec_time_optimization_effort": effort} if effort else None
+    return jax.jit(step_fn, donate_argnums=0, compiler_options=options,
                    out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
 
 
-def make_draw(frozen: Frozen, settings: gradients.Settings, mesh: Mesh):
-    """Returns the compiled draw(params, frozen.params, token_ids [B, L], key) -> (images [B, H, W, 3], rewards [B])."""
+def make_draw(frozen: Frozen, settings: gradients.Settings, mesh: Mesh, *, score: bool = True):
+    """Returns the compiled draw(params, frozen.params, token_ids [B, L], key) -> (images [B, H, W, 3], rewards [B]).
+
+    Without `score` it returns the images alone.
+    """
     timesteps = settings.generator_timesteps
 
     def each(params, frozen_params, token_ids, noise):
@@ -158,7 +167,8 @@ def make_draw(frozen: Frozen, settings: gradients.Settings, mesh: Mesh):
         x0 = samplers.few_step(lambda x, t: frozen.networks.unet(params, x, t, condition), noise, timesteps,
                                frozen.schedule)
         image = frozen.decode(frozen_params, x0)
-        return jnp.clip(image, -1.0, 1.0), frozen.score(frozen_params, image, token_ids)
+        clipped = jnp.clip(image, -1.0, 1.0)
+        return (clipped, frozen.score(frozen_params, image, token_ids)) if score else clipped
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def draw(params, frozen_params, token_ids, key):
@@ -186,6 +196,7 @@ def run(config, workdir: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     metrics.say("\n".join(plan.describe(config, jax.device_count())))
+    plan.check_memory(config, mesh.devices.flat[0], jax.device_count())
     frozen = load_frozen(config, mesh)
     settings = settings_of(config, frozen.latent_shape)
     opts = optimizers(config)
@@ -199,9 +210,17 @@ def run(config, workdir: str) -> None:
     stream = prompts.PromptStream(source, seed=config.seed, batch_size=config.data.batch_size)
     batch_sharding = sharding.batch_sharding(mesh)
 
+    each = config.data.batch_size // math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+    mine = sorted({rows.start or 0 for rows, in batch_sharding.addressable_devices_indices_map(
+        (config.data.batch_size,)).values()})  # this process's devices' parts of the batch
+
     def batch_at(k):
-        mine = prompts.token_batch(stream.at(k, jax.process_index(), jax.process_count()), frozen.tokenizers)
-        return {name: jax.make_array_from_process_local_data(batch_sharding, ids) for name, ids in mine.items()}
+        texts = [text for start in mine for text in stream.at(k, start // each, config.data.batch_size // each)]
+        ids = prompts.token_batch(texts, frozen.tokenizers)
+        return {name: jax.make_array_from_callback(
+            (config.data.batch_size, rows.shape[1]), batch_sharding,
+            lambda index, rows=rows: rows[(at := mine.index(index[0].start or 0) * each):at + each])
+            for name, rows in ids.items()}
 
     # Before: scores and pictures of the generator as it came.
     draw_compiled = make_draw(frozen, settings, mesh)
@@ -231,8 +250,10 @@ def run(config, workdir: str) -> None:
 
     # The step, compiled at its first call.
     key = jax.random.key(config.seed)
-    train_step = jit_step(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts, mesh), state, mesh)
-    warmup_step = jit_step(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1], mesh), state, mesh)
+    train_step = jit_step(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts, mesh), state, mesh,
+                          config.compute.compile_effort)
+    warmup_step = jit_step(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1], mesh), state, mesh,
+                           config.compute.compile_effort)
     first = int(state.step)
     writer = metrics.Writer(folder, first_step=first)
     total = config.assistant.warmup_steps + config.train.steps

@@ -12,6 +12,7 @@ from absl.testing import flagsaver
 from test_config import ROOT
 
 from di_star_jax import config, main
+from di_star_jax.config import UserError
 
 SDXL, DRY = "--config=configs/sdxl.py", "--config.dry_run=True"
 
@@ -90,17 +91,29 @@ def test_a_run_starts_only_after_the_check(command, monkeypatch, tmp_path):
     assert started == [str(tmp_path)]
 
 
-@pytest.mark.parametrize("env, many", [
-    ({}, False),
-    ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, True),
-    ({"SLURM_NTASKS": "4"}, False),  # in an allocation, but not started by srun
-    ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-    ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476"}, True),
+@pytest.mark.parametrize("env, variable", [
+    ({}, None),
+    ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-4]"}, "SLURM_NTASKS"),
+    ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476"}, "JAX_COORDINATOR_ADDRESS"),
 ])
-def test_several_hosts_are_recognised_by_their_launcher(env, many):
-    assert main.many_hosts(env) == many
+def test_several_hosts_are_recognised_by_their_launcher(env, variable):
+    assert main.launcher(env) == variable
+
+
+def test_a_process_that_srun_did_not_start_does_not_train_alone():
+    with pytest.raises(UserError, match="SLURM_NTASKS=4, but srun did not start this process; use srun"):
+        main.launcher({"SLURM_NTASKS": "4"})
+
+
+def test_a_launcher_whose_other_processes_are_missing_is_refused(monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **kw: given.update(kw))
+    with pytest.raises(UserError, match="TPU_WORKER_HOSTNAMES=a,b says that there are several processes, but only this"):
+        main.connect({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
+    assert (given["num_processes"], given["process_id"]) == (2, 0)
 
 
 def test_dry_run_as_a_user_types_it_exits_without_error_and_prints_the_plan():

@@ -230,8 +230,9 @@ def expected_gradients(settings, key=0):
 
     def generator_loss(generator):
         x0 = gradients.denoise(generator, z, t_z, conditions[0], **common)
-        return gradients.generator_loss(x0, draws.t, draws.eps, draws.crop, scores=scores, frozen=frozen, token_ids=IDS,
-                                        settings=settings, **common)[0]
+        reward = networks.reward(frozen, x0, IDS, draws.crop)
+        loss = gradients.regulariser(x0, draws.t, draws.eps, scores=scores, settings=settings, schedule=SCHEDULE)
+        return (loss - settings.reward_scale * reward).mean()
 
     def assistant_loss(assistant):
         x0 = gradients.denoise(generator, z, t_z, conditions[0], **common)
@@ -248,19 +249,21 @@ def assert_close(a, b, rtol=1e-4):
 
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES)
 def test_one_shared_forward_gives_the_gradients_of_separate_ones_on_the_same_x_t(objective):
-    settings, *gradients, metrics = small_step(objective=objective, sharing="x_t")
-    for ours, separate in zip(gradients, expected_gradients(settings)):
+    settings, *found, metrics = small_step(objective=objective, sharing="x_t")
+    for ours, separate in zip(found, expected_gradients(settings)):
         assert_close(ours, separate)
     assert metrics["nonfinite"] == 0
 
 
+@pytest.mark.parametrize("sharing", ["x0", "loops"])
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES)
-def test_with_fresh_times_the_generators_gradient_is_the_same(objective):
-    settings, generator, assistant, metrics = small_step(objective=objective)
+def test_with_fresh_times_the_generators_gradient_is_the_same(objective, sharing):
+    settings, generator, assistant, metrics = small_step(objective=objective, sharing=sharing)
     expected = expected_gradients(settings)
     assert_close(generator, expected[0])
     assert distance(assistant, expected[1]) > 1e-3  # other times, other noise
     assert metrics["nonfinite"] == 0
+    assert_close(assistant, small_step(objective=objective)[2])
 
 
 def test_no_regulariser_and_no_reward_is_no_gradient():
@@ -305,8 +308,8 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
             expected = diffusion.add_noise(x0, noise[j + 1], *(v[jnp.full(BATCH, timesteps[j + 1])] for v in SCHEDULE))
         np.testing.assert_allclose(x_t, expected, rtol=1e-4, atol=1e-4)
     assert sorted(seen) == list(range(len(timesteps)))
-    settings, *gradients, _ = small_step(generator_timesteps=timesteps, sharing="x_t", key=3)
-    for ours, separate in zip(gradients, expected_gradients(settings, key=3)):
+    settings, *found, _ = small_step(generator_timesteps=timesteps, sharing="x_t", key=3)
+    for ours, separate in zip(found, expected_gradients(settings, key=3)):
         assert_close(ours, separate)
 
 

@@ -2,10 +2,14 @@
 """A whole run on a tiny random pipeline: outputs, restart, and the commands that read its workdir."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from test_config import ROOT
 from test_config import load as load_config
 from test_step import CONFIGS
 
@@ -14,15 +18,18 @@ from di_star_jax.config import UserError
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A pipeline folder with generator/, reward/ and prompts."""
-    out = tmp_path_factory.mktemp("pipeline")
+# One level, one transformer each way: what a run does with it is the same, and compiles in half the time.
+UNET = {**CONFIGS["unet"], "block_out_channels": [16], "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"], "transformer_layers_per_block": [1], "attention_head_dim": [1]}
+
+
+def write_pipeline(out):
+    """Writes a tiny random pipeline folder with generator/, reward/ and prompts.txt. Returns: out."""
     for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
         size = make_word_tokenizer(["a", "red", "blue", "circle", "square"], out / name, max_length=8, pad_token=pad)
     text = {**CONFIGS["text_encoder"], "vocab_size": size, "eos_token_id": size - 1}
     configs = {
-        "unet": CONFIGS["unet"], "generator": CONFIGS["unet"], "vae": CONFIGS["vae"], "text_encoder": text,
+        "unet": UNET, "generator": UNET, "vae": CONFIGS["vae"], "text_encoder": text,
         "text_encoder_2": {**text, "architectures": ["CLIPTextModelWithProjection"]},
         "reward": {**CONFIGS["reward"], "text_config": text}}
     for i, (name, config) in enumerate(configs.items()):
@@ -38,6 +45,11 @@ def folder(tmp_path_factory):
                                                 "tokenizer_2", "scheduler")}}))
     (out / "prompts.txt").write_text("".join(f"a {c} {k}\n" for c in ("red", "blue") for k in ("circle", "square")))
     return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def config_for(folder, **changes):
@@ -61,7 +73,7 @@ def straight(folder, tmp_path_factory):
 
 def unet_of(workdir, step, name="generator"):
     store = checkpoint.existing(workdir)
-    tree = store.restore_item(step, name, pipeline.abstract_model(CONFIGS["unet"]).params)
+    tree = store.restore_item(step, name, pipeline.abstract_model(UNET).params)
     store.close()
     return tree
 
@@ -103,3 +115,25 @@ def test_sample_makes_the_same_picture_from_a_workdir_and_from_its_export(straig
         pictures.append(draw(["a red circle", "a blue square"], z))
     assert pictures[0].shape == (2, 16, 16, 3)
     assert np.array_equal(*pictures)
+
+
+def test_a_second_start_finds_everything_compiled(folder, tmp_path):
+    script = (
+        "import sys; from test_train import config_for; from di_star_jax import main, train; import jax\n"
+        "missed = []; jax.monitoring.register_event_listener(\n"
+        "    lambda name, **kw: missed.append(name) if name == '/jax/compilation_cache/cache_misses' else None)\n"
+        "main.keep_compiled(sys.argv[2])\n"
+        "changes = {'mesh.fsdp': 1, 'train.steps': int(sys.argv[3]), 'assistant.warmup_steps': 0, 'data.batch_size': 2,\n"
+        "           'eval.batch_size': 2, 'train.image_every': 1}\n"
+        "train.run(config_for(__import__('pathlib').Path(sys.argv[1]), **changes), sys.argv[2])\n"
+        "print('missed', len(missed))")
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR",)}
+    env |= {"XLA_FLAGS": "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    missed = []
+    for steps in (1, 2):  # the second continues the first
+        done = subprocess.run([sys.executable, "-c", script, str(folder), str(tmp_path), str(steps)], env=env,
+                              capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+        missed.append(int(done.stdout.split("missed ")[-1]))
+    assert missed[0] > 0 and missed[1] == 0

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLOPs against the known constants, the step compiled for a TPU slice, and what a measurement holds."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_config import dry
+from test_config import load as load_config
+from test_main import command  # noqa: F401, a fixture
+from test_step import CONFIGS
+from test_train import UNET
+
+from di_star_jax import aot, benchmark, flops, pipeline, plan
+from di_star_jax.config import UserError
+from di_star_jax.models import published
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """config.json files of a tiny SDXL whose self-attention is long enough for a flash kernel; no weights."""
+    out = tmp_path_factory.mktemp("configs")
+    unet = {**UNET, "block_out_channels": [64], "projection_class_embeddings_input_dim": 64, "attention_head_dim": [1]}
+    for name, config in {**CONFIGS, "unet": unet}.items():
+        (out / name).mkdir()
+        (out / name / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def tiny(folder, **changes):
+    config = load_config("sdxl")
+    config.update_from_flattened_dict({
+        "weights.reference": str(folder), "weights.reward": str(folder / "reward"), "data.resolution": 64,
+        "data.batch_size": 4, "mesh.fsdp": 4, "eval.prompts": "", **changes})
+    return config
+
+
+def test_flop_counts_are_the_known_constants():
+    vae = pipeline.abstract_model(published.VAE_SDXL)
+    from flax import nnx
+    decode = flops.count(lambda p, x: nnx.merge(vae.graphdef, p).decode(x), vae.params,
+                         jax.ShapeDtypeStruct((1, 128, 128, 4), jnp.float32))
+    assert decode == pytest.approx(10.47e12, rel=1e-3)
+    config = dry(**{"mesh.fsdp": 1, "data.batch_size": 1})
+    assert aot.model_flop("train", config, jax.devices()[0]) == pytest.approx(102.9e12, rel=0.05)
+
+
+def test_model_flop_do_not_depend_on_how_memory_is_saved(folder):
+    plain = aot.model_flop("train", tiny(folder), jax.devices()[0])
+    saving = tiny(folder, **{"compute.loop_networks": False, "compute.remat_unet": "none", "data.batch_size": 8})
+    assert aot.model_flop("train", saving, jax.devices()[0]) == plain
+
+
+def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(folder):
+    config = tiny(folder)
+    result = benchmark.run(config, "train", name="tiny", topology="v5e:2x2", versus="", repeats=1)
+    assert result["attention"] == "splash" and result["environment"]["device"] == "TPU v5 lite"
+    kinds = result["collectives"]
+    assert kinds["all-gather"]["count"] > 0 and kinds["all-gather"]["bytes"] > 0
+    memory = result["memory"]
+    state = plan.parameters(pipeline.abstract_model(json.loads((folder / "unet" / "config.json").read_text())).params)
+    # Two networks, their second moments and the average, a quarter of each large leaf on a chip; buffers are padded.
+    assert memory["aliased"] >= 5 * 4 * state / 4
+    assert memory["peak"] < result["chip_gb"] * 1e9
+    text = benchmark.report(result)
+    assert "v5" in text and "GB arguments" in text and "roofline" in text
+
+
+def test_all_gathers_are_those_of_the_split_weights(folder):
+    from jax.sharding import PartitionSpec
+    from di_star_jax import sharding
+    mesh = sharding.make_mesh(2, 4)
+    gathered = sharding.on_each(mesh, lambda w: sharding.whole(w, (512, 256), jnp.bfloat16).sum(keepdims=True),
+                                (PartitionSpec(sharding.PARAMS),), PartitionSpec())
+    closed = jax.make_jaxpr(gathered)(jnp.ones((512, 256)))
+    assert dict(flops.collectives(closed)) == {("all-gather", "count"): 1,
+                                               ("all-gather", "bytes"): 512 * 256 * 2 * 3 // 4}
+
+
+def test_a_measurement_holds_times_settings_and_environment(folder, tmp_path, command):  # noqa: F811
+    config = tiny(folder, **{"mesh.fsdp": 8, "data.batch_size": 8, "compute.dtype": "float32"})
+    result = benchmark.run(config, "unet", name="tiny", topology="", versus="", repeats=3)
+    assert len(result["samples"]) == 3 and result["ours"]["median_s"] > 0
+    assert result["ours"]["samples_per_s_per_device"] == pytest.approx(1 / result["ours"]["median_s"])
+    assert result["environment"]["mesh"] == {"data": 1, "fsdp": 8, "context": 1}
+    assert json.loads(json.dumps(result))["settings"]["remat_unet"] == "full"
+    assert "mfu" not in result  # a CPU is not in the table
+
+
+def test_random_weights_leave_the_step_finite(folder):
+    config = tiny(folder, **{"mesh.fsdp": 1, "mesh.data": 1, "data.batch_size": 1})
+    from di_star_jax import sharding
+    work = aot.WORK["sample"](config, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+    args = benchmark.materialise(work.args)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(args[1]))
+    assert [x.sharding for x in jax.tree.leaves(args[1])] == [x.sharding for x in jax.tree.leaves(work.args[1])]
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:7x5x3"])
+def test_an_unknown_topology_is_refused_in_one_line(name):
+    with pytest.raises(UserError, match=f"topology='{name}'.*v5e:4x4"):
+        aot.topology_devices(name)
+
+
+def test_a_missing_tpu_compiler_is_said_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed; pip install -e '.\[tpu\]'"):
+        aot.topology_devices("v5e:2x2")
+
+
+def test_the_compilers_out_of_memory_becomes_what_to_do():
+    error = aot._too_large(RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm."),
+                           dry(), "TPU v5 lite")
+    assert isinstance(error, UserError)
+    assert "needs 21.5 GB a device, TPU v5 lite has 16.9; in this order raise compute.microbatches=1" in str(error)
+
+
+def test_a_batch_that_a_device_cannot_hold_is_predicted_before_anything_is_loaded():
+    class Device:
+        device_kind = "TPU v5 lite"
+
+    plan.check_memory(dry(**{"data.batch_size": 16}), Device(), 16)
+    with pytest.raises(UserError, match="raise compute.microbatches=1, set compute.remat_unet='full'"):
+        plan.check_memory(dry(**{"data.batch_size": 128}), Device(), 16)
+    plan.check_memory(dry(**{"data.batch_size": 128, "compute.microbatches": 8}), Device(), 16)
+
+
+def test_chips_are_found_by_their_device_kind():
+    assert flops.chip_of("TPU v5 lite") == "v5e" and flops.chip_of("NVIDIA H200") == "H200"
+    assert flops.chip_of("NVIDIA A100-SXM4-80GB") == "A100" and flops.chip_of("cpu") is None
+    assert math.isclose(flops.CHIPS["v6e"].flops, 918e12)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real processes with four CPU devices each, over loopback, against one process with eight."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_config import ROOT
+from test_train import UNET, write_pipeline
+
+from di_star_jax import checkpoint, pipeline, sharding, step, train
+
+# A run of one step as `main` makes it, that notes how many prompts this process tokenises at a time.
+RUN = """
+import json, os, pathlib, sys
+from di_star_jax import main, prompts, train
+main.connect(os.environ)
+import jax
+from test_train import config_for
+seen, plain = [], prompts.token_batch
+prompts.token_batch = lambda texts, tokenizers: seen.append(list(texts)) or plain(texts, tokenizers)
+folder, workdir = map(pathlib.Path, sys.argv[1:])
+changes = {"eval.prompts": "", "assistant.warmup_steps": 1, "train.steps": 1, "train.save_every": 1, "mesh.fsdp": 4}
+train.run(config_for(folder, **changes), str(workdir))
+(workdir / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
+"""
+# Two processes meet; then the second dies and the first waits for it.
+DEATH = """
+import os, time
+from di_star_jax import main
+main.connect(os.environ)
+import jax
+from jax.experimental import multihost_utils
+multihost_utils.sync_global_devices("met")
+print("met", flush=True)
+if jax.process_index() == 1:
+    os._exit(1)
+multihost_utils.sync_global_devices("never")
+"""
+
+
+def start(script, arguments, *, devices, port=None, index=None):
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+                         "--xla_llvm_disable_expensive_passes=true"}
+    if port:
+        env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(workdir of a run by two processes, workdir of the same run by one)."""
+    folder = write_pipeline(tmp_path_factory.mktemp("pipeline"))
+    two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
+    port = free_port()
+    for processes in ([start(RUN, (folder, two), devices=4, port=port, index=i) for i in range(2)],
+                      [start(RUN, (folder, one), devices=8)]):
+        for process in processes:
+            out, _ = process.communicate(timeout=500)
+            assert process.returncode == 0, out[-3000:]
+    return two, one
+
+
+def state_of(workdir, mesh):
+    unet = pipeline.abstract_model(UNET)
+    abstract = train.abstract_state(unet, 2 * (step.adamw(
+        1e-4, lr_warmup_steps=10, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0),), mesh)
+    store = checkpoint.existing(workdir)
+    state = store.restore(store.latest_step(), abstract)
+    store.close()
+    return state
+
+
+def test_two_processes_make_the_step_of_one_and_their_checkpoint_restores_anywhere(runs):
+    meshes = [sharding.make_mesh(1, 1, devices=jax.devices()[:1]), sharding.make_mesh(2, 2, 2)]
+    states = [state_of(workdir, mesh) for workdir, mesh in zip(runs, meshes)]
+    assert int(states[0].step) == 2
+    start_of = pipeline.load_model(runs[0] / "diffusers" / "unet").params  # the average of after the step
+    for a, b in zip(*(jax.tree.leaves(state) for state in states)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+    for a, b in zip(jax.tree.leaves(states[0].ema), jax.tree.leaves(start_of)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_each_process_reads_its_own_prompts_only(runs):
+    two, one = runs
+    parts = [json.loads((two / f"seen_{i}.json").read_text()) for i in range(2)]
+    whole = json.loads((one / "seen_0.json").read_text())
+    assert [a + b for a, b in zip(*parts)] == whole
+    assert all(len(texts) == 4 for part in parts for texts in part)
+
+
+def test_when_one_process_dies_the_other_ends_within_a_minute():
+    port = free_port()
+    first, second = (start(DEATH, (), devices=1, port=port, index=i) for i in range(2))
+    assert second.wait(timeout=120) == 1
+    died = time.time()
+    try:
+        out, _ = first.communicate(timeout=90)
+    finally:
+        first.kill()
+    assert "met" in out and first.returncode != 0
+    assert time.time() - died < 60

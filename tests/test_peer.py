@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our step against PyTorch's, which is written from the paper over the published code's networks."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from parity import port, randomise, to_nhwc
+from test_step import CONFIGS, SCHEDULE, SETTINGS
+
+from di_star_jax import gradients, peer, pipeline, rewards, weights
+from di_star_jax.config import UserError
+
+BATCH, LATENT = 2, 12  # 24 pixels, which the reward resizes to 16
+GIVEN = dataclasses.replace(SETTINGS, latent_shape=(LATENT, LATENT, 4))
+PARTS = {"generator": "unet", "assistant": "unet", "reference": "unet", **{part: part for part in peer.Modules._fields[3:]}}
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(PyTorch's networks, our graphs, our parameters of the same values, token ids, draws)."""
+    modules = {name: randomise(peer.network(CONFIGS[part], dtype=torch.float32, device="cpu"), seed)
+               for seed, (name, part) in enumerate(PARTS.items())}
+    ported = {name: port(modules[name], CONFIGS[part]) for name, part in PARTS.items()}
+    rng = np.random.default_rng(0)
+    ids = {name: rng.integers(1, 39, (BATCH, 8)).astype(np.int32) for name in ("tokenizer", "tokenizer_2", "reward")}
+    for i, row in enumerate(row for value in ids.values() for row in value):
+        row[3 + i % 5:] = 39  # ends of text at different places
+    draws = gradients.draw(jax.random.key(3), BATCH, GIVEN)
+    graphdefs, params = ({name: model[i] for name, model in ported.items()} for i in range(2))
+    return peer.Modules(**modules), graphdefs, params, ids, draws
+
+
+def to_torch(x) -> torch.Tensor:
+    x = np.asarray(x)
+    return torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, 1))) if x.ndim == 4 else torch.tensor(x).long()
+
+
+def theirs(world, **changes):
+    modules, _, _, ids, draws = world
+    drawn = peer.Draws(*map(to_torch, (draws.noise[:, 0], draws.t, draws.eps, draws.t_psi, draws.eps_psi)))
+    return peer.step_gradients(modules, dataclasses.replace(GIVEN, **changes), *peer.schedule(),
+                               {name: to_torch(v) for name, v in ids.items()}, drawn)
+
+
+@pytest.fixture(scope="module")
+def ours(world):
+    _, graphdefs, params, ids, draws = world
+
+    def unet(params, x_t, t, condition):
+        return nnx.merge(graphdefs["reference"], params)(x_t, t, condition)
+
+    def reward(params, x0, token_ids, crop):
+        text = rewards.text_embeddings(graphdefs["reward"], params["reward"], token_ids["reward"])
+        image = nnx.merge(graphdefs["vae"], params["vae"]).decode(x0)
+        return rewards.pickscore(graphdefs["reward"], params["reward"], image, text)
+
+    networks = gradients.Networks(
+        unet, lambda params, ids: pipeline.encode_text(graphdefs, params, ids, 2 * LATENT), reward)
+    frozen = {**params, "unet": params["reference"]}
+    return jax.jit(functools.partial(gradients.apart, networks=networks, settings=GIVEN, schedule=SCHEDULE))(
+        params["generator"], params["assistant"], frozen, ids, draws)
+
+
+def errors(grads, expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """max|a - b| / max|b| by parameter."""
+    found = weights.tensors_from_params(grads)
+    assert found.keys() == expected.keys()
+    return {name: float(np.abs(found[name] - g.numpy()).max() / g.abs().max()) for name, g in expected.items()}
+
+
+def test_the_step_has_the_gradients_and_losses_of_pytorchs(world, ours):
+    (generator, assistant), figures = ours
+    expected = theirs(world)
+    for name, grads, target in (("generator", generator, expected[0]), ("assistant", assistant, expected[1])):
+        found = errors(grads, target)
+        worst = max(found, key=found.get)
+        print(f"{name}: median {np.median(list(found.values())):.1e}, worst {found[worst]:.1e} of {worst}")
+        assert found[worst] <= 1e-3, f"{name}: {found[worst]:.1e} of {worst}"
+    for name, values, target in zip(("reward", "regulariser", "assistant"), figures[1:], expected[2:]):
+        error = float(np.abs(np.asarray(values) - target.numpy()).max() / target.abs().max())
+        print(f"{name}: {error:.1e} of {target.tolist()}")
+        assert error <= 1e-4, name
+
+
+@pytest.mark.parametrize("what", peer.WORK)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_work_of_the_benchmark_runs(what, dtype):
+    peer.make(what, CONFIGS, GIVEN, batch=2, resolution=24, dtype=dtype, device="cpu", compile=False)()
+
+
+def test_what_pytorchs_side_does_not_have_is_refused():
+    for changes in ({"objective": "kl"}, {"sharing": "x_t"}, {"generator_timesteps": (999, 499)}):
+        with pytest.raises(UserError, match="PyTorch's side has no other"):
+            peer.make("train", CONFIGS, dataclasses.replace(GIVEN, **changes), batch=2, resolution=24, dtype="float32",
+                      device="cpu", compile=False)
