@@ -107,7 +107,6 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.compute.dtype = "bfloat16"  # or float32; masters and moments are float32 always
     config.compute.attention = "auto"  # long self-attention: "splash" (TPU), "cudnn" (GPU), "xla"; auto by device
     config.compute.microbatches = 1  # parts that a device's images are taken in, one after the other: less memory
-    config.compute.compile_effort = 0.0  # of XLA: -1.0 compiles four times faster, into a step that may be slower
     config.compute.loop_networks = True  # one traced UNet serves several passes: compiles in half the time, 6 % more work
     # What a block keeps for the backward pass: "full" recomputation, all but "dots" (matrix products), or "none".
     config.compute.remat_unet = "full"

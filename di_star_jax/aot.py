@@ -98,7 +98,7 @@ def train_work(config, mesh: Mesh) -> Work:
     frozen, opts = _frozen(config, mesh), train.optimizers(config)
     state = train.abstract_state(frozen.unet, opts, mesh)
     fn = step.make_train_step(frozen.networks, train.settings_of(config, frozen.latent_shape), frozen.schedule, *opts, mesh)
-    return Work(train.jit_step(fn, state, mesh, config.compute.compile_effort), (state, frozen.params, _token_ids(config, frozen, mesh), _key(mesh)),
+    return Work(train.jit_step(fn, state, mesh), (state, frozen.params, _token_ids(config, frozen, mesh), _key(mesh)),
                 mesh, donates=True)
 
 
@@ -163,9 +163,8 @@ def model_flop(what: str, config, device) -> float:
     """Model FLOP of one sample: one pass each, nothing recomputed, whatever the config saves memory by."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({
-        "data.batch_size": 1, "compute.microbatches": 1, "compute.loop_networks": False, "compute.compile_effort": 0.0,
-        "compute.remat_unet": "none", "compute.remat_vae": "none", "compute.remat_reward": "none",
-        "compute.attention": "xla", "decode.slice": 0})
+        "data.batch_size": 1, "compute.microbatches": 1, "compute.loop_networks": False, "compute.remat_unet": "none",
+        "compute.remat_vae": "none", "compute.remat_reward": "none", "compute.attention": "xla", "decode.slice": 0})
     work = WORK[what](config, sharding.make_mesh(1, 1, devices=[device]))
     return flops.count(work.fn, *work.args)
 

@@ -5,10 +5,12 @@
     python -m di_star_jax.benchmark --config=configs/sdxl.py --config.mesh.fsdp=1 --config.data.batch_size=4 --vs=torch
     python -m di_star_jax.benchmark --config=configs/shapes.py --what=unet --vs=torch
 
+JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 compiles in a third of the time, to see what fits; the step may then be slower.
 Compilation is timed apart. Each call is blocked on everything it returns; the first three are not counted. FLOPs are our
 own count (flops.py), never XLA's.
 """
 
+import gc
 import json
 import os
 import platform
@@ -84,7 +86,7 @@ def environment(mesh) -> dict:
     versions = {name: metadata.version(name) for name in ("flax", "optax", "libtpu", "torch") if _installed(name)}
     return {"device": device.device_kind, "devices": mesh.devices.size, "processes": jax.process_count(),
             "mesh": dict(mesh.shape), "jax": jax.__version__, "jaxlib": jaxlib.__version__, **versions,
-            "python": platform.python_version(), "cores": os.cpu_count(),
+            "effort": jax.config.jax_exec_time_optimization_effort, "python": platform.python_version(), "cores": os.cpu_count(),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", "")}
 
 
@@ -110,6 +112,7 @@ def report(result: dict) -> str:
     lines = [f"{result['what']} of {result['config']}: {result['resolution']} pixels, {result['dtype']}, batch "
              f"{result['batch_size']} over {env['devices']} {env['device']} (mesh {mesh})",
              f"attention {result['attention']}, jax {env['jax']}"
+             + (f", compiled with effort {env['effort']:g}" if env["effort"] else "")
              + (f", XLA_FLAGS {env['XLA_FLAGS']}" if env["XLA_FLAGS"] else "")
              + (f", LIBTPU_INIT_ARGS {env['LIBTPU_INIT_ARGS']}" if env["LIBTPU_INIT_ARGS"] else "")]
     rows = [("compilation", ", ".join(f"{name} {s:.1f} s" for name, s in result["seconds"].items())
@@ -151,6 +154,7 @@ def run(config, what: str, *, name: str, topology: str, versus: str, repeats: in
     device = devices[0]
     chip = flops.CHIPS.get(flops.chip_of(device.device_kind))
     work = aot.WORK[what](config, mesh)
+    model_flop = aot.model_flop(what, config, jax.devices()[0])
     theirs = _torch_times(config, what, repeats) if versus else None
     compiled = aot.compile_work(work, config)
     kinds = sorted({kind for kind, _ in compiled.traffic})
@@ -161,8 +165,8 @@ def run(config, what: str, *, name: str, topology: str, versus: str, repeats: in
         "seconds": compiled.seconds, "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "memory": compiled.memory, "chip_gb": chip.memory / 1e9 if chip else None,
         "collectives": {kind: {part: compiled.traffic[kind, part] for part in ("count", "bytes")} for kind in kinds},
-        "model_flop": aot.model_flop(what, config, jax.devices()[0])}
-    per_device = result["model_flop"] * config.data.batch_size / len(devices)
+        "model_flop": model_flop}
+    per_device = model_flop * config.data.batch_size / len(devices)
     if chip:
         result["roofline"] = roofline(per_device, compiled.traffic, chip)
     if topology:
@@ -194,6 +198,8 @@ def _torch_times(config, what: str, repeats: int) -> list[float]:
         from di_star_jax import peer
     except ImportError as error:
         raise UserError(f"--vs=torch: {error}; pip install -e '.[test]'") from None
+    if config.decode.view != "full":
+        raise UserError(f"--vs=torch with decode.view={config.decode.view!r}, expected 'full', which is what it decodes")
     if jax.device_count() > 1:
         raise UserError(f"--vs=torch with {jax.device_count()} devices, expected one; set CUDA_VISIBLE_DEVICES=0")
     cuda = torch.cuda.is_available() and jax.devices()[0].platform == "gpu"
@@ -204,6 +210,7 @@ def _torch_times(config, what: str, repeats: int) -> list[float]:
                      dtype=config.compute.dtype, device="cuda" if cuda else "cpu", compile=cuda)
     seconds = times_of(call, repeats)
     del call
+    gc.collect()  # compiled modules are reference cycles
     if cuda:
         torch.cuda.empty_cache()
     return seconds

@@ -185,8 +185,6 @@ def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequ
                         "compute.loop_networks=False or assistant.sharing='x0'")
     _one_of("compute.dtype", c.compute.dtype, ("bfloat16", "float32"))
     _one_of("compute.attention", c.compute.attention, ("auto", "splash", "cudnn", "xla"))
-    if not -1.0 <= c.compute.compile_effort <= 1.0:
-        raise UserError(f"compute.compile_effort={c.compute.compile_effort}, expected -1.0 to 1.0; 0.0 is XLA's own")
     for name in ("remat_unet", "remat_vae", "remat_reward"):
         _one_of(f"compute.{name}", c.compute[name], ("none", "dots", "full"))
     _one_of("eval.oracle", c.eval.oracle, ("", "shapes"))

@@ -145,13 +145,9 @@ def load_state(config, frozen: Frozen, mesh: Mesh, checkpoints: checkpoint.Check
     return init(generator, assistant)
 
 
-def jit_step(step_fn, state, mesh: Mesh, effort: float):
-    """A step compiled with its state donated, and left where it was.
-
-    Args: state, for its shardings; may be abstract. effort: compute.compile_effort.
-    """
-    options = {"exec_time_optimization_effort": effort} if effort else None
-    return jax.jit(step_fn, donate_argnums=0, compiler_options=options,
+def jit_step(step_fn, state, mesh: Mesh):
+    """A step compiled with its state donated, and left where it was. Args: state, for its shardings; may be abstract."""
+    return jax.jit(step_fn, donate_argnums=0,
                    out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)))
 
 
@@ -250,10 +246,8 @@ def run(config, workdir: str) -> None:
 
     # The step, compiled at its first call.
     key = jax.random.key(config.seed)
-    train_step = jit_step(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts, mesh), state, mesh,
-                          config.compute.compile_effort)
-    warmup_step = jit_step(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1], mesh), state, mesh,
-                           config.compute.compile_effort)
+    train_step = jit_step(step.make_train_step(frozen.networks, settings, frozen.schedule, *opts, mesh), state, mesh)
+    warmup_step = jit_step(step.make_warmup_step(frozen.networks, settings, frozen.schedule, opts[1], mesh), state, mesh)
     first = int(state.step)
     writer = metrics.Writer(folder, first_step=first)
     total = config.assistant.warmup_steps + config.train.steps

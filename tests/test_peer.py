@@ -23,6 +23,7 @@ PARTS = {"generator": "unet", "assistant": "unet", "reference": "unet", **{part:
 @pytest.fixture(scope="module")
 def world():
     """(PyTorch's networks, our graphs, our parameters of the same values, token ids, draws)."""
+    torch.set_num_threads(1)  # several wait for each other where other processes keep the cores busy
     modules = {name: randomise(peer.network(CONFIGS[part], dtype=torch.float32, device="cpu"), seed)
                for seed, (name, part) in enumerate(PARTS.items())}
     ported = {name: port(modules[name], CONFIGS[part]) for name, part in PARTS.items()}
@@ -73,6 +74,7 @@ def errors(grads, expected: dict[str, torch.Tensor]) -> dict[str, float]:
     return {name: float(np.abs(found[name] - g.numpy()).max() / g.abs().max()) for name, g in expected.items()}
 
 
+# As measured 9e-6 and 2e-6; a score network whose x_t passes no gradient on is 4e-1 away, omega = 7.6 for 7.5 is 5e-3.
 def test_the_step_has_the_gradients_and_losses_of_pytorchs(world, ours):
     (generator, assistant), figures = ours
     expected = theirs(world)
@@ -80,11 +82,11 @@ def test_the_step_has_the_gradients_and_losses_of_pytorchs(world, ours):
         found = errors(grads, target)
         worst = max(found, key=found.get)
         print(f"{name}: median {np.median(list(found.values())):.1e}, worst {found[worst]:.1e} of {worst}")
-        assert found[worst] <= 1e-3, f"{name}: {found[worst]:.1e} of {worst}"
+        assert found[worst] <= 1e-4, f"{name}: {found[worst]:.1e} of {worst}"
     for name, values, target in zip(("reward", "regulariser", "assistant"), figures[1:], expected[2:]):
         error = float(np.abs(np.asarray(values) - target.numpy()).max() / target.abs().max())
         print(f"{name}: {error:.1e} of {target.tolist()}")
-        assert error <= 1e-4, name
+        assert error <= 1e-5, name
 
 
 @pytest.mark.parametrize("what", peer.WORK)
