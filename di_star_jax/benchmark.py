@@ -5,8 +5,8 @@
     python -m di_star_jax.benchmark --config=configs/sdxl.py --config.mesh.fsdp=1 --config.data.batch_size=4 --vs=torch
     python -m di_star_jax.benchmark --config=configs/shapes.py --what=unet --vs=torch
 
-JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 compiles in a third of the time, to see what fits; the step may then be slower.
-Compilation is timed apart. Each call is blocked on everything it returns; the first three are not counted. FLOPs are our
+For a slice XLA is told to make little effort (--effort=-1): that takes 4 minutes and 11 GB, and --effort=0, what a TPU
+would run, a quarter of an hour and over 22 GB. Compilation is timed apart. Each call is blocked on everything it returns; the first three are not counted. FLOPs are our
 own count (flops.py), never XLA's.
 """
 
@@ -86,7 +86,7 @@ def environment(mesh) -> dict:
     versions = {name: metadata.version(name) for name in ("flax", "optax", "libtpu", "torch") if _installed(name)}
     return {"device": device.device_kind, "devices": mesh.devices.size, "processes": jax.process_count(),
             "mesh": dict(mesh.shape), "jax": jax.__version__, "jaxlib": jaxlib.__version__, **versions,
-            "effort": jax.config.jax_exec_time_optimization_effort, "python": platform.python_version(), "cores": os.cpu_count(),
+            "python": platform.python_version(), "cores": os.cpu_count(),
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), "LIBTPU_INIT_ARGS": os.environ.get("LIBTPU_INIT_ARGS", "")}
 
 
@@ -112,7 +112,7 @@ def report(result: dict) -> str:
     lines = [f"{result['what']} of {result['config']}: {result['resolution']} pixels, {result['dtype']}, batch "
              f"{result['batch_size']} over {env['devices']} {env['device']} (mesh {mesh})",
              f"attention {result['attention']}, jax {env['jax']}"
-             + (f", compiled with effort {env['effort']:g}" if env["effort"] else "")
+             + (f", compiled with effort {result['effort']:g}" if result["effort"] else "")
              + (f", XLA_FLAGS {env['XLA_FLAGS']}" if env["XLA_FLAGS"] else "")
              + (f", LIBTPU_INIT_ARGS {env['LIBTPU_INIT_ARGS']}" if env["LIBTPU_INIT_ARGS"] else "")]
     rows = [("compilation", ", ".join(f"{name} {s:.1f} s" for name, s in result["seconds"].items())
@@ -144,8 +144,13 @@ def report(result: dict) -> str:
     return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
-def run(config, what: str, *, name: str, topology: str, versus: str, repeats: int) -> dict:
-    """One benchmark; see `report` for what it holds. Raises: UserError for what cannot run."""
+def run(config, what: str, *, name: str, topology: str, versus: str, repeats: int,
+        effort: float | None = None) -> dict:
+    """One benchmark; see `report` for what it holds.
+
+    Args: effort, of XLA; None is -1 for a topology, else 0. Raises: UserError for what cannot run.
+    """
+    effort = effort if effort is not None else -1.0 if topology else 0.0
     devices = aot.topology_devices(topology) if topology else jax.devices()
     config.dry_run = True
     check(config, len(devices), objectives=OBJECTIVES, outside=OUTSIDE)
@@ -156,7 +161,7 @@ def run(config, what: str, *, name: str, topology: str, versus: str, repeats: in
     work = aot.WORK[what](config, mesh)
     model_flop = aot.model_flop(what, config, jax.devices()[0])
     theirs = _torch_times(config, what, repeats) if versus else None
-    compiled = aot.compile_work(work, config)
+    compiled = aot.compile_work(work, config, effort=effort)
     kinds = sorted({kind for kind, _ in compiled.traffic})
     result = {
         "what": what, "config": name, "resolution": config.data.resolution, "dtype": config.compute.dtype,
@@ -165,7 +170,7 @@ def run(config, what: str, *, name: str, topology: str, versus: str, repeats: in
         "seconds": compiled.seconds, "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "memory": compiled.memory, "chip_gb": chip.memory / 1e9 if chip else None,
         "collectives": {kind: {part: compiled.traffic[kind, part] for part in ("count", "bytes")} for kind in kinds},
-        "model_flop": model_flop}
+        "effort": effort, "model_flop": model_flop}
     per_device = model_flop * config.data.batch_size / len(devices)
     if chip:
         result["roofline"] = roofline(per_device, compiled.traffic, chip)
@@ -225,7 +230,7 @@ def main(argv: list[str]) -> None:
     if args.topology and args.vs:
         raise UserError("--topology with --vs: nothing runs on a topology; give one of the two")
     result = run(args.config, args.what, name=Path(args["config"].config_filename).name, topology=args.topology or "",
-                 versus=args.vs or "", repeats=args.repeats)
+                 versus=args.vs or "", repeats=args.repeats, effort=args.effort)
     print(report(result))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -235,6 +240,8 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:PRESET.")
     flags.DEFINE_enum("what", "train", sorted(aot.WORK), "The whole step, or a part of it.")
     flags.DEFINE_string("topology", None, "Compile for a TPU slice and run nothing: v5e:4x4, v6e:2x4, v5p:2x2x1, ...")
+    flags.DEFINE_float("effort", None, "Of XLA's compiler; -1 for a topology and 0 else, if not given.", lower_bound=-1.0,
+                       upper_bound=1.0)
     flags.DEFINE_enum("vs", None, ["torch"], "Measures the same work in PyTorch too.")
     flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for the result, with every sample and setting.")

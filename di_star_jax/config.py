@@ -264,8 +264,9 @@ def _check_mesh(config, device_count: int) -> None:
             below, above = batch // shares * shares, -(-batch // shares) * shares
             good = f"{below} or {above}" if below else str(above)
             more = "" if below else ", or give several chips one image with mesh.context"
-            raise UserError(f"{name}={batch} is not divisible by the {shares} parts of mesh data={data} x "
-                            f"fsdp={fsdp}; use {good}{more}")
+            groups = f"devices of mesh data={data} x fsdp={fsdp}"
+            groups = groups if context == 1 else f"groups of {context} {groups} x context={context}"
+            raise UserError(f"{name}={batch} is not divisible by the {shares} {groups}; use {good}{more}")
     each, parts = config.data.batch_size // shares, config.compute.microbatches
     if each % parts:
         good = " or ".join(str(n) for n in range(1, each + 1) if each % n == 0)

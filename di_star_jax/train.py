@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from di_star_jax import (before_after, checkpoint, gradients, metrics, objectives, pipeline, plan, prompts, rewards, samplers,
@@ -178,6 +179,14 @@ def make_draw(frozen: Frozen, settings: gradients.Settings, mesh: Mesh, *, score
     return draw
 
 
+def load_prompts(file: str, workdir: Path, column: str) -> prompts.Source:
+    """A prompt list by index, prepared in the workdir by the first host while the others wait."""
+    if jax.process_index() == 0:
+        prompts.load(file, workdir / "prompts", column=column)
+    multihost_utils.sync_global_devices(f"prompts of {file}")
+    return prompts.load(file, workdir / "prompts", column=column)
+
+
 def run(config, workdir: str) -> None:
     """Trains as `config` says, continuing what is in `workdir`, and leaves the results there.
 
@@ -202,7 +211,7 @@ def run(config, workdir: str) -> None:
                 "generator_timesteps": settings.generator_timesteps}
 
     # Prompts, by index: step k sees the same ones on any number of hosts and after any restart.
-    source = prompts.load(config.data.prompts, folder / "prompts", column=config.data.column)
+    source = load_prompts(config.data.prompts, folder, config.data.column)
     stream = prompts.PromptStream(source, seed=config.seed, batch_size=config.data.batch_size)
     batch_sharding = sharding.batch_sharding(mesh)
 
@@ -228,7 +237,7 @@ def run(config, workdir: str) -> None:
 
     held_out, held_out_ids = [], {}
     if config.eval.prompts:
-        held_out_source = prompts.load(config.eval.prompts, folder / "prompts", column=config.data.column)
+        held_out_source = load_prompts(config.eval.prompts, folder, config.data.column)
         held_out = [held_out_source[i] for i in range(min(config.eval.num_prompts, len(held_out_source)))]
         held_out_ids = prompts.token_batch(held_out, frozen.tokenizers)
 
