@@ -4,10 +4,11 @@
     python -m di_star_jax.main --config=configs/sdxl.py --workdir=/mnt/bucket/di_star
     python -m di_star_jax.main --config=configs/sdxl.py --config.dry_run=True     # checks, sizes, memory; no weights
 
-The dry run computes what fits: with mesh.fsdp=16, one image a chip on TPU v5e (128 chips for the batch of 128), 5 on
-v6e (32 chips), 8 on v5p and 80 GB GPUs (16 of them). One H200 takes mesh.fsdp=1 and data.batch_size=4. At 40 % of peak,
-256,000 images (the default) would take 0.7 h on 128 v5e chips or 18.5 h on one H200: computed, not measured. The
-paper's PickScore on Parti prompts: 0.2249 before, 0.2304 after. To resume, run the same command again.
+With mesh.fsdp=16 the compiled step takes 7.8 GB of a TPU v5e's 16.9 at one image a chip (128 chips for the batch of 128; fewer
+take compute.microbatches). v6e: fsdp=8, 13.2 of 33.6 GB; v5p: fsdp=4, 40.9 of 102.8 GB at 4 images
+(docs/performance.md). One H200 takes mesh.fsdp=1, data.batch_size=4 and compute.loop_networks=False, by the dry run's
+estimate. At 40 % of peak, 256,000 images (the default) would take 0.7 h on 128 v5e chips or 18.5 h on one H200: computed,
+not measured. The paper's PickScore on Parti prompts: 0.2249 before, 0.2304 after. To resume, run the same command again.
 """
 
 import ml_collections

@@ -58,6 +58,8 @@ def activation_bytes(config, width: float = 1.0) -> float:
     The generator's part waits while dL/dx0 is found: by assistant (1 image) and guided reference (2), then, these
     freed, by the reward through the VAE. So: generator + max(3 UNets + work of the guided 2, VAE). Scaled by pixels,
     width and dtype; attention maps grow faster than that, and the reward's own network is small beside the VAE.
+    What the TPU compiler makes of the finished step (docs/performance.md) is less where memory is short, 2.4 GB an image
+    on v5e, and as much where it is not: 4.8 GB on v5p.
     """
     keep, work = (0.46, 0.80) if config.compute.remat_unet != "none" else (13.0, 0.0)
     vae = 4.3 if config.compute.remat_vae != "none" else 13.4
@@ -76,6 +78,7 @@ def memory_per_chip(config, counts: dict[str, int], shards: int) -> dict[str, fl
         "average of the generator (EMA)": unet * 4 / shards,
         "gradients of both": 2 * unet * 4 / shards,
         f"frozen networks, {config.compute.dtype}": sum(counts.values()) * compute / shards,
+        **({"networks picked in loops": unet * compute / shards} if config.compute.loop_networks else {}),
         # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of the UNet.
         "gathered weights": unet / 30 * compute if shards > 1 else 0.0,
     }

@@ -178,22 +178,26 @@ def in_slices(score: Callable[..., jax.Array], size: int) -> Callable[..., jax.A
 
     A decoder's activations are then those of `size` images. Only x0 gets a gradient. 0 takes all images at once.
     """
+    def slices(run, x0, others):
+        split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (x0, others))
+        return jax.lax.map(lambda part: run(part[0], *part[1]), split)
+
+    def with_gradient(x0, *others):
+        value, pull_back = jax.vjp(lambda x0: score(x0, *others), x0)
+        return value, pull_back(jnp.ones_like(value))[0]
+
+    @jax.custom_vjp
     def sliced(x0, *others):
-        if size in (0, x0.shape[0]):
-            return score(x0, *others)
+        return slices(score, x0, others).reshape(-1)
 
-        def parts(run):
-            split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (x0, others))
-            return jax.lax.map(lambda part: run(part[0], *part[1]), split)
+    def forward(x0, *others):
+        # The gradient is found with the value, slice by slice: later, every slice would have to be decoded again.
+        value, grad = slices(with_gradient, x0, others)
+        return value.reshape(-1), (grad.reshape(x0.shape), others)
 
-        def forward(x0):
-            # The gradient is found with the value, slice by slice: later, every slice would have to be decoded again.
-            value, grad = parts(lambda x, *rest: (lambda v, pull: (v, pull(jnp.ones_like(v))[0]))(
-                *jax.vjp(lambda x: score(x, *rest), x)))
-            return value.reshape(-1), grad.reshape(x0.shape)
+    def backward(kept, g):
+        grad, others = kept
+        return g.reshape(-1, *(1,) * (grad.ndim - 1)) * grad, *jax.tree.map(jnp.zeros_like, others)
 
-        value_alone = jax.custom_vjp(lambda x0: parts(score).reshape(-1))
-        value_alone.defvjp(forward, lambda grad, g: (g.reshape(-1, *(1,) * (x0.ndim - 1)) * grad,))
-        return value_alone(x0)
-
-    return sliced
+    sliced.defvjp(forward, backward)
+    return lambda x0, *others: (score if size in (0, x0.shape[0]) else sliced)(x0, *others)

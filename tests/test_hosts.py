@@ -16,7 +16,7 @@ from test_train import UNET, write_pipeline
 
 from di_star_jax import checkpoint, pipeline, sharding, step, train
 
-# A run of one step as `main` makes it, that notes how many prompts this process tokenises at a time.
+# A run of two steps as `main` makes it, that notes how many prompts this process tokenises at a time.
 RUN = """
 import json, os, pathlib, sys
 from di_star_jax import main, prompts, train
@@ -26,7 +26,7 @@ from test_train import config_for
 seen, plain = [], prompts.token_batch
 prompts.token_batch = lambda texts, tokenizers: seen.append(list(texts)) or plain(texts, tokenizers)
 folder, workdir = map(pathlib.Path, sys.argv[1:])
-changes = {"eval.prompts": "", "assistant.warmup_steps": 1, "train.steps": 1, "train.save_every": 1, "mesh.fsdp": 4}
+changes = {"eval.prompts": "", "assistant.warmup_steps": 0, "train.steps": 2, "train.save_every": 2, "mesh.fsdp": 4}
 train.run(config_for(folder, **changes), str(workdir))
 (workdir / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
 """

@@ -181,3 +181,25 @@ def test_a_reward_model_in_bfloat16_returns_float32_scores(clip_pair):
     text, score = run(half)
     assert text.dtype == score.dtype == jnp.float32
     np.testing.assert_allclose(score, run(graphdef)[1], atol=0.02)
+
+
+def test_a_score_in_slices_is_the_same_with_its_gradient():
+    x0, weight = jax.random.normal(jax.random.key(0), (6, 4, 4, 2)), jnp.arange(6.0)
+    score = lambda x, w: jnp.sin(x).sum((1, 2, 3)) * w
+    for size in (0, 2, 6):
+        value, grad = jax.value_and_grad(lambda x: (rewards.in_slices(score, size)(x, weight) ** 2).sum())(x0)
+        expected = jax.value_and_grad(lambda x: (score(x, weight) ** 2).sum())(x0)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(grad, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_views_are_the_whole_a_smaller_picture_and_a_window():
+    latents = jnp.arange(2 * 8 * 8, dtype=jnp.float32).reshape(2, 8, 8, 1)
+    crop = jnp.array([[0.0, 0.0], [0.99, 0.5]])
+    assert rewards.VIEWS["full"](latents, crop, 4) is latents
+    resized = rewards.VIEWS["resized"](latents, crop, 4)
+    assert resized.shape == (2, 4, 4, 1)
+    np.testing.assert_allclose(resized.mean((1, 2, 3)), latents.mean((1, 2, 3)), rtol=1e-5)
+    window = rewards.VIEWS["crop"](latents, crop, 4)
+    np.testing.assert_array_equal(window[0], latents[0, :4, :4])
+    np.testing.assert_array_equal(window[1], latents[1, 4:, 2:6])

@@ -168,9 +168,8 @@ def on_one(world):
     return world_gradients(world, one_device())
 
 
-@pytest.mark.parametrize("shape, changes", [
-    ((2, 4, 1), {}), ((1, 4, 2), {}), ((1, 1, 2), {}), ((2, 2, 1), {"microbatches": 2})],
-    ids=["fsdp", "context", "context-alone", "microbatches"])
+@pytest.mark.parametrize("shape, changes", [((1, 4, 2), {}), ((2, 2, 1), {"microbatches": 2})],
+                         ids=["context", "microbatches"])
 def test_gradients_on_many_devices_equal_those_on_one(world, on_one, monkeypatch, shape, changes):
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
     mesh = sharding.make_mesh(*shape, devices=jax.devices()[:np.prod(shape)])
