@@ -18,6 +18,7 @@ from di_star_jax import (before_after, checkpoint, gradients, metrics, objective
                          sharding, step, weights)
 from di_star_jax.config import UserError, generator_timesteps
 from di_star_jax.diffusion import Schedule
+from di_star_jax.models import attention
 
 
 class Frozen(NamedTuple):
@@ -39,7 +40,8 @@ class Frozen(NamedTuple):
 
 def kernel_of(config, platform: str) -> str:
     """The attention kernel that a config asks for, "auto" by platform: "tpu", "gpu" or "cpu"."""
-    return {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}[platform] if config.compute.attention == "auto" else config.compute.attention
+    by_platform = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
+    return by_platform[platform] if config.compute.attention == "auto" else config.compute.attention
 
 
 def model_options(config, platform: str) -> dict[str, dict]:
@@ -201,6 +203,8 @@ def run(config, workdir: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     metrics.say("\n".join(plan.describe(config, jax.device_count())))
+    kernel = kernel_of(config, mesh.devices.flat[0].platform)
+    metrics.say(f"attention: {kernel}" + ("" if kernel == "xla" else f" on {attention.LONG} tokens and more, else xla"))
     plan.check_memory(config, mesh.devices.flat[0], jax.device_count())
     frozen = load_frozen(config, mesh)
     settings = settings_of(config, frozen.latent_shape)

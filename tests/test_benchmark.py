@@ -7,13 +7,15 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from test_config import dry
 from test_config import load as load_config
-from test_main import command  # noqa: F401, a fixture
 from test_step import CONFIGS
 from test_train import UNET
 
-from di_star_jax import aot, benchmark, flops, pipeline, plan
+from jax.sharding import PartitionSpec
+
+from di_star_jax import aot, benchmark, flops, pipeline, plan, sharding
 from di_star_jax.config import UserError
 from di_star_jax.models import published
 
@@ -39,7 +41,6 @@ def tiny(folder, **changes):
 
 def test_flop_counts_are_the_known_constants():
     vae = pipeline.abstract_model(published.VAE_SDXL)
-    from flax import nnx
     decode = flops.count(lambda p, x: nnx.merge(vae.graphdef, p).decode(x), vae.params,
                          jax.ShapeDtypeStruct((1, 128, 128, 4), jnp.float32))
     assert decode == pytest.approx(10.47e12, rel=1e-3)
@@ -69,8 +70,6 @@ def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(
 
 
 def test_all_gathers_are_those_of_the_split_weights(folder):
-    from jax.sharding import PartitionSpec
-    from di_star_jax import sharding
     mesh = sharding.make_mesh(2, 4)
     gathered = sharding.on_each(mesh, lambda w: sharding.whole(w, (512, 256), jnp.bfloat16).sum(keepdims=True),
                                 (PartitionSpec(sharding.PARAMS),), PartitionSpec())
@@ -79,23 +78,14 @@ def test_all_gathers_are_those_of_the_split_weights(folder):
                                                ("all-gather", "bytes"): 512 * 256 * 2 * 3 // 4}
 
 
-def test_a_measurement_holds_times_settings_and_environment(folder, tmp_path, command):  # noqa: F811
+def test_a_measurement_holds_times_settings_and_environment(folder):
     config = tiny(folder, **{"mesh.fsdp": 8, "data.batch_size": 8, "compute.dtype": "float32"})
-    result = benchmark.run(config, "unet", name="tiny", topology="", versus="", repeats=3)
+    result = benchmark.run(config, "vae", name="tiny", topology="", versus="", repeats=3)
     assert len(result["samples"]) == 3 and result["ours"]["median_s"] > 0
     assert result["ours"]["samples_per_s_per_device"] == pytest.approx(1 / result["ours"]["median_s"])
     assert result["environment"]["mesh"] == {"data": 1, "fsdp": 8, "context": 1}
     assert json.loads(json.dumps(result))["settings"]["remat_unet"] == "full"
     assert "mfu" not in result  # a CPU is not in the table
-
-
-def test_random_weights_leave_the_step_finite(folder):
-    config = tiny(folder, **{"mesh.fsdp": 1, "mesh.data": 1, "data.batch_size": 1})
-    from di_star_jax import sharding
-    work = aot.WORK["sample"](config, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
-    args = benchmark.materialise(work.args)
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(args[1]))
-    assert [x.sharding for x in jax.tree.leaves(args[1])] == [x.sharding for x in jax.tree.leaves(work.args[1])]
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:7x5x3"])

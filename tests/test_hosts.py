@@ -26,7 +26,7 @@ from test_train import config_for
 seen, plain = [], prompts.token_batch
 prompts.token_batch = lambda texts, tokenizers: seen.append(list(texts)) or plain(texts, tokenizers)
 folder, workdir = map(pathlib.Path, sys.argv[1:])
-changes = {"eval.prompts": "", "assistant.warmup_steps": 0, "train.steps": 2, "train.save_every": 2, "mesh.fsdp": 4}
+changes = {"eval.prompts": "", "objective.name": "kl", "assistant.sharing": "x_t", "assistant.warmup_steps": 0, "train.steps": 2, "train.save_every": 2, "mesh.fsdp": 4}
 train.run(config_for(folder, **changes), str(workdir))
 (workdir / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
 """
@@ -34,6 +34,7 @@ train.run(config_for(folder, **changes), str(workdir))
 DEATH = """
 import os, time
 from di_star_jax import main
+main.SILENCE = 10
 main.connect(os.environ)
 import jax
 from jax.experimental import multihost_utils
@@ -115,4 +116,4 @@ def test_when_one_process_dies_the_other_ends_within_a_minute():
     finally:
         first.kill()
     assert "met" in out and first.returncode != 0
-    assert time.time() - died < 60
+    assert time.time() - died < 40  # main.SILENCE is 10 here, and 30 in a run

@@ -116,6 +116,17 @@ def test_a_launcher_whose_other_processes_are_missing_is_refused(monkeypatch):
     assert (given["num_processes"], given["process_id"]) == (2, 0)
 
 
+def test_what_is_compiled_is_kept_in_the_workdir_unless_the_user_says_where(monkeypatch, tmp_path):
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    main.keep_compiled(str(tmp_path))
+    assert not updates
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    main.keep_compiled(str(tmp_path))
+    assert updates["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
+
+
 def test_dry_run_as_a_user_types_it_exits_without_error_and_prints_the_plan():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-m", "di_star_jax.main", SDXL, DRY], cwd=ROOT, env=env, capture_output=True,
