@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs, and how far from the limit it is; random weights, nothing is downloaded.
 
-    python -m di_star_jax.benchmark --config=configs/sdxl.py --topology=v5e:4x4       # compiled for a slice, no TPU needed
+    python -m di_star_jax.benchmark --config=configs/sdxl.py --config.data.batch_size=16 --topology=v5e:4x4  # no TPU needed
     python -m di_star_jax.benchmark --config=configs/sdxl.py --config.mesh.fsdp=1 --config.data.batch_size=4 --vs=torch
     python -m di_star_jax.benchmark --config=configs/shapes.py --what=unet --vs=torch
 
-For a slice XLA is told to make little effort (--effort=-1): that takes 4 minutes and 11 GB, and --effort=0, what a TPU
-would run, a quarter of an hour and over 22 GB. Compilation is timed apart. Each call is blocked on everything it returns; the first three are not counted. FLOPs are our
-own count (flops.py), never XLA's.
+For a slice XLA is told to make little effort (--effort=-1): that takes 4 minutes and 11 GB on two cores; --effort=0, what a
+TPU would run, a quarter of an hour and over 22 GB. Compilation is timed apart. Each call is blocked on everything it
+returns; the first three are not counted. FLOPs are our own count (flops.py), never XLA's.
 """
 
 import gc
@@ -28,7 +28,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from di_star_jax import aot, flops, plan, sharding, train
+from di_star_jax import aot, flops, plan, sharding, train, xla_flags
 from di_star_jax.config import UserError, check, exit_on_user_error, parse_flags
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE
 
@@ -50,7 +50,8 @@ def materialise(args, seed: int = 0):
         fan_in = float(np.prod(x.shape[-4 if len(x.shape) > 3 else -2:-1])) if "kernel" in name else 1.0
         return (jax.random.normal(key, x.shape) * fan_in**-0.5).astype(x.dtype)
 
-    make = jax.jit(lambda: jax.tree_util.tree_map_with_path(leaf, args), out_shardings=jax.tree.map(lambda x: x.sharding, args))
+    make = jax.jit(lambda: jax.tree_util.tree_map_with_path(leaf, args),
+                   out_shardings=jax.tree.map(lambda x: x.sharding, args))
     return make()
 
 
@@ -99,6 +100,14 @@ def _installed(name: str) -> bool:
     return True
 
 
+def _preset(chip: str | None) -> dict:
+    """The flags that others use on this kind of device, and whether they are set here."""
+    platform = "h100" if chip in ("H100", "H200") else chip
+    preset = xla_flags.PRESETS.get(platform, ())
+    given = os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {"platform": platform, "preset": preset, "preset_set": all(flag in given for flag in preset)}
+
+
 def roofline(flop: float, traffic: dict, chip: flops.Chip) -> dict[str, float]:
     """Least seconds a call. Args: flop of one device's model; traffic of `flops.collectives`."""
     received = sum(size for (_, what), size in traffic.items() if what == "bytes")
@@ -125,6 +134,9 @@ def report(result: dict) -> str:
                   f"{memory['aliased']:.2f} GB aliased, {memory['peak']:.2f} GB at the peak{have}")]
     rows += [(f"{kind} a step", f"{c['count']:,}, {c['bytes'] / 1e9:.2f} GB received by a device")
              for kind, c in result["collectives"].items()]
+    if result["preset"]:
+        state = "set" if result["preset_set"] else f"not set; python -m di_star_jax.xla_flags {result['platform']} prints it"
+        rows += [("XLA flag preset", f"{len(result['preset'])} flags for {result['platform']}, {state}")]
     if "roofline" in result:
         r = result["roofline"]
         rows += [("roofline", f"{r['compute_s']:.3f} s of compute, {r['network_s']:.3f} s of network, at least "
@@ -170,7 +182,7 @@ def run(config, what: str, *, name: str, topology: str, versus: str, repeats: in
         "seconds": compiled.seconds, "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "memory": compiled.memory, "chip_gb": chip.memory / 1e9 if chip else None,
         "collectives": {kind: {part: compiled.traffic[kind, part] for part in ("count", "bytes")} for kind in kinds},
-        "effort": effort, "model_flop": model_flop}
+        "effort": effort, "model_flop": model_flop, **_preset(flops.chip_of(device.device_kind))}
     per_device = model_flop * config.data.batch_size / len(devices)
     if chip:
         result["roofline"] = roofline(per_device, compiled.traffic, chip)

@@ -14,8 +14,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from di_star_jax import (before_after, checkpoint, gradients, metrics, objectives, pipeline, plan, prompts, rewards, samplers,
-                         sharding, step, weights)
+from di_star_jax import (before_after, checkpoint, gradients, metrics, objectives, pipeline, plan, prompts, rewards,
+                         samplers, sharding, step, weights)
 from di_star_jax.config import UserError, generator_timesteps
 from di_star_jax.diffusion import Schedule
 from di_star_jax.models import attention

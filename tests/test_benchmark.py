@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from test_config import dry
 from test_config import load as load_config
 from test_step import CONFIGS
 from test_train import UNET
-
-from jax.sharding import PartitionSpec
 
 from di_star_jax import aot, benchmark, flops, pipeline, plan, sharding
 from di_star_jax.config import UserError
@@ -48,6 +47,7 @@ def test_flop_counts_are_the_known_constants():
     assert aot.model_flop("train", config, jax.devices()[0]) == pytest.approx(102.9e12, rel=0.05)
 
 
+@pytest.mark.slow
 def test_model_flop_do_not_depend_on_how_memory_is_saved(folder):
     plain = aot.model_flop("train", tiny(folder), jax.devices()[0])
     saving = tiny(folder, **{"compute.loop_networks": False, "compute.remat_unet": "none", "data.batch_size": 8})
@@ -67,6 +67,7 @@ def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(
     assert memory["peak"] < result["chip_gb"] * 1e9
     text = benchmark.report(result)
     assert "v5" in text and "GB arguments" in text and "roofline" in text
+    assert "flags for v5e, not set; python -m di_star_jax.xla_flags v5e prints it" in text
 
 
 def test_all_gathers_are_those_of_the_split_weights(folder):
@@ -114,7 +115,6 @@ def test_a_batch_that_a_device_cannot_hold_is_predicted_before_anything_is_loade
     plan.check_memory(dry(**{"data.batch_size": 16}), Device(), 16)
     with pytest.raises(UserError, match="raise compute.microbatches=1, set compute.remat_unet='full'"):
         plan.check_memory(dry(**{"data.batch_size": 128}), Device(), 16)
-    plan.check_memory(dry(**{"data.batch_size": 128, "compute.microbatches": 8}), Device(), 16)
 
 
 def test_chips_are_found_by_their_device_kind():

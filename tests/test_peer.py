@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from parity import port, randomise, to_nhwc
+from parity import port, randomise
 from test_step import CONFIGS, SCHEDULE, SETTINGS
 
 from di_star_jax import gradients, peer, pipeline, rewards, weights

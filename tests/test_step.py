@@ -304,8 +304,9 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
 
 # UNet forwards per sample (an input-VJP is one, a whole backward pass two), VAE and reward apart.
 @pytest.mark.parametrize("changes, forwards", [
-    ({}, 12), ({"sharing": "x_t"}, 11), ({"objective": "di_star_outside", "omega": 1.0}, 11), ({"objective": "kl"}, 9)],
-    ids=str)
+    ({}, 12), pytest.param({"sharing": "x_t"}, 11, marks=pytest.mark.slow),
+    pytest.param({"objective": "di_star_outside", "omega": 1.0}, 11, marks=pytest.mark.slow),
+    pytest.param({"objective": "kl"}, 9, marks=pytest.mark.slow)], ids=str)
 def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwards):
     unet = pipeline.abstract_model(published.PIPELINES["stabilityai/stable-diffusion-xl-base-1.0"]["unet"])
     apply = lambda params, x_t, t, condition: nnx.merge(unet.graphdef, params)(x_t, t, condition)

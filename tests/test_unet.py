@@ -18,7 +18,8 @@ from di_star_jax.models.unet import Condition, UNetConfig
 
 # 25x39 is odd at every level: upsampling must crop to its skip.
 @pytest.mark.parametrize("name, batch, height, width, remat", [
-    ("SDXL", 3, 24, 40, "full"), ("SDXL", 1, 25, 39, "none"), ("SD 1.5", 1, 24, 40, "none"), ("SD 1.5", 3, 16, 16, "dots")])
+    ("SDXL", 2, 24, 40, "full"), ("SDXL", 1, 25, 39, "none"), ("SD 1.5", 1, 24, 40, "dots"),
+    pytest.param("SD 1.5", 3, 16, 16, "full", marks=pytest.mark.slow)])
 def test_unet_and_its_gradients_equal_diffusers(name, batch, height, width, remat):
     errors = parity.unet_errors(name, batch, height, width, remat=remat)
     assert errors.forward <= parity.FORWARD, errors
