@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs, and how far from the limit it is; random weights, nothing is downloaded.
 
-    python -m di_star_jax.benchmark --config=configs/sdxl.py --config.data.batch_size=16 --topology=v5e:4x4  # no TPU needed
+    python -m di_star_jax.benchmark --config=configs/sdxl.py --topology=v5e:4x4     # no TPU needed
     python -m di_star_jax.benchmark --config=configs/sdxl.py --config.mesh.fsdp=1 --config.data.batch_size=4 --vs=torch
     python -m di_star_jax.benchmark --config=configs/shapes.py --what=unet --vs=torch
 
@@ -12,6 +12,7 @@ returns; the first three are not counted. FLOPs are our own count (flops.py), ne
 
 import gc
 import json
+import math
 import os
 import platform
 import resource
@@ -29,7 +30,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from di_star_jax import aot, flops, plan, sharding, train, xla_flags
-from di_star_jax.config import UserError, check, exit_on_user_error, parse_flags
+from di_star_jax.config import UserError, check, exit_on_user_error, mesh_shape, parse_flags
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE
 
 WARM_UP = 3
@@ -157,16 +158,21 @@ def report(result: dict) -> str:
 
 
 def run(config, what: str, *, name: str, topology: str, versus: str, repeats: int,
-        effort: float | None = None) -> dict:
+        effort: float | None = None, per_device: int | None = None) -> dict:
     """One benchmark; see `report` for what it holds.
 
-    Args: effort, of XLA; None is -1 for a topology, else 0. Raises: UserError for what cannot run.
+    Args: effort, of XLA; None is -1 for a topology, else 0. per_device: images, in place of data.batch_size; None is 1 for
+    a topology, for the config's batch is meant for a larger one. Raises: UserError for what cannot run.
     """
     effort = effort if effort is not None else -1.0 if topology else 0.0
     devices = aot.topology_devices(topology) if topology else jax.devices()
     config.dry_run = True
-    check(config, len(devices), objectives=OBJECTIVES, outside=OUTSIDE)
     m = config.mesh
+    if per_device or topology:
+        config.data.batch_size = (per_device or 1) * math.prod(mesh_shape(m.data, m.fsdp, m.context, len(devices))[:2])
+    check(config, len(devices), objectives=OBJECTIVES, outside=OUTSIDE)
+    if what == "train":
+        plan.check_memory(config, devices[0], len(devices))
     mesh = sharding.make_mesh(m.data, m.fsdp, m.context, devices=devices)
     device = devices[0]
     chip = flops.CHIPS.get(flops.chip_of(device.device_kind))
@@ -242,7 +248,7 @@ def main(argv: list[str]) -> None:
     if args.topology and args.vs:
         raise UserError("--topology with --vs: nothing runs on a topology; give one of the two")
     result = run(args.config, args.what, name=Path(args["config"].config_filename).name, topology=args.topology or "",
-                 versus=args.vs or "", repeats=args.repeats, effort=args.effort)
+                 versus=args.vs or "", repeats=args.repeats, effort=args.effort, per_device=args.per_device)
     print(report(result))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -254,6 +260,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "Compile for a TPU slice and run nothing: v5e:4x4, v6e:2x4, v5p:2x2x1, ...")
     flags.DEFINE_float("effort", None, "Of XLA's compiler; -1 for a topology and 0 else, if not given.", lower_bound=-1.0,
                        upper_bound=1.0)
+    flags.DEFINE_integer("per_device", None, "Images on each device, in place of data.batch_size; 1 for a topology, if not "
+                         "given.", lower_bound=1)
     flags.DEFINE_enum("vs", None, ["torch"], "Measures the same work in PyTorch too.")
     flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for the result, with every sample and setting.")
