@@ -3,12 +3,14 @@
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,24 @@ from di_star_jax.config import UserError
 
 COLUMNS = ("prompt", "Prompt", "caption", "text")  # looked for, in this order, where the user names none
 MAX_LENGTH = 10_000  # characters; longer lines are no prompts
-_FORMATS = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
+FORMATS = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a table, or a list of JSON objects, holds prompts and what belongs to them.
+
+    Args:
+      columns: of the prompt; the first that is there.
+      keep: further columns, which must be there; None keeps every other column that holds text.
+      records: field of a JSON object that holds the list; "" for a file that is a list.
+      advice: what to do about missing columns, for the error.
+    """
+
+    columns: tuple[str, ...] = COLUMNS
+    keep: tuple[str, ...] | None = ()
+    records: str = ""
+    advice: str = "set data.column to one of them"
 
 
 def read_prompts(path: str | os.PathLike, column: str = "") -> Iterator[tuple[int, str]]:
@@ -28,12 +47,23 @@ def read_prompts(path: str | os.PathLike, column: str = "") -> Iterator[tuple[in
     Yields: (row, prompt); rows count from 0 and leave out a header.
     Raises: UserError for a file, column, byte or length that cannot be used.
     """
+    for row, prompt, _ in read_records(path, Layout(columns=(column,) if column else COLUMNS)):
+        yield row, prompt
+
+
+def read_records(path: str | os.PathLike, layout: Layout) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Prompts of a file as `read_prompts` gives them, each with the columns kept beside it.
+
+    Args: path, as in `read_prompts`; layout.
+    Yields: (row, prompt, {column: value}); a .txt has no columns.
+    Raises: UserError as `read_prompts`.
+    """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no prompt file {path}; give the path of a {', '.join(_FORMATS)} file")
-    if path.suffix not in _FORMATS:
-        raise UserError(f"{path} ends in {path.suffix or 'nothing'}, expected one of {', '.join(_FORMATS)}")
-    for row, prompt in enumerate(_rows(path, column)):
+        raise UserError(f"no prompt file {path}; give the path of a {', '.join(FORMATS)} file")
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path} ends in {path.suffix or 'nothing'}, expected one of {', '.join(FORMATS)}")
+    for row, (prompt, kept) in enumerate(_rows(path, layout)):
         if not isinstance(prompt, str):
             raise UserError(f"{path}: row {row} holds {prompt!r}, expected text; give another column")
         if "\0" in prompt:
@@ -42,20 +72,20 @@ def read_prompts(path: str | os.PathLike, column: str = "") -> Iterator[tuple[in
             raise UserError(f"{path}: row {row} has {len(prompt)} characters, expected at most {MAX_LENGTH}; "
                             "is it one prompt a line?")
         if prompt.strip():
-            yield row, prompt.strip()
+            yield row, prompt.strip(), kept
 
 
-def _rows(path: Path, column: str) -> Iterator[str]:
+def _rows(path: Path, layout: Layout) -> Iterator[tuple[Any, dict[str, str]]]:
     if path.suffix == ".parquet":
-        yield from _parquet_rows(path, column)
+        yield from _parquet_rows(path, layout)
         return
     text = _decode(path)
     if path.suffix == ".txt":
-        yield from text.split("\n")
+        yield from ((line, {}) for line in text.split("\n"))
     elif path.suffix in (".tsv", ".csv"):
-        yield from _table_rows(path, text, column)
+        yield from _table_rows(path, text, layout)
     else:
-        yield from _json_rows(path, text, column)
+        yield from _json_rows(path, text, layout)
 
 
 def _decode(path: Path) -> str:
@@ -68,47 +98,75 @@ def _decode(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _choose(path: Path, names: Sequence[str], column: str) -> str:
-    for name in ((column,) if column else COLUMNS):
-        if name in names:
-            return name
-    raise UserError(f"{path} has the columns {', '.join(map(str, names))}, expected "
-                    f"{repr(column) if column else ' or '.join(COLUMNS)}; set data.column to one of them")
+def _choose(path: Path, names: Sequence[str], layout: Layout) -> tuple[str, tuple[str, ...]]:
+    """The prompt's column, and the columns kept."""
+    prompt = next((name for name in layout.columns if name in names), None)
+    if prompt is None or not set(layout.keep or ()) <= set(names):
+        wanted = ", ".join([" or ".join(layout.columns), *(layout.keep or ())])
+        raise UserError(f"{path} has the columns {', '.join(map(str, names))[:200]}, expected {wanted}; "
+                        f"{layout.advice}")
+    return prompt, tuple(name for name in names if name != prompt) if layout.keep is None else layout.keep
 
 
-def _table_rows(path: Path, text: str, column: str) -> Iterator[str]:
+def _table_rows(path: Path, text: str, layout: Layout) -> Iterator[tuple[str, dict[str, str]]]:
     if path.suffix == ".tsv":  # unquoted, as published lists are: a '"' is part of the prompt
         rows = (line.split("\t") for line in text.split("\n") if line)
     else:
         csv.field_size_limit(2**30)
-        rows = csv.reader(text.splitlines(keepends=True))
+        rows = csv.reader(io.StringIO(text, newline=""))
     header = next(rows, [])
-    index = header.index(_choose(path, header, column))
+    prompt, keep = _choose(path, header, layout)
     for row in rows:
-        yield row[index] if index < len(row) else ""
+        cells = dict(zip(header, row))
+        yield cells.get(prompt, ""), {name: cells.get(name, "") for name in keep}
 
 
-def _json_rows(path: Path, text: str, column: str) -> Iterator[str]:
+def _json_rows(path: Path, text: str, layout: Layout) -> Iterator[tuple[Any, dict[str, str]]]:
     try:
         entries = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
     except ValueError as error:
         raise UserError(f"{path} is not {path.suffix[1:].upper()} ({error}); mend the file") from None
+    if layout.records and isinstance(entries, dict):
+        entries = entries.get(layout.records)
     if not isinstance(entries, list):
         raise UserError(f"{path} holds a {type(entries).__name__}, expected a list of prompts or of objects")
     for entry in entries:
-        yield entry[_choose(path, list(entry), column)] if isinstance(entry, dict) else entry
+        if not isinstance(entry, dict):
+            if layout.keep:
+                raise UserError(f"{path} holds {str(entry)[:40]!r}, expected objects with {', '.join(layout.keep)}; "
+                                f"{layout.advice}")
+            yield entry, {}
+            continue
+        prompt, keep = _choose(path, list(entry), layout)
+        if layout.keep is None:
+            keep = tuple(name for name in keep if isinstance(entry[name], str))
+        yield entry[prompt], {name: _text(entry[name]) for name in keep}
 
 
-def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+def _parquet_rows(path: Path, layout: Layout) -> Iterator[tuple[Any, dict[str, str]]]:
     import pyarrow
     import pyarrow.parquet
     try:
-        names = pyarrow.parquet.read_schema(path).names
-        chosen = _choose(path, names, column)
-        values = pyarrow.parquet.read_table(path, columns=[chosen])[chosen].to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            prompt, keep = _choose(path, schema.names, layout)
+            if layout.keep is None:
+                keep = tuple(name for name in keep if _holds_text(schema.field(name).type))
+            for batch in file.iter_batches(columns=[prompt, *keep]):  # a batch at a time: files of millions
+                for row in batch.to_pylist():
+                    yield "" if row[prompt] is None else row[prompt], {name: _text(row[name]) for name in keep}
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not readable as parquet ({str(error).splitlines()[0]}); mend the file") from None
-    yield from ("" if value is None else value for value in values)
+
+
+def _holds_text(kind) -> bool:
+    import pyarrow
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 class Source(Sequence):
@@ -141,23 +199,30 @@ def load(path: str | os.PathLike, data_dir: str | os.PathLike, *, column: str = 
     if next(read_prompts(path, column), None) is None:
         raise UserError(f"{path} holds no prompts, expected at least one; put one prompt on each line")
     digest = hashlib.sha256(Path(path).read_bytes() + f"\0{column}\0{Path(path).suffix}".encode()).hexdigest()[:16]
-    builder = _builder(Path(path), column, Path(data_dir) / digest)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # tfds's own bars
-        builder.download_and_prepare()
-    return Source(builder.as_data_source(split="train"))
+    return Source(build(lambda: ({"row": row, "prompt": prompt} for row, prompt in read_prompts(path, column)),
+                        ("prompt",), Path(data_dir) / digest))
 
 
-def _builder(path: Path, column: str, data_dir: Path):
+def build(examples: Callable[[], Iterator[dict[str, Any]]], text: Sequence[str], data_dir: str | os.PathLike):
+    """A tfds data source of numbered texts, written by the first call and found again by later ones.
+
+    Args:
+      examples: gives {"row": distinct int, name: str for each name in text}, in the order to keep.
+      text: names of the text features.
+      data_dir: of this data alone: name it after the content.
+    Returns: random access to {"row": int64, name: UTF-8 bytes}.
+    """
     import tensorflow_datasets as tfds
 
-    with tfds.core.registered.skip_registration():  # tfds knows a builder by its name; here the file tells them apart
+    with tfds.core.registered.skip_registration():  # tfds knows a builder by its name; here the folder tells them apart
         class Prompts(tfds.core.GeneratorBasedBuilder):
-            """Prompts of one file, in its order."""
+            """Prompts of one source, in its order."""
 
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self):
-                features = tfds.features.FeaturesDict({"prompt": tfds.features.Text(), "row": np.int64})
+                texts = {name: tfds.features.Text() for name in text}
+                features = tfds.features.FeaturesDict({"row": np.int64, **texts})
                 return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
             def _split_generators(self, dl_manager):
@@ -165,10 +230,13 @@ def _builder(path: Path, column: str, data_dir: Path):
                 return {"train": self._generate_examples()}
 
             def _generate_examples(self):
-                for row, prompt in read_prompts(path, column):
-                    yield row, {"prompt": prompt, "row": row}
+                for example in examples():
+                    yield example["row"], example
 
-    return Prompts(data_dir=str(data_dir), file_format="array_record")
+    builder = Prompts(data_dir=str(data_dir), file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # tfds's own bars
+        builder.download_and_prepare()
+    return builder.as_data_source(split="train")
 
 
 class PromptStream:
