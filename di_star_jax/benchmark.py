@@ -30,8 +30,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from di_star_jax import aot, flops, plan, sharding, train, xla_flags
-from di_star_jax.config import UserError, check, exit_on_user_error, mesh_shape, parse_flags
+from di_star_jax.config import UserError, check, exit_on_user_error, mesh_shape, parse_flags, rewards_used
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE
+from di_star_jax.rewards import REWARDS
 
 WARM_UP = 3
 
@@ -170,7 +171,7 @@ def run(config, what: str, *, name: str, topology: str, versus: str, repeats: in
     m = config.mesh
     if per_device or topology:
         config.data.batch_size = (per_device or 1) * math.prod(mesh_shape(m.data, m.fsdp, m.context, len(devices))[:2])
-    check(config, len(devices), objectives=OBJECTIVES, outside=OUTSIDE)
+    check(config, len(devices), objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
     if what == "train":
         plan.check_memory(config, devices[0], len(devices))
     mesh = sharding.make_mesh(m.data, m.fsdp, m.context, devices=devices)
@@ -226,11 +227,16 @@ def _torch_times(config, what: str, repeats: int) -> list[float]:
     if jax.device_count() > 1:
         raise UserError(f"--vs=torch with {jax.device_count()} devices, expected one; set CUDA_VISIBLE_DEVICES=0")
     cuda = torch.cuda.is_available() and jax.devices()[0].platform == "gpu"
+    if rewards_used(config) != ["pickscore"]:
+        raise UserError(f"--vs=torch with rewards {', '.join(rewards_used(config)) or 'off'}, expected pickscore alone, which "
+                        "is what it has; set the others to 0 and eval.metrics to pickscore")
     configs, _ = plan.model_configs(config)
+    configs["reward"] = configs.pop("pickscore")
     latent = config.data.resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     settings = train.settings_of(config, (latent, latent, configs["unet"].get("in_channels", 4)))
     call = peer.make(what, configs, settings, batch=config.data.batch_size, resolution=config.data.resolution,
-                     dtype=config.compute.dtype, device="cuda" if cuda else "cpu", compile=cuda)
+                     dtype=config.compute.dtype, device="cuda" if cuda else "cpu", compile=cuda,
+                     reward_scale=config.reward.pickscore)
     seconds = times_of(call, repeats)
     del call
     gc.collect()  # compiled modules are reference cycles

@@ -152,6 +152,11 @@ def check_workdir(workdir: str | None) -> None:
         raise UserError(f"workdir={workdir}: {parent} may not be written; give a folder of your own")
 
 
+def rewards_used(config) -> list[str]:
+    """Names of the rewards that a run loads: those it trains on, and those it only measures."""
+    return [name for name, scale in config.reward.items() if scale or name in config.eval.metrics]
+
+
 def generator_timesteps(generator) -> tuple[int, ...]:
     """The times of the generator's steps. Args: the config's section; without timesteps they are DMD2's."""
     if generator.timesteps:
@@ -161,13 +166,15 @@ def generator_timesteps(generator) -> tuple[int, ...]:
     return tuple(999 - i * 1000 // generator.steps for i in range(generator.steps))
 
 
-def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequence[str]) -> None:
+def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequence[str],
+          rewards: Sequence[str]) -> None:
     """Refuses a config that cannot run.
 
     Args:
       config: ConfigDict with the fields of configs/sdxl.py.
       device_count: devices there are, over all hosts, or will be (dry run).
       objectives: known names of objective.name. outside: those of them with guidance outside.
+      rewards: known names in reward and eval.metrics.
     Raises: UserError for the first thing that is wrong.
     """
     c = config
@@ -210,6 +217,12 @@ def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequ
         if not 0 <= low <= high <= 999:
             raise UserError(f"{section}.t_min={low}, {section}.t_max={high}, expected 0 <= t_min <= t_max <= 999; "
                             "20 and 980 are DMD2's")
+    for name in c.reward:
+        _one_of("reward", name, rewards)
+        if not isinstance(c.reward[name], (int, float)) or not math.isfinite(c.reward[name]):
+            raise UserError(f"reward.{name}={c.reward[name]!r}, expected a number; 100 is the paper's for PickScore, 0 is off")
+    for name in c.eval.metrics:
+        _one_of("eval.metrics", name, [name for name in c.reward])
     _check_generator(c.generator)
     _check_guidance(c.objective, outside)
     if c.eval.num_per_prompt < 2:
@@ -220,7 +233,7 @@ def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequ
             path = c[name.split(".")[0]].prompts
             if path and not os.path.isfile(path):
                 raise UserError(f"{name}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts")
-        for name in ("reference", "generator", "assistant", "reward", "reward_tokenizer"):
+        for name in ("reference", "generator", "assistant", "reward_tokenizer", *(name for name in rewards_used(c) if name in c.weights)):
             _check_weights(f"weights.{name}", c.weights[name])
 
 
@@ -246,8 +259,9 @@ def _check_guidance(objective, outside: Sequence[str]) -> None:
 
 
 _POSITIVE = {"batch_size", "huber_c", "updates", "generator_lr", "assistant_lr", "eps", "clip_norm",
-             "half_life_samples", "microbatches", "steps", "log_every", "image_every", "save_every", "keep", "num_prompts"}
-_NOT_NEGATIVE = {"seed", "slice", "omega", "alpha_cfg", "sid_alpha", "reward_scale", "warmup_steps", "lr_warmup_steps", "weight_decay"}
+             "half_life_samples", "microbatches", "steps", "log_every", "save_every", "keep", "num_prompts"}
+_NOT_NEGATIVE = {"seed", "slice", "omega", "alpha_cfg", "sid_alpha", "warmup_steps", "lr_warmup_steps", "weight_decay",
+                 "eval_every"}
 
 
 def _one_of(name: str, value: str, known) -> None:

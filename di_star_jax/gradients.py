@@ -25,11 +25,12 @@ class Networks(NamedTuple):
 
     unet: (params, x_t [b, h, w, 4], t [b], Condition) -> eps [b, h, w, 4] float32.
     encode_text: (frozen, token_ids) -> (Condition, null Condition).
-    reward: (frozen, x0 [b, h, w, 4], token_ids, crop [b, 2]) -> [b], through the VAE decoder.
+    reward: (frozen, x0 [b, h, w, 4], prompts, crop [b, 2]) -> (alpha_rew r(x0, c) summed over the rewards [b], each
+      reward by name [b]), through the VAE decoder. Only the sum is differentiated.
     """
     unet: Callable[..., jax.Array]
     encode_text: Callable[..., tuple[Condition, Condition]]
-    reward: Callable[..., jax.Array]
+    reward: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,6 @@ class Settings:
     constants: objectives.Constants
     weighting: str
     reduction: str  # of the regulariser over a sample: "sum" or "mean"
-    reward_scale: float
     generator_times: tuple[int, int]  # first and last, both included
     assistant_times: tuple[int, int]
     assistant_updates: int
@@ -70,9 +70,13 @@ class Draws(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a gradient leaves per sample. x0: [b, h, w, 4]; reward, regulariser, assistant's loss: [b], to log."""
+    """What a gradient leaves per sample. x0: [b, h, w, 4]; the others [b], to log.
+
+    reward: alpha_rew r, summed over the rewards. rewards: each by itself. assistant: its loss.
+    """
     x0: jax.Array
     reward: jax.Array
+    rewards: dict[str, jax.Array]
     regulariser: jax.Array
     assistant: jax.Array
 
@@ -159,19 +163,17 @@ def generator_gradient(x0: jax.Array, draws: Draws, *, scores: objectives.Scores
 
     One part after the other, so that the decoder's activations and the score networks' need not be held together.
 
-    Returns: (dx0 [b, h, w, 4], reward [b], L_reg [b]).
+    Returns: (dx0 [b, h, w, 4], the two results of networks.reward, L_reg [b]).
     """
     def mean_regulariser(x0):
         loss = regulariser(x0, draws.t, draws.eps, scores=scores, settings=settings, schedule=schedule)
         return _mean(loss), loss
 
     def mean_reward(x0):
-        reward = networks.reward(frozen, x0, token_ids, draws.crop)
-        return _mean(-settings.reward_scale * reward), reward
+        reward, each = networks.reward(frozen, x0, token_ids, draws.crop)
+        return _mean(-reward), (reward, each)
 
     (_, loss), dx0 = jax.value_and_grad(mean_regulariser, has_aux=True)(x0)
-    if not settings.reward_scale:  # it is only logged: no backward pass through the VAE
-        return dx0, mean_reward(x0)[1], loss
     (_, reward), of_reward = jax.value_and_grad(mean_reward, has_aux=True)(x0)
     return dx0 + of_reward, reward, loss
 
@@ -205,7 +207,7 @@ def apart(generator: Params, assistant: Params, frozen: dict, token_ids: dict, d
     grads, = pull_back(dx0)
     (_, loss), assistant_grads = jax.value_and_grad(assistant_loss, has_aux=True)(
         assistant, x0, draws.t_psi, draws.eps_psi, conditions[0], **common)
-    return (grads, assistant_grads), Figures(x0, reward, loss_reg, loss)
+    return (grads, assistant_grads), Figures(x0, *reward, loss_reg, loss)
 
 
 def _linearised(psi_of_params, assistant: Params, x_t: jax.Array, eps: jax.Array):
@@ -246,7 +248,7 @@ def together(generator: Params, assistant: Params, frozen: dict, token_ids: dict
     dx0, reward, loss_reg = generator_gradient(x0, draws, scores=scores, frozen=frozen, token_ids=token_ids,
                                                settings=settings, **common)
     grads, = pull_back(dx0)
-    return (grads, assistant_grads), Figures(x0, reward, loss_reg, loss / x0[0].size)
+    return (grads, assistant_grads), Figures(x0, *reward, loss_reg, loss / x0[0].size)
 
 
 def _pick(first: jax.Array, a: Params, b: Params) -> Params:
@@ -308,7 +310,7 @@ def in_loops(generator: Params, assistant: Params, frozen: dict, token_ids: dict
 
     _, (grads, loss) = jax.lax.scan(one, None, (jnp.array([True, False]), jnp.stack([z, x_t]), times))
     grads = tuple(jax.tree.map(lambda g, i=i: g[i], grads) for i in range(2))
-    return grads, Figures(x0, reward, loss_reg, loss[1] / x0[0].size)
+    return grads, Figures(x0, *reward, loss_reg, loss[1] / x0[0].size)
 
 
 GRADIENTS = {"x0": apart, "x_t": together, "loops": in_loops}

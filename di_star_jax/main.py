@@ -12,6 +12,7 @@ from ml_collections import config_flags
 from di_star_jax.config import (UserError, check, check_workdir, exit_on_user_error, parse_flags,
                                 planned_devices)
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE
+from di_star_jax.rewards import REWARDS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:PRESET.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and results.")
@@ -64,12 +65,12 @@ def main(argv: list[str]) -> None:
         raise UserError("no --config; give e.g. --config=configs/shapes.py")
     if config.dry_run:
         from di_star_jax import plan
-        check(config, planned_devices(config, jax.device_count()), objectives=OBJECTIVES, outside=OUTSIDE)
+        check(config, planned_devices(config, jax.device_count()), objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
         print("\n".join(plan.describe(config, jax.device_count())))
         return
     check_workdir(_WORKDIR.value)
     connect(os.environ)
-    check(config, jax.device_count(), objectives=OBJECTIVES, outside=OUTSIDE)
+    check(config, jax.device_count(), objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
     keep_compiled(_WORKDIR.value)
     from di_star_jax import train  # after distributed start-up, before which no device may be touched
     train.run(config, _WORKDIR.value)

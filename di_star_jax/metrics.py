@@ -2,7 +2,6 @@
 """What a run prints and writes: scalars, pictures, a progress bar. Host 0 only."""
 
 import json
-import math
 import os
 import sys
 import time
@@ -55,42 +54,27 @@ class Writer:
 
 
 class Progress:
-    """One line with step, reward, images/s and time left: a bar on a terminal, else a line every ten seconds."""
+    """One line with what is done and the time left: a bar on a terminal, else a line every ten seconds."""
 
-    def __init__(self, total: int, start: int):
+    def __init__(self, total: int, start: int, unit: str = "step"):
         self._bar = None
-        self._total, self._start, self._said, self._began = total, start, 0.0, time.time()
+        self._total, self._start, self._unit, self._said, self._began = total, start, unit, 0.0, time.time()
         if jax.process_index() == 0 and sys.stdout.isatty():
-            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True)
 
-    def update(self, step: int, *, reward: float, images_per_second: float) -> None:
-        """Args: steps done, mean reward of the last batch (nan if there is none), images/s over all devices."""
-        text = "warm-up" if math.isnan(reward) else f"reward {reward:.4f}"
-        text = f"{text}, {images_per_second:.1f} images/s"
+    def update(self, done: int, text: str) -> None:
+        """Args: done, of the total; text, what else to say."""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif jax.process_index() == 0 and (time.time() - self._said > 10 or step >= self._total):
-            left = (time.time() - self._began) / max(step - self._start, 1) * (self._total - step)
-            print(f"step {step}/{self._total}, {text}, {left / 60:.1f} min left", flush=True)
+            self._bar.update(done - self._bar.n)
+        elif jax.process_index() == 0 and (time.time() - self._said > 10 or done >= self._total):
+            left = (time.time() - self._began) / max(done - self._start, 1) * (self._total - done)
+            print(f"{self._unit} {done}/{self._total}, {text}, {left / 60:.1f} min left", flush=True)
             self._said = time.time()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) in float64, as FID of the two sets of features.
-
-    Args: [N, D] and [M, D]; N and M well above D, or the covariances are singular and the distance is biased upwards.
-    """
-    (mu_a, cov_a), (mu_b, cov_b) = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a.astype(np.float64), b.astype(np.float64)))
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    # The product's eigenvalues are those of the symmetric root_a C_b root_a.
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0.0)).sum()
-    return float(((mu_a - mu_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -99,8 +83,8 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
-    """Args: path; array uint8 [H, W, 3]."""
-    Image.fromarray(array).save(path)
+    """Args: path, whatever its suffix; array uint8 [H, W, 3]."""
+    Image.fromarray(array).save(path, format="PNG")
 
 
 def image_grid(images: np.ndarray, columns: int, *, padding: int = 2) -> np.ndarray:

@@ -35,7 +35,7 @@ METHODS = {  # name: what it changes in SETTINGS
 }
 SETTINGS = gradients.Settings(
     objective="di_star", omega=1.0, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
-    weighting="eps", reduction="sum", reward_scale=0.0, generator_times=(20, 980), assistant_times=(0, 999),
+    weighting="eps", reduction="sum", generator_times=(20, 980), assistant_times=(0, 999),
     assistant_updates=3, sharing="x0", generator_timesteps=(399,), latent_shape=(2,), ema_decay=0.995)
 
 
@@ -114,9 +114,9 @@ def pretrain(steps: int) -> dict:
     return run_steps(update, (params, optimizer.init(params)), steps)[0]
 
 
-def train(start: dict, settings: gradients.Settings, steps: int) -> dict:
+def train(start: dict, settings: gradients.Settings, scale: float, steps: int) -> dict:
     """The generator's averaged parameters after `steps` of the project's own step."""
-    networks = gradients.Networks(apply_unet, encode_text, lambda frozen, x0, token_ids, crop: reward(x0))
+    networks = gradients.Networks(apply_unet, encode_text, lambda frozen, x0, token_ids, crop: (scale * reward(x0), {}))
     opts = [optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, steps, 0.1), b1=0.0))
             for rate in (3e-4, 1e-3)]
     update = step.make_train_step(networks, settings, SCHEDULE, *opts,
@@ -178,8 +178,8 @@ def run(out: pathlib.Path, steps: int) -> None:
     samples = {"mixture | -": np.asarray(sample_mixture(jax.random.key(4), 200_000)), "start | -": draw(start)}
     for name, changes in METHODS.items():
         for scale in REWARD_SCALES:
-            settings = dataclasses.replace(SETTINGS, reward_scale=scale, **changes)
-            samples[f"{name} | {scale:g}"] = draw(train(start, settings, steps))
+            settings = dataclasses.replace(SETTINGS, **changes)
+            samples[f"{name} | {scale:g}"] = draw(train(start, settings, scale, steps))
             print(f"{name}, reward x {scale:g}: {json.dumps(measure(samples[f'{name} | {scale:g}']))}", flush=True)
     page = out / "mixture.md"
     page.write_text(

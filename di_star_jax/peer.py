@@ -6,6 +6,7 @@ and latents are NCHW here; B is the batch, h and w are a latent's sides. Only th
 """
 
 import contextlib
+import functools
 from collections import namedtuple
 from collections.abc import Callable
 
@@ -160,10 +161,11 @@ def regulariser(x0: Tensor, t: Tensor, eps: Tensor, conditions: tuple[Condition,
 
 
 def step_gradients(modules: Modules, settings: Settings, schedule_alpha: Tensor, schedule_sigma: Tensor,
-                   token_ids: dict[str, Tensor], draws: Draws):
+                   token_ids: dict[str, Tensor], draws: Draws, reward_scale: float):
     """Both gradients of the batch's mean losses; they stay in the parameters' `grad`.
 
-    Args: token_ids, int64 [B, L] under 'tokenizer', 'tokenizer_2' and 'reward'; others, see there.
+    Args: token_ids, int64 [B, L] under 'tokenizer', 'tokenizer_2' and 'reward'; reward_scale, alpha_rew; others, see
+      there.
     Returns: (generator's gradients by name, assistant's, reward [B], regulariser [B], assistant's loss an element [B]).
     """
     generator, assistant, dtype = modules.generator, modules.assistant, dtype_of(modules.reference)
@@ -179,9 +181,9 @@ def step_gradients(modules: Modules, settings: Settings, schedule_alpha: Tensor,
     loss = regulariser(leaf, draws.t, draws.eps, conditions, modules, settings, schedule_alpha, schedule_sigma)
     dx0, = torch.autograd.grad(loss.mean(), leaf)
     score, text = make_score(modules.vae, modules.reward, pixels), embed_text(modules.reward, token_ids["reward"])
-    if settings.reward_scale:
+    if reward_scale:
         reward, d_reward = value_and_gradient(score, pixels, x0, text)
-        dx0 = dx0 - settings.reward_scale / len(x0) * d_reward
+        dx0 = dx0 - reward_scale / len(x0) * d_reward
     else:
         with torch.no_grad():
             reward = score(x0, text)
@@ -196,7 +198,8 @@ def step_gradients(modules: Modules, settings: Settings, schedule_alpha: Tensor,
     return *grads, reward, loss.detach(), denoising.detach() / error[0].numel()
 
 
-def _train(net: Callable, settings: Settings, ids: dict, normal: Callable, times: Callable, pixels: int) -> Callable:
+def _train(net: Callable, settings: Settings, ids: dict, normal: Callable, times: Callable, pixels: int, *,
+           reward_scale: float) -> Callable:
     """The whole step: both gradients, clipped, AdamW on both networks, the generator's average."""
     modules = Modules(net("unet", torch.float32), net("unet", torch.float32), net("unet"), *map(net, Modules._fields[3:]))
     alpha_sigma = schedule(ids["reward"].device)
@@ -207,7 +210,7 @@ def _train(net: Callable, settings: Settings, ids: dict, normal: Callable, times
 
     def run():
         draws = Draws(normal(), times(*settings.generator_times), normal(), times(*settings.assistant_times), normal())
-        step_gradients(modules, settings, *alpha_sigma, ids, draws)
+        step_gradients(modules, settings, *alpha_sigma, ids, draws, reward_scale)
         for params, optimizer in zip(trained, optimizers):
             nn.utils.clip_grad_norm_(params, 10.0)
             optimizer.step()
@@ -260,11 +263,12 @@ WORK = {"train": _train, "sample": _sample, "unet": _unet, "vae": _vae, "reward"
 
 
 def make(what: str, configs: dict[str, dict], settings: Settings, *, batch: int, resolution: int, dtype: str, device: str,
-         compile: bool) -> Callable[[], None]:
+         compile: bool, reward_scale: float) -> Callable[[], None]:
     """One of the benchmark's works on random weights and inputs: a function that does it once and waits until it is done.
 
     Args: what, a key of WORK; configs, config.json by component; batch, images of resolution x resolution pixels;
-      dtype, "bfloat16" (trained UNets by autocast over float32 parameters) or "float32"; device, "cuda" or "cpu".
+      dtype, "bfloat16" (trained UNets by autocast over float32 parameters) or "float32"; device, "cuda" or "cpu";
+      reward_scale, alpha_rew of "train".
     Raises: UserError for settings that change the work and that this side does not have.
     """
     if len(settings.generator_timesteps) != 1:
@@ -286,7 +290,8 @@ def make(what: str, configs: dict[str, dict], settings: Settings, *, batch: int,
 
     side = resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     ids = {"tokenizer": token_ids("text_encoder"), "tokenizer_2": token_ids("text_encoder_2"), "reward": token_ids("reward")}
-    once = WORK[what](net, settings, ids,
+    work = functools.partial(_train, reward_scale=reward_scale) if what == "train" else WORK[what]
+    once = work(net, settings, ids,
                       lambda: torch.randn(batch, configs["unet"].get("in_channels", 4), side, side, device=device),
                       lambda first, last: torch.randint(first, last + 1, (batch,), device=device), resolution)
 

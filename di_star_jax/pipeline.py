@@ -11,7 +11,8 @@ from flax import nnx
 from di_star_jax import models, weights
 from di_star_jax.config import UserError
 from di_star_jax.diffusion import Schedule, schedule_from_json
-from di_star_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from di_star_jax.models.clip import (CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
+                                     CLIPVisionModelWithProjection)
 from di_star_jax.models.unet import Condition, UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.prompts import Tokenizer
@@ -22,6 +23,7 @@ _CLASSES = {
     "CLIPTextModel": (CLIPTextModel, CLIPTextConfig),
     "CLIPTextModelWithProjection": (CLIPTextModelWithProjection, CLIPTextConfig),
     "CLIPModel": (CLIPModel, CLIPConfig),
+    "CLIPVisionModelWithProjection": (CLIPVisionModelWithProjection, CLIPConfig),
 }
 
 
@@ -76,18 +78,20 @@ def abstract_model(config: dict, *, dtype=jnp.float32, remat: str = "none", kern
     return Model(*models.abstract(lambda rngs: cls(settings, rngs=rngs, dtype=dtype, **options)), config)
 
 
-def load_model(folder: Path, *, shardings=None, param_dtype=jnp.float32, **options) -> Model:
+def load_model(folder: Path, *, config: dict | None = None, arrange: weights.Arrange | None = None, shardings=None,
+               param_dtype=jnp.float32, **options) -> Model:
     """Reads one model folder.
 
     Args:
-      folder: with config.json and safetensors.
+      folder: with safetensors, and a config.json unless `config` is given.
+      arrange: of the stored tensors, as in `weights.load`.
       shardings: function from the abstract parameter tree to a tree of shardings, or None for the default device.
       param_dtype: of the parameters in memory.
       options: dtype, remat, kernel, as in `abstract_model`.
     Raises: UserError for whatever is wrong with the folder.
     """
-    model = abstract_model(weights.read_config(folder), **options)
-    params = weights.load(folder, model.params, dtype=param_dtype,
+    model = abstract_model(weights.read_config(folder) if config is None else config, **options)
+    params = weights.load(folder, model.params, dtype=param_dtype, arrange=arrange,
                           shardings=None if shardings is None else shardings(model.params))
     return model._replace(params=params)
 

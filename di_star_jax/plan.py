@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 from di_star_jax import flops, pipeline, sharding, weights
 from di_star_jax.config import UserError, mesh_shape, planned_devices
 from di_star_jax.models import published
+from di_star_jax.rewards import REWARDS, sources_of
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
@@ -18,27 +19,36 @@ PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 def model_configs(config) -> tuple[dict[str, dict], list[str]]:
     """What is known of the models before anything is downloaded.
 
-    Returns: config.json by component, 'reward' included, from local folders, else as published; and the config's
-      fields that name neither, whose models' sizes are unknown.
+    Returns: config.json by component and by reward, from local folders, else as published; and the config's fields that
+      name neither, whose models' sizes are unknown.
     Raises: UserError for a local folder without a readable config.json.
     """
-    found, unknown = {}, []
-    for field, known in (("reference", published.PIPELINES), ("reward", published.REWARDS)):
-        name = config.weights[field]
-        if Path(name).is_dir():
-            found |= _local(Path(name), field)
-        elif name in known:
-            found |= known[name] if field == "reference" else {"reward": known[name]}
+    reference, unknown = config.weights.reference, []
+    if Path(reference).is_dir():
+        found = _local(Path(reference))
+    else:
+        found = dict(published.PIPELINES[reference]) if reference in published.PIPELINES else {}
+        unknown += [] if found else [f"weights.reference={reference}"]
+    for name, source in sources_of(config).items():
+        entry = REWARDS[name]
+        if source == "" or Path(source).is_dir():
+            found[name] = entry.file.read_config(Path(source))
+        elif source == entry.weights:
+            found[name] = entry.published
         else:
-            unknown.append(f"weights.{field}={name}")
+            unknown.append(f"weights.{name}={source}")
     return found, unknown
 
 
-def _local(folder: Path, field: str) -> dict[str, dict]:
-    if field == "reward":
-        return {"reward": weights.read_config(folder)}
+def _local(folder: Path) -> dict[str, dict]:
     optional = [part for part in PARTS[1:] if (folder / part).is_dir()]
     return {part: weights.read_config(folder, part) for part in ["unet", *optional]}
+
+
+def abstract_params(configs: dict[str, dict]) -> dict:
+    """Shapes of the parameters. Args: configs, as of `model_configs`. Returns: a tree for each."""
+    return {name: (pipeline.abstract_model(known) if name in PARTS else REWARDS[name].file.abstract(known)).params
+            for name, known in configs.items()}
 
 
 def parameters(tree) -> int:
@@ -103,7 +113,7 @@ def check_memory(config, device: jax.Device, device_count: int) -> None:
     if chip is None or unknown:
         return
     data, fsdp, context = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, device_count)
-    counts = {name: parameters(pipeline.abstract_model(known).params) for name, known in configs.items()}
+    counts = {name: parameters(tree) for name, tree in abstract_params(configs).items()}
     width = configs["unet"]["block_out_channels"][0] / 320
     each = config.data.batch_size // (data * fsdp) // config.compute.microbatches / context
     need = sum(memory_per_chip(config, counts, fsdp * context).values()) + each * activation_bytes(config, width)
@@ -141,7 +151,7 @@ def describe(config, device_count: int) -> list[str]:
         f"steps: {config.assistant.warmup_steps} of the assistant alone, then {config.train.steps} of both, "
         f"{config.train.steps * config.data.batch_size:,} images"]
     configs, unknown = model_configs(config)
-    trees = {name: pipeline.abstract_model(known).params for name, known in configs.items()}
+    trees = abstract_params(configs)
     counts = {name: parameters(tree) for name, tree in trees.items()}
     lines += [f"parameters: {count:>13,} {name}" for name, count in counts.items()]
     lines += [f"parameters: unknown before its config.json is here: {field}" for field in unknown]

@@ -83,7 +83,7 @@ def _draw(mesh: Mesh, key: jax.Array, batch: int, settings: Settings) -> gradien
 
 
 def _batch_size(token_ids: dict) -> int:
-    return next(iter(token_ids.values())).shape[0]
+    return jax.tree.leaves(token_ids)[0].shape[0]
 
 
 def make_assistant_updates(networks: Networks, settings: Settings, schedule: Schedule, optimizer, mesh: Mesh):
@@ -147,10 +147,11 @@ def make_train_step(networks: Networks, settings: Settings, schedule: Schedule, 
         decay = settings.ema_decay
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, generator)
         metrics = assistant_metrics | {
-            "generator/loss": jnp.mean(figures.regulariser) - settings.reward_scale * jnp.mean(figures.reward),
+            "generator/loss": jnp.mean(figures.regulariser) - jnp.mean(figures.reward),
             "generator/grad_norm": norms[0], "generator/x0_std": jnp.std(figures.x0),
-            "regulariser/loss": jnp.mean(figures.regulariser), "reward/mean": jnp.mean(figures.reward),
-            "reward/std": jnp.std(figures.reward),
+            "regulariser/loss": jnp.mean(figures.regulariser), "reward/total": jnp.mean(figures.reward),
+            **{f"reward/{name}": jnp.mean(reward) for name, reward in figures.rewards.items()},
+            **{f"reward/{name}/std": jnp.std(reward) for name, reward in figures.rewards.items()},
             "nonfinite": _count_nonfinite(norms[0], norms[1], assistant_metrics["assistant/grad_norm"])}
         return TrainState(state.step + 1, generator, assistant, ema, opt_g, opt_a), metrics
 

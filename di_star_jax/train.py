@@ -14,24 +14,28 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from di_star_jax import (before_after, checkpoint, gradients, metrics, objectives, pipeline, plan, prompts, rewards,
-                         samplers, sharding, step, weights)
+from di_star_jax import (before_after, checkpoint, gradients, metrics, objectives, pipeline, plan, prompts, samplers,
+                         sharding, step, weights)
 from di_star_jax.config import UserError, generator_timesteps
 from di_star_jax.diffusion import Schedule
 from di_star_jax.models import attention
+from di_star_jax.rewards import load_rewards, sources_of
+from di_star_jax.rewards.reward import Reward
+from di_star_jax.rewards.views import VIEWS, in_slices
 
 
 class Frozen(NamedTuple):
-    """What never changes in a run. `params` holds unet (the reference), vae, the text encoders and reward.
+    """What never changes in a run. `params` holds unet (the reference), vae, the text encoders and, by name, rewards.
 
     The functions run per device, see sharding.py.
     """
     params: dict
     networks: gradients.Networks
     decode: object  # (params, latents) -> image [B, H, W, 3]
-    score: object  # (params, image, token_ids) -> reward [B] of 8-bit images
+    score: object  # (params, image, token_ids) -> each reward [B] of 8-bit images, by name
     schedule: Schedule
-    tokenizers: dict[str, prompts.Tokenizer]
+    tokenizers: dict  # and what the rewards make of prompts, by name
+    rewards: dict[str, Reward]
     folder: Path
     unet: pipeline.Model
     configs: dict[str, dict]  # config.json by component
@@ -52,14 +56,16 @@ def model_options(config, platform: str) -> dict[str, dict]:
     return {part: dict(common, remat=remat.get(part, "none")) for part in (*plan.PARTS, "reward")}
 
 
-def assemble(config, models: dict[str, pipeline.Model], schedule: Schedule, *, tokenizers: dict, folder: Path) -> Frozen:
-    """The functions of a run over its models, whose parameters may be abstract.
+def assemble(config, models: dict[str, pipeline.Model], rewards: dict[str, Reward], schedule: Schedule, *,
+             tokenizers: dict, folder: Path) -> Frozen:
+    """The functions of a run over its models and rewards, whose parameters may be abstract.
 
-    Args: models: by component, "reward" included; tokenizers, folder: of the reference.
+    Args: models: by component; rewards, by name; tokenizers, folder: of the reference.
     """
     graphdefs = {name: model.graphdef for name, model in models.items()}
     scale = pipeline.vae_scale(models["vae"].config)
-    side, view = config.data.resolution // scale, rewards.VIEWS[config.decode.view]
+    side, view = config.data.resolution // scale, VIEWS[config.decode.view]
+    scales = {name: config.reward[name] for name in rewards if config.reward[name]}
 
     def unet(params, x_t, t, condition):
         return nnx.merge(graphdefs["unet"], params)(x_t, t, condition)
@@ -70,35 +76,34 @@ def assemble(config, models: dict[str, pipeline.Model], schedule: Schedule, *, t
     def encode_text(params, token_ids):
         return pipeline.encode_text(graphdefs, params, token_ids, config.data.resolution)
 
-    def text_embeddings(params, token_ids):
-        return rewards.text_embeddings(graphdefs["reward"], params["reward"], token_ids["reward"])
-
     def reward_of_latents(params, x0, token_ids, crop):
-        def score_of(x0, text):
-            return rewards.pickscore(graphdefs["reward"], params["reward"], decode(params, x0), text)
+        def score_of(x0, token_ids):
+            image = decode(params, x0)
+            each = {name: reward.reward(params["rewards"][name], image, token_ids[name])
+                    for name, reward in rewards.items()}
+            return sum((scale * each[name] for name, scale in scales.items()), jnp.zeros(len(x0))), each
 
         seen = view(x0, crop, config.decode.resolution // scale)
-        return rewards.in_slices(score_of, config.decode.slice)(seen, text_embeddings(params, token_ids))
+        return in_slices(score_of, config.decode.slice)(seen, {name: token_ids[name] for name in rewards})
 
     def score(params, image, token_ids):
-        return rewards.pickscore_rounded(graphdefs["reward"], params["reward"], image,
-                                         text_embeddings(params, token_ids))
+        return {name: reward.evaluate(params["rewards"][name], image, token_ids[name]) for name, reward in rewards.items()}
 
+    params = {name: model.params for name, model in models.items()}
+    params["rewards"] = {name: reward.params for name, reward in rewards.items()}
     channels = pipeline.model_class(models["unet"].config)[1].in_channels
-    return Frozen({name: model.params for name, model in models.items()},
-                  gradients.Networks(unet, encode_text, reward_of_latents), decode, score, schedule, tokenizers, folder,
-                  models["unet"], {name: model.config for name, model in models.items()}, (side, side, channels))
+    return Frozen(params, gradients.Networks(unet, encode_text, reward_of_latents), decode, score, schedule,
+                  tokenizers | {name: reward.tokenize for name, reward in rewards.items()}, rewards, folder, models["unet"],
+                  {name: model.config for name, model in models.items()}, (side, side, channels))
 
 
 def load_frozen(config, mesh: Mesh) -> Frozen:
-    """Reads reference pipeline and reward, sharded over the mesh, in the compute dtype."""
+    """Reads reference pipeline and rewards, sharded over the mesh, in the compute dtype."""
     options = model_options(config, mesh.devices.flat[0].platform)
     common = dict(shardings=lambda tree: sharding.params_sharding(mesh, tree), param_dtype=jnp.dtype(config.compute.dtype))
     reference = pipeline.load_pipeline(weights.resolve(config.weights.reference), options=options, **common)
-    reward = pipeline.load_model(weights.resolve(config.weights.reward), **options["reward"], **common)
-    tokenizers = reference.tokenizers | {
-        "reward": prompts.Tokenizer(weights.resolve_tokenizer(config.weights.reward_tokenizer))}
-    return assemble(config, reference.models | {"reward": reward}, reference.schedule, tokenizers=tokenizers,
+    loaded = load_rewards(sources_of(config), config.weights.reward_tokenizer, **options["reward"], **common)
+    return assemble(config, reference.models, loaded, reference.schedule, tokenizers=reference.tokenizers,
                     folder=reference.folder)
 
 
@@ -107,7 +112,7 @@ def settings_of(config, latent_shape: tuple[int, int, int]) -> gradients.Setting
     c = config.objective
     return gradients.Settings(
         objective=c.name, omega=c.omega, constants=objectives.Constants(c.huber_c, c.alpha_cfg, c.sid_alpha),
-        weighting=c.weighting, reduction=c.reduction, reward_scale=c.reward_scale, generator_times=(c.t_min, c.t_max),
+        weighting=c.weighting, reduction=c.reduction, generator_times=(c.t_min, c.t_max),
         assistant_times=(config.assistant.t_min, config.assistant.t_max), assistant_updates=config.assistant.updates,
         sharing="loops" if config.compute.loop_networks else config.assistant.sharing,
         generator_timesteps=generator_timesteps(config.generator), latent_shape=latent_shape,
@@ -155,7 +160,8 @@ def jit_step(step_fn, state, mesh: Mesh):
 
 
 def make_draw(frozen: Frozen, settings: gradients.Settings, mesh: Mesh, *, score: bool = True):
-    """Returns the compiled draw(params, frozen.params, token_ids [B, L], key) -> (images [B, H, W, 3], rewards [B]).
+    """Returns the compiled draw(params, frozen.params, token_ids [B, L], key) -> (images [B, H, W, 3], rewards [B] by
+    name).
 
     Without `score` it returns the images alone.
     """
@@ -171,7 +177,7 @@ def make_draw(frozen: Frozen, settings: gradients.Settings, mesh: Mesh, *, score
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def draw(params, frozen_params, token_ids, key):
-        batch = next(iter(token_ids.values())).shape[0]
+        batch = jax.tree.leaves(token_ids)[0].shape[0]
         noise = jax.random.normal(key, (len(timesteps), batch, *settings.latent_shape))
         spread = sharding.on_each(
             mesh, each, (sharding.params_spec(mesh, params), sharding.params_spec(mesh, frozen_params),
@@ -211,8 +217,11 @@ def run(config, workdir: str) -> None:
     opts = optimizers(config)
     checkpoints = checkpoint.Checkpoints(folder / checkpoint.FOLDER, keep=config.train.keep)
     state = load_state(config, frozen, mesh, checkpoints, opts)
+    # What convert, sample and evaluate need to know of this run.
     metadata = {"unet_config": frozen.unet.config, "reference": str(frozen.folder.absolute()),
-                "generator_timesteps": settings.generator_timesteps}
+                "generator_timesteps": settings.generator_timesteps, "initial": config.weights.generator,
+                "trained_on": {name: scale for name, scale in config.reward.items() if scale},
+                "weights": dict(config.weights)}
 
     # Prompts, by index: step k sees the same ones on any number of hosts and after any restart.
     source = load_prompts(config.data.prompts, folder, config.data.column)
@@ -226,17 +235,16 @@ def run(config, workdir: str) -> None:
     def batch_at(k):
         texts = [text for start in mine for text in stream.at(k, start // each, config.data.batch_size // each)]
         ids = prompts.token_batch(texts, frozen.tokenizers)
-        return {name: jax.make_array_from_callback(
-            (config.data.batch_size, rows.shape[1]), batch_sharding,
-            lambda index, rows=rows: rows[(at := mine.index(index[0].start or 0) * each):at + each])
-            for name, rows in ids.items()}
+        return jax.tree.map(lambda rows: jax.make_array_from_callback(
+            (config.data.batch_size, *rows.shape[1:]), batch_sharding,
+            lambda index: rows[(at := mine.index(index[0].start or 0) * each):at + each]), ids)
 
     # Before: scores and pictures of the generator as it came.
     draw_compiled = make_draw(frozen, settings, mesh)
 
     def draw(params, token_ids, key):
-        spread = {name: jax.make_array_from_callback(ids.shape, batch_sharding, lambda i, ids=ids: ids[i])
-                  for name, ids in token_ids.items()}
+        spread = jax.tree.map(lambda ids: jax.make_array_from_callback(ids.shape, batch_sharding, lambda i: ids[i]),
+                              token_ids)
         return draw_compiled(params, frozen.params, spread, key)
 
     held_out, held_out_ids = [], {}
@@ -245,15 +253,17 @@ def run(config, workdir: str) -> None:
         held_out = [held_out_source[i] for i in range(min(config.eval.num_prompts, len(held_out_source)))]
         held_out_ids = prompts.token_batch(held_out, frozen.tokenizers)
 
-    def measure(params):
+    def measure(params, count, samples):
         return before_after.measure(
-            functools.partial(draw, params), held_out, held_out_ids, samples_per_prompt=config.eval.num_per_prompt,
-            batch_size=config.eval.batch_size, read_back=config.eval.oracle)
+            functools.partial(draw, params), held_out[:count], jax.tree.map(lambda ids: ids[:count], held_out_ids),
+            samples_per_prompt=samples, batch_size=config.eval.batch_size, read_back=config.eval.oracle)
+
+    everything = len(held_out), config.eval.num_per_prompt
 
     first_host = jax.process_index() == 0
     if held_out and int(state.step) == 0:
         metrics.say(f"scoring the initial generator on {len(held_out)} held-out prompts")
-        scores, images = measure(state.generator)
+        scores, images = measure(state.generator, *everything)
         if first_host:
             before_after.keep_before(folder, scores, images)
 
@@ -273,13 +283,14 @@ def run(config, workdir: str) -> None:
         if values["nonfinite"]:
             raise UserError(f"step {k}: a gradient is not finite (assistant/grad_norm="
                             f"{values['assistant/grad_norm']}); the newest checkpoint is from before it: lower "
-                            "optim.generator_lr or objective.reward_scale, or set compute.dtype=float32")
+                            "optim.generator_lr or the scales in reward, or set compute.dtype=float32")
         if k % config.train.log_every == 0 or k == total:
             writer.scalars(k, values)
         began = clock.setdefault("began", time.time())
         rate = (k - first - 1) * config.data.batch_size / max(time.time() - began, 1e-9)
-        progress.update(k, reward=values["reward/mean"] if "reward/mean" in values else float("nan"),
-                        images_per_second=rate)
+        shown = ", ".join(f"{name} {values[f'reward/{name}']:.4f}" for name in frozen.rewards
+                          if f"reward/{name}" in values) or "warm-up"
+        progress.update(k, f"{shown}, {rate:.1f} images/s")
 
     # Loop. Step k's metrics are fetched after step k + 1 is dispatched, so that the devices never wait for the host.
     pending = None
@@ -293,10 +304,10 @@ def run(config, workdir: str) -> None:
             report(*pending)  # a state that is not finite is never saved
             pending = None
             checkpoints.save(k + 1, state, metadata)
-        if held_out and (k + 1) % config.train.image_every == 0:
-            shown = np.arange(config.eval.batch_size) % len(held_out)
-            image, _ = draw(state.ema, {n: ids[shown] for n, ids in held_out_ids.items()}, jax.random.key(0))
-            writer.image(k + 1, "samples", metrics.image_grid(np.asarray(image)[:16], 8))
+        if held_out and config.eval_every and (k + 1) % config.eval_every == 0:
+            scores, images = measure(state.ema, config.eval.batch_size, 2)
+            writer.scalars(k + 1, {f"eval/{name}": value for name, value in scores.items()})
+            writer.image(k + 1, "samples", metrics.image_grid(images, 8))
     progress.close()
     writer.close()
     checkpoints.close()
@@ -304,8 +315,8 @@ def run(config, workdir: str) -> None:
     # After.
     weights.export_pipeline(state.ema, unet_config=frozen.unet.config, reference_folder=frozen.folder,
                             output=folder / "diffusers", scheduler=weights.one_step_scheduler(frozen.folder))
-    after = measure(state.ema) if held_out else None
+    after = measure(state.ema, *everything) if held_out else None
     metrics.say(f"exported {folder / 'diffusers'}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")
     if held_out and first_host:
-        metrics.say(before_after.compare(folder, held_out, *after))
+        metrics.say(before_after.compare(folder, held_out, *after, rewards=list(frozen.rewards)))
         metrics.say(f"pictures of the same noise before and after: {folder / 'samples.png'}")

@@ -5,6 +5,7 @@ Files are read one tensor at a time. A folder that is written appears whole unde
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from di_star_jax.config import UserError
 
-STACKED = ("transformer_blocks", "layers")  # modules whose leaves have a leading axis, one row per PyTorch block
+STACKED = ("transformer_blocks", "layers", "layer", "blocks")  # modules whose leaves have a leading axis, one row per PyTorch block
 MAX_SHARD = 5 * 10**9  # bytes; the hub's own limit for one file of weights
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _TEXT = ["*.json", "*.txt"]
@@ -135,14 +136,27 @@ def params_from_tensors(tensors: Mapping[str, np.ndarray], abstract_params: Any)
                               for rows, leaf in leaves])
 
 
-def load(folder: str | os.PathLike, abstract_params: Any, *, shardings: Any = None, dtype: Any = None) -> Any:
+class Stored(NamedTuple):
+    """A tensor in a file, not read yet. dtype: safetensors' name, such as F16."""
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+Arrange = Callable[[dict[str, Stored]], dict[str, Stored]]
+
+
+def load(folder: str | os.PathLike, abstract_params: Any, *, shardings: Any = None, dtype: Any = None,
+         arrange: Arrange | None = None) -> Any:
     """The parameters in a model's folder; host memory holds about one leaf beside them.
 
     Args:
-      folder: with one or several safetensors files; half-precision ones are taken where there are no others.
+      folder: with one or several safetensors files; half-precision ones are taken where there are no others. Or one
+        such file.
       abstract_params: tree of `jax.ShapeDtypeStruct`.
       shardings: tree of shardings like it, or None for the default device.
       dtype: of all leaves; None for those of `abstract_params`.
+      arrange: from the stored tensors by name to those that the model has, where a file follows another convention.
     Returns: tree of `jax.Array`.
     Raises: UserError for a folder, file or tensor that cannot be used.
     """
@@ -152,23 +166,25 @@ def load(folder: str | os.PathLike, abstract_params: Any, *, shardings: Any = No
     places = treedef.flatten_up_to(shardings) if shardings is not None else [None] * len(leaves)
     params = []
     with contextlib.ExitStack() as stack:
-        found = {}  # name in the model: (open file, name in the file)
-        for path in _weight_files(Path(folder))[0]:
-            file = stack.enter_context(_open(path))
-            found |= {_current_name(name, wanted): (file, name) for name in file.keys()
-                      if not name.endswith("position_ids")}
-        _check_fit(where, leaves, {key: file.get_slice(name).get_shape() for key, (file, name) in found.items()})
+        stored = {}
+        for path in [Path(folder)] if Path(folder).is_file() else _weight_files(Path(folder))[0]:
+            stored |= _stored(stack.enter_context(_open(path)))
+        found = {_current_name(name, wanted): tensor for name, tensor in (arrange or dict)(stored).items()}
+        _check_fit(where, leaves, {key: tensor.shape for key, tensor in found.items()})
         _check_floats(where, found)
-
-        def read(key):
-            file, name = found[key]
-            return file.get_tensor(name)
-
         for (rows, leaf), place in zip(leaves, places):
-            array = _read_leaf(where, rows, leaf.shape, dtype or leaf.dtype, read)
+            array = _read_leaf(where, rows, leaf.shape, dtype or leaf.dtype, lambda key: found[key].read())
             # Waiting keeps one leaf on the host at a time.
             params.append(jax.block_until_ready(_place(array, place)))
     return treedef.unflatten(params)
+
+
+def _stored(file: Any) -> dict[str, Stored]:
+    """The tensors of an open safetensors file, without the `position_ids` that old files carry."""
+    names = [name for name in file.keys() if not name.endswith("position_ids")]
+    views = {name: file.get_slice(name) for name in names}
+    return {name: Stored(tuple(view.get_shape()), view.get_dtype(), functools.partial(file.get_tensor, name))
+            for name, view in views.items()}
 
 
 def _place(array: np.ndarray, sharding: Any) -> jax.Array:
@@ -177,12 +193,11 @@ def _place(array: np.ndarray, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _check_floats(where: str, found: dict) -> None:
-    for file, name in found.values():
-        kind = file.get_slice(name).get_dtype()
-        if kind not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{where}: {name} is stored as {kind}, expected F32, F16 or BF16; give a model that is "
-                            "not quantised")
+def _check_floats(where: str, found: dict[str, Stored]) -> None:
+    for name, tensor in found.items():
+        if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{where}: {name} is stored as {tensor.dtype}, expected F32, F16 or BF16; give a model that "
+                            "is not quantised")
 
 
 # Tensors out.

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 def tiny(folder, **changes):
     config = load_config("sdxl")
     config.update_from_flattened_dict({
-        "weights.reference": str(folder), "weights.reward": str(folder / "reward"), "data.resolution": 64,
+        "weights.reference": str(folder), "weights.pickscore": str(folder / "reward"), "data.resolution": 64,
         "data.batch_size": 4, "mesh.fsdp": 4, "eval.prompts": "", **changes})
     return config
 

@@ -9,6 +9,7 @@ import pytest
 
 from di_star_jax.config import UserError, check, check_workdir, fields, generator_timesteps, planned_devices, suggest
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE
+from di_star_jax.rewards import REWARDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,9 +29,9 @@ def dry(**changes):
 
 
 def test_defaults_pass_and_both_configs_have_the_same_fields():
-    check(dry(), 16, objectives=OBJECTIVES, outside=OUTSIDE)
+    check(dry(), 16, objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
     assert fields(load("sdxl")).keys() == fields(load("shapes")).keys()
-    assert load("sdxl", "sim").objective.reward_scale == load("shapes", "sim").objective.reward_scale == 0.0
+    assert load("sdxl", "sim").reward.pickscore == load("shapes", "sim").reward.pickscore == 0.0
 
 
 def presets(name):
@@ -45,7 +46,7 @@ def test_every_preset_passes_the_checks(name):
     for preset in presets(name):
         config = load(name, preset)
         config.dry_run = True
-        check(config, 16 if name == "sdxl" else 4, objectives=OBJECTIVES, outside=OUTSIDE)
+        check(config, 16 if name == "sdxl" else 4, objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
 
 
 @pytest.mark.parametrize("preset, objective, omega, alpha_cfg, reward", [
@@ -55,8 +56,9 @@ def test_every_preset_passes_the_checks(name):
     ("inside_10_7.5", "di_star", 7.5, 0.0, 10.0), ("inside_100_4.5", "di_star", 4.5, 0.0, 100.0),
     ("inside_100_7.5", "di_star", 7.5, 0.0, 100.0)])
 def test_rows_of_table_2_have_its_scales(preset, objective, omega, alpha_cfg, reward):
-    c = load("sdxl", preset).objective
-    assert (c.name, c.omega, c.alpha_cfg, c.reward_scale) == (objective, omega, alpha_cfg, reward)
+    row = load("sdxl", preset)
+    c = row.objective
+    assert (c.name, c.omega, c.alpha_cfg, row.reward.pickscore) == (objective, omega, alpha_cfg, reward)
 
 
 def test_a_few_step_generator_without_times_has_those_of_dmd2():
@@ -91,7 +93,9 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
     ({"decode.view": "crop", "decode.resolution": 2048}, 16, r"decode.resolution=2048 is more than data.resolution=1024"),
     ({"objective.name": "distar"}, 16, r"objective.name='distar', expected one of 'di_star', .*did you mean di_star"),
     ({"objective.huber_c": 0.0}, 16, r"objective.huber_c=0.0, expected more than 0"),
-    ({"objective.reward_scale": -1.0}, 16, r"objective.reward_scale=-1.0, expected 0 or more"),
+    ({"reward.pickscore": float("inf")}, 16, r"reward.pickscore=inf, expected a number; 100 is the paper's"),
+    ({"eval.metrics": ("pikscore",)}, 16, r"eval.metrics='pikscore', expected one of .*did you mean pickscore\?"),
+    ({"eval_every": -1}, 16, r"eval_every=-1, expected 0 or more"),
     ({"objective.t_max": 1000}, 16, r"objective.t_min=20, objective.t_max=1000, expected 0 <= t_min <= t_max <= 999"),
     ({"assistant.t_min": 500, "assistant.t_max": 400}, 16, r"assistant.t_min=500"),
     ({"generator.timesteps": (-1,)}, 16, r"generator.timesteps=\(-1,\), expected falling numbers in 0..999"),
@@ -117,7 +121,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 ])
 def test_a_config_that_cannot_run_is_refused_in_one_line(changes, devices, message):
     with pytest.raises(UserError, match=message) as error:
-        check(dry(**changes), devices, objectives=OBJECTIVES, outside=OUTSIDE)
+        check(dry(**changes), devices, objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
     assert "\n" not in str(error.value)
 
 
@@ -128,7 +132,7 @@ def test_a_missing_weights_folder_is_refused_before_the_network_is_asked(tmp_pat
     prompts.write_text("a cat\n")
     with pytest.raises(UserError, match=f"weights.generator={name}: no such folder"):
         check(dry(**{"dry_run": False, "data.prompts": str(prompts), "weights.generator": name}), 16,
-              objectives=OBJECTIVES, outside=OUTSIDE)
+              objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
 
 
 def test_a_dry_run_is_for_this_machine_only_where_the_mesh_fits_it():

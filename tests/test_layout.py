@@ -13,15 +13,20 @@ PACKAGE = Path(di_star_jax.__file__).parent
 LEVELS = [
     {"config"},
     {"diffusion", "models.attention", "flops", "sharding", "xla_flags"},
-    {"objectives", "models", "models.layers", "models.unet", "models.vae", "models.clip", "models.published",
+    {"objectives", "models", "models.layers", "models.unet", "models.vae", "models.clip", "models.blip", "models.published",
      "shapes.scenes", "shapes.oracle", "shapes.taste"},
-    {"rewards", "samplers", "weights", "checkpoint", "prompts", "metrics"},
-    {"pipeline"},
+    {"samplers", "weights", "checkpoint", "prompts", "metrics", "measures"},
+    {"pipeline", "prompt_sets"},
+    {"rewards", "rewards.reward", "rewards.pixels", "rewards.views", "rewards.open_clip", "rewards.similarity",
+     "rewards.pickscore", "rewards.hpsv2", "rewards.hpsv2_legacy", "rewards.clipscore", "rewards.aesthetic",
+     "rewards.imagereward"},
     {"gradients", "plan", "before_after"},
     {"step"},
     {"train"},
     {"aot", "peer"},
-    {"main", "convert", "sample", "benchmark", "shapes", "mixture", "shapes.pretrain", "shapes.ablation", "shapes.tokenizer"},
+    {"scoring", "papers", "page"},
+    {"results"},
+    {"main", "convert", "sample", "evaluate", "benchmark", "shapes", "mixture", "shapes.pretrain", "shapes.ablation", "shapes.tokenizer"},
 ]
 LEVEL = {module: i for i, level in enumerate(LEVELS) for module in level}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
@@ -32,9 +37,10 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from names if node.module in ("di_star_jax", "di_star_jax.models", "di_star_jax.shapes") else [
-                node.module]
+            folder = PACKAGE.parent / (node.module or "").replace(".", "/")
+            for alias in node.names:  # a module of a package, or what a module holds
+                is_module = (folder / f"{alias.name}.py").exists() or (folder / alias.name).is_dir()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

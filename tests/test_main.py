@@ -77,7 +77,7 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
     code, stdout, _ = command(SDXL + ":sim", DRY, "--config.data.batch_size=32")
     assert (code, stdout) == (0, "the plan\n")
     (got, devices), = seen
-    assert (got.data.batch_size, got.objective.reward_scale, devices) == (32, 0.0, jax.device_count())
+    assert (got.data.batch_size, got.reward.pickscore, devices) == (32, 0.0, jax.device_count())
 
 
 def test_a_run_starts_only_after_the_check(command, monkeypatch, tmp_path):

@@ -27,8 +27,8 @@ def test_exact_noise_prediction_is_the_mean_noise_given_x_t():
 
 @pytest.mark.parametrize("name", mixture.METHODS)
 def test_every_method_trains(name):
-    settings = dataclasses.replace(mixture.SETTINGS, reward_scale=1.0, **mixture.METHODS[name])
+    settings = dataclasses.replace(mixture.SETTINGS, **mixture.METHODS[name])
     start = mixture.init_network(0)
-    trained = mixture.train(start, settings, steps=2)
+    trained = mixture.train(start, settings, 1.0, steps=2)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained))
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(trained)))

@@ -12,8 +12,10 @@ from flax import nnx
 from parity import port, randomise
 from test_step import CONFIGS, SCHEDULE, SETTINGS
 
-from di_star_jax import gradients, peer, pipeline, rewards, weights
+from di_star_jax import gradients, peer, pipeline, weights
 from di_star_jax.config import UserError
+from di_star_jax.rewards import similarity
+from di_star_jax.rewards.pixels import clip_pixels
 
 BATCH, LATENT = 2, 12  # 24 pixels, which the reward resizes to 16
 GIVEN = dataclasses.replace(SETTINGS, latent_shape=(LATENT, LATENT, 4))
@@ -45,7 +47,7 @@ def theirs(world, **changes):
     modules, _, _, ids, draws = world
     drawn = peer.Draws(*map(to_torch, (draws.noise[:, 0], draws.t, draws.eps, draws.t_psi, draws.eps_psi)))
     return peer.step_gradients(modules, dataclasses.replace(GIVEN, **changes), *peer.schedule(),
-                               {name: to_torch(v) for name, v in ids.items()}, drawn)
+                               {name: to_torch(v) for name, v in ids.items()}, drawn, 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,9 @@ def ours(world):
         return nnx.merge(graphdefs["reference"], params)(x_t, t, condition)
 
     def reward(params, x0, token_ids, crop):
-        text = rewards.text_embeddings(graphdefs["reward"], params["reward"], token_ids["reward"])
         image = nnx.merge(graphdefs["vae"], params["vae"]).decode(x0)
-        return rewards.pickscore(graphdefs["reward"], params["reward"], image, text)
+        score = similarity.cosine(graphdefs["reward"], clip_pixels, params["reward"], image, token_ids["reward"])
+        return 100.0 * score, {"pickscore": score}
 
     networks = gradients.Networks(
         unet, lambda params, ids: pipeline.encode_text(graphdefs, params, ids, 2 * LATENT), reward)
@@ -83,7 +85,8 @@ def test_the_step_has_the_gradients_and_losses_of_pytorchs(world, ours):
         worst = max(found, key=found.get)
         print(f"{name}: median {np.median(list(found.values())):.1e}, worst {found[worst]:.1e} of {worst}")
         assert found[worst] <= 1e-4, f"{name}: {found[worst]:.1e} of {worst}"
-    for name, values, target in zip(("reward", "regulariser", "assistant"), figures[1:], expected[2:]):
+    logged = figures.rewards["pickscore"], figures.regulariser, figures.assistant
+    for name, values, target in zip(("reward", "regulariser", "assistant"), logged, expected[2:]):
         error = float(np.abs(np.asarray(values) - target.numpy()).max() / target.abs().max())
         print(f"{name}: {error:.1e} of {target.tolist()}")
         assert error <= 1e-5, name
@@ -92,11 +95,11 @@ def test_the_step_has_the_gradients_and_losses_of_pytorchs(world, ours):
 @pytest.mark.parametrize("what", peer.WORK)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_each_work_of_the_benchmark_runs(what, dtype):
-    peer.make(what, CONFIGS, GIVEN, batch=2, resolution=24, dtype=dtype, device="cpu", compile=False)()
+    peer.make(what, CONFIGS, GIVEN, batch=2, resolution=24, dtype=dtype, device="cpu", compile=False, reward_scale=100.0)()
 
 
 def test_what_pytorchs_side_does_not_have_is_refused():
     for changes in ({"objective": "kl"}, {"sharing": "x_t"}, {"generator_timesteps": (999, 499)}):
         with pytest.raises(UserError, match="PyTorch's side has no other"):
             peer.make("train", CONFIGS, dataclasses.replace(GIVEN, **changes), batch=2, resolution=24, dtype="float32",
-                      device="cpu", compile=False)
+                      device="cpu", compile=False, reward_scale=100.0)

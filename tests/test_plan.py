@@ -19,7 +19,7 @@ def sdxl():
 def test_dry_run_of_sdxl_counts_parameters_without_weights_or_devices(sdxl):
     assert "mesh: data=1 x fsdp=16 x context=1; this machine has 1 device (cpu), the plan assumes 16" in sdxl
     for line in ("2,567,463,684 unet\n", "   83,653,863 vae\n", "  123,060,480 text_encoder\n",
-                 "694,659,840 text_encoder_2\n", "986,109,441 reward\n"):
+                 "694,659,840 text_encoder_2\n", "986,109,441 pickscore\n"):
         assert line in sdxl
 
 
@@ -58,7 +58,7 @@ def test_sizes_come_from_the_folders_that_are_there(tmp_path):
     for part, config in (("unet", published.UNET_SD15), ("reward", published.PICKSCORE)):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
-    lines = plan.describe(dry(**{"weights.reference": str(tmp_path), "weights.reward": str(tmp_path / "reward")}), 16)
+    lines = plan.describe(dry(**{"weights.reference": str(tmp_path), "weights.pickscore": str(tmp_path / "reward")}), 16)
     assert "parameters:   859,520,964 unet" in lines
     assert "mesh: data=1 x fsdp=16 x context=1 over 16 devices (cpu)" in lines
 

@@ -13,8 +13,10 @@ from flax import nnx
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import models, rewards, weights
+from di_star_jax import models, weights
 from di_star_jax.models import clip
+from di_star_jax.rewards import pixels, similarity, views
+from di_star_jax.rewards.pixels import clip_pixels, clip_pixels_rounded
 
 # Height, width and the reward model's image size.
 SIZES = [(512, 512, 224), (1024, 1024, 224), (192, 320, 224), (320, 192, 224), (640, 1024, 224), (64, 64, 224),
@@ -42,15 +44,15 @@ def _processed(picture, size):
     return processor(Image.fromarray(picture), return_tensors="np").pixel_values.transpose(0, 2, 3, 1)
 
 
-def _levels(pixels):
+def _levels(normalised):
     """CLIP pixels back to 0..1."""
-    return np.asarray(pixels) * rewards.CLIP_STD + rewards.CLIP_MEAN
+    return np.asarray(normalised) * pixels.CLIP_STD + pixels.CLIP_MEAN
 
 
 @pytest.mark.parametrize("h, w, size", SIZES)
 def test_rounded_pixels_equal_the_processor_up_to_one_step_of_few_values(h, w, size):
     picture = _picture(h, w)
-    ours = jax.jit(rewards.clip_pixels_rounded, static_argnames="size")(_image(picture), size=size)
+    ours = jax.jit(pixels.clip_pixels_rounded, static_argnames="size")(_image(picture), size=size)
     steps = np.abs(np.rint(255 * _levels(ours)) - np.rint(255 * _levels(_processed(picture, size))))
     print(f"{h}x{w}->{size} rounded: largest step {steps.max():.0f}, share off {np.mean(steps > 0):.2e}")
     assert ours.shape == (1, size, size, 3) and ours.dtype == jnp.float32
@@ -60,7 +62,7 @@ def test_rounded_pixels_equal_the_processor_up_to_one_step_of_few_values(h, w, s
 @pytest.mark.parametrize("h, w, size", SIZES)
 def test_training_pixels_differ_from_the_processor_by_its_rounding_only(h, w, size):
     picture = _picture(h, w)
-    ours = jax.jit(rewards.clip_pixels, static_argnames="size")(_image(picture), size=size)
+    ours = jax.jit(pixels.clip_pixels, static_argnames="size")(_image(picture), size=size)
     difference = np.abs(_levels(ours) - _levels(_processed(picture, size)))
     print(f"{h}x{w}->{size} unrounded: mean {difference.mean():.1e}, max {difference.max():.1e}")
     # Half a step from each of two roundings; enlarging does not average the first away, and its weights sum to 1.25
@@ -73,20 +75,20 @@ def test_training_pixels_differ_from_the_processor_by_its_rounding_only(h, w, si
 def test_resize_matrix_equals_pillow_on_floats(n_in, n_out):
     rows = np.random.default_rng(0).standard_normal((5, n_in)).astype(np.float32)
     expected = np.asarray(Image.fromarray(rows, mode="F").resize((n_out, 5), Image.Resampling.BICUBIC))
-    matrix = rewards.resize_matrix(n_in, n_out)
+    matrix = pixels.resize_matrix(n_in, n_out)
     assert matrix.shape == (n_out, n_in) and matrix.dtype == np.float32
     np.testing.assert_allclose(rows @ matrix.T, expected, atol=2e-6)
 
 
 def test_an_image_of_the_models_own_size_is_only_normalised():
-    np.testing.assert_array_equal(rewards.resize_matrix(64, 64), np.eye(64, dtype=np.float32))
+    np.testing.assert_array_equal(pixels.resize_matrix(64, 64), np.eye(64, dtype=np.float32))
 
 
 def test_values_outside_the_range_are_clipped_and_get_no_gradient():
     image = jnp.full((1, 8, 8, 3), 0.3).at[0, 2, 2].set(1.5).at[0, 5, 5].set(-1.5)
-    pixels = rewards.clip_pixels(image, size=8)
-    np.testing.assert_allclose(_levels(pixels)[0, [2, 5], [2, 5]], [[1.0] * 3, [0.0] * 3], atol=1e-6)
-    gradient = jax.grad(lambda image: jnp.sum(rewards.clip_pixels(image, size=8)))(image)
+    seen = clip_pixels(image, size=8)
+    np.testing.assert_allclose(_levels(seen)[0, [2, 5], [2, 5]], [[1.0] * 3, [0.0] * 3], atol=1e-6)
+    gradient = jax.grad(lambda image: jnp.sum(pixels.clip_pixels(image, size=8)))(image)
     saturated = np.abs(np.asarray(image)) > 1
     assert np.all(gradient[saturated] == 0) and np.all(gradient[~saturated] > 0)
 
@@ -96,7 +98,7 @@ def test_the_training_gradient_is_the_transposed_resize():
     rng = np.random.default_rng(0)
     image, direction = (rng.uniform(-0.4, 0.4, (2, 24, 40, 3)).astype(np.float32) for _ in range(2))
     weights = rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
-    value = lambda image: jnp.sum(rewards.clip_pixels(image, size=16) * weights)  # noqa: E731
+    value = lambda image: jnp.sum(pixels.clip_pixels(image, size=16) * weights)  # noqa: E731
     gradient = jax.grad(value)(image)
     np.testing.assert_allclose(np.sum(gradient * direction), value(image + direction) - value(image), rtol=1e-4)
     assert np.all(gradient[:, :, :5] == 0) and np.all(gradient[:, :, -5:] == 0)  # cropped away
@@ -138,9 +140,9 @@ def test_the_whole_reward_equals_transformers_from_image_to_score(clip_pair, h, 
     ids[:, 7:] = 49
     expected = _scores_by_transformers(reference, np.concatenate([_processed(p, 48) for p in pictures]), ids)
 
-    text = jax.jit(lambda params: rewards.text_embeddings(graphdef, params, ids))(params)
-    rounded = jax.jit(lambda params: rewards.pickscore_rounded(graphdef, params, images, text))(params)
-    training = jax.jit(lambda params: rewards.pickscore(graphdef, params, images, text))(params)
+    text = jax.jit(lambda params: similarity.text_embeddings(graphdef, params, ids))(params)
+    rounded = jax.jit(lambda params: similarity.cosine(graphdef, clip_pixels_rounded, params, images, ids))(params)
+    training = jax.jit(lambda params: similarity.cosine(graphdef, clip_pixels, params, images, ids))(params)
     errors = [np.abs(np.asarray(score) - expected).max() for score in (rounded, training)]
     print(f"{h}x{w} scores {expected}: rounded within {errors[0]:.1e}, training within {errors[1]:.1e}")
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-6)
@@ -153,11 +155,10 @@ def test_ascending_the_rewards_gradient_raises_it(clip_pair):
     _, graphdef, params = clip_pair
     ids = np.full((2, 12), 49, np.int32)
     ids[:, :4] = [[3, 1, 4, 1], [5, 9, 2, 6]]
-    text = jax.jit(lambda ids: rewards.text_embeddings(graphdef, params, ids))(ids)
 
     @jax.jit
     def scores_and_slope(image):
-        score, vjp = jax.vjp(lambda image: rewards.pickscore(graphdef, params, image, text), image)
+        score, vjp = jax.vjp(lambda image: similarity.cosine(graphdef, clip_pixels, params, image, ids), image)
         return score, vjp(jnp.ones(2))[0]
 
     image = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 64, 64, 3)).astype(np.float32)
@@ -175,8 +176,8 @@ def test_a_reward_model_in_bfloat16_returns_float32_scores(clip_pair):
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(graphdef):
-        text = rewards.text_embeddings(graphdef, params, ids)
-        return text, rewards.pickscore(graphdef, params, image, text)
+        return (similarity.text_embeddings(graphdef, params, ids),
+                similarity.cosine(graphdef, clip_pixels, params, image, ids))
 
     text, score = run(half)
     assert text.dtype == score.dtype == jnp.float32
@@ -185,21 +186,31 @@ def test_a_reward_model_in_bfloat16_returns_float32_scores(clip_pair):
 
 def test_a_score_in_slices_is_the_same_with_its_gradient():
     x0, weight = jax.random.normal(jax.random.key(0), (6, 4, 4, 2)), jnp.arange(6.0)
-    score = lambda x, w: jnp.sin(x).sum((1, 2, 3)) * w
+    ids = jnp.arange(6)
+
+    def score(x, w, ids):
+        value = jnp.sin(x).sum((1, 2, 3)) * w
+        return value, {"each": value + ids}
+
     for size in (0, 2, 6):
-        value, grad = jax.value_and_grad(lambda x: (rewards.in_slices(score, size)(x, weight) ** 2).sum())(x0)
-        expected = jax.value_and_grad(lambda x: (score(x, weight) ** 2).sum())(x0)
+        def loss(x, size=size):
+            value, rest = views.in_slices(score, size)(x, weight, ids)
+            return (value ** 2).sum(), rest["each"]
+
+        (value, each), grad = jax.value_and_grad(loss, has_aux=True)(x0)
+        expected = jax.value_and_grad(lambda x: (score(x, weight, ids)[0] ** 2).sum())(x0)
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(each, score(x0, weight, ids)[1]["each"], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(grad, expected[1], rtol=1e-4, atol=1e-5)
 
 
 def test_views_are_the_whole_a_smaller_picture_and_a_window():
     latents = jnp.arange(2 * 8 * 8, dtype=jnp.float32).reshape(2, 8, 8, 1)
     crop = jnp.array([[0.0, 0.0], [0.99, 0.5]])
-    assert rewards.VIEWS["full"](latents, crop, 4) is latents
-    resized = rewards.VIEWS["resized"](latents, crop, 4)
+    assert views.VIEWS["full"](latents, crop, 4) is latents
+    resized = views.VIEWS["resized"](latents, crop, 4)
     assert resized.shape == (2, 4, 4, 1)
     np.testing.assert_allclose(resized.mean((1, 2, 3)), latents.mean((1, 2, 3)), rtol=1e-5)
-    window = rewards.VIEWS["crop"](latents, crop, 4)
+    window = views.VIEWS["crop"](latents, crop, 4)
     np.testing.assert_array_equal(window[0], latents[0, :4, :4])
     np.testing.assert_array_equal(window[1], latents[1, 4:, 2:6])

@@ -108,15 +108,17 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
 def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     import jax.numpy as jnp
 
-    from di_star_jax import pipeline, prompts, rewards
+    from di_star_jax import pipeline, prompts
+    from di_star_jax.rewards import similarity
+    from di_star_jax.rewards.pixels import clip_pixels
     model = pipeline.load_model(SHIPPED / "reward")
     tokenizer = prompts.Tokenizer(SHIPPED / "tokenizer")
     rng = np.random.default_rng(4)
     drawn = [scenes.sample_scene(rng, held_out=True) for _ in range(128)]
     pairs = [taste.preference_pair(scene, rng) for scene in drawn]
-    text = rewards.text_embeddings(model.graphdef, model.params, tokenizer([scene.caption for scene in drawn]))
-    first, second = (rewards.pickscore(model.graphdef, model.params,
-                                       jnp.stack([2.0 * pair[i] - 1.0 for pair in pairs]), text) for i in range(2))
+    ids = tokenizer([scene.caption for scene in drawn])
+    first, second = (similarity.cosine(model.graphdef, clip_pixels, model.params,
+                                       jnp.stack([2.0 * pair[i] - 1.0 for pair in pairs]), ids) for i in range(2))
     prob = np.array([pair[2] for pair in pairs])
     clear = np.abs(prob - 0.5) > 0.3
     assert np.mean((first > second) == (prob > 0.5), where=clear) > 0.8

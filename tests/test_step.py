@@ -10,9 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
-from di_star_jax import diffusion, flops, gradients, objectives, pipeline, rewards, sharding, step
+from di_star_jax import diffusion, flops, gradients, objectives, pipeline, sharding, step
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition
+from di_star_jax.rewards import similarity
+from di_star_jax.rewards.pixels import clip_pixels
 
 TEXT = {"model_type": "clip_text_model", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32,
         "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 8, "projection_dim": 16,
@@ -36,7 +38,7 @@ SCHEDULE = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085,
                                    beta_schedule="scaled_linear")
 SETTINGS = gradients.Settings(
     objective="di_star", omega=7.5, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
-    weighting="eps", reduction="sum", reward_scale=100.0, generator_times=(20, 980), assistant_times=(0, 999),
+    weighting="eps", reduction="sum", generator_times=(20, 980), assistant_times=(0, 999),
     assistant_updates=1, sharing="x0", generator_timesteps=(399,), latent_shape=(8, 8, 4), ema_decay=0.9)
 BATCH = 8
 IDS = {"tokenizer": jnp.zeros((BATCH, 8), jnp.int32)}
@@ -58,9 +60,9 @@ def world():
         pipeline.model_class(CONFIGS["unet"])[1], rngs=rngs), seed=99)[1]
 
     def reward(params, x0, ids, crop):
-        text = rewards.text_embeddings(graphdefs["reward"], params["reward"], ids["reward"])
-        return rewards.pickscore(graphdefs["reward"], params["reward"],
-                                 nnx.merge(graphdefs["vae"], params["vae"]).decode(x0), text)
+        image = nnx.merge(graphdefs["vae"], params["vae"]).decode(x0)
+        score = similarity.cosine(graphdefs["reward"], clip_pixels, params["reward"], image, ids["reward"])
+        return 100.0 * score, {"pickscore": score}
 
     networks = gradients.Networks(
         lambda params, x_t, t, condition: nnx.merge(graphdefs["unet"], params)(x_t, t, condition),
@@ -76,7 +78,7 @@ def small_unet(params, x_t, t, condition):
     return h @ params["b"] + 0.1 * x_t
 
 
-def small_world():
+def small_world(reward_scale=100.0):
     """(networks, frozen parameters, another UNet's parameters)."""
     def params(seed):
         keys = jax.random.split(jax.random.key(seed), 3)
@@ -88,7 +90,11 @@ def small_world():
         condition = Condition(jnp.zeros((BATCH, 1, 1)), pooled, None)
         return condition, pipeline.null_of(condition)
 
-    networks = gradients.Networks(small_unet, encode_text, lambda frozen, x0, ids, crop: -(x0**2).mean((1, 2, 3)))
+    def reward(frozen, x0, ids, crop):
+        score = -(x0**2).mean((1, 2, 3))
+        return reward_scale * score, {"small": score}
+
+    networks = gradients.Networks(small_unet, encode_text, reward)
     return networks, {"unet": params(0)}, params(1), params(2)
 
 
@@ -191,12 +197,12 @@ def test_a_gradient_that_is_not_finite_is_counted(small):
     assert float(metrics["nonfinite"]) > 0
 
 
-def small_step(key=0, **changes):
+def small_step(key=0, reward_scale=100.0, **changes):
     """One step of plain SGD with rate 1: the change of the parameters is the gradient.
 
     Returns: (settings, gradients of the generator, of the assistant, metrics).
     """
-    networks, frozen, generator, assistant = small_world()
+    networks, frozen, generator, assistant = small_world(reward_scale)
     settings = dataclasses.replace(SETTINGS, **changes)
     sgd = optax.sgd(1.0)
     state = step.init_state(generator, assistant, sgd, sgd)
@@ -219,9 +225,9 @@ def expected_gradients(settings, key=0):
 
     def generator_loss(generator):
         x0 = gradients.denoise(generator, z, t_z, conditions[0], **common)
-        reward = networks.reward(frozen, x0, IDS, draws.crop)
+        reward, _ = networks.reward(frozen, x0, IDS, draws.crop)
         loss = gradients.regulariser(x0, draws.t, draws.eps, scores=scores, settings=settings, schedule=SCHEDULE)
-        return (loss - settings.reward_scale * reward).mean()
+        return (loss - reward).mean()
 
     def assistant_loss(assistant):
         x0 = gradients.denoise(generator, z, t_z, conditions[0], **common)
@@ -315,7 +321,7 @@ def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwar
     one = flops.count(apply, unet.params, jax.ShapeDtypeStruct(shape, jnp.float32), jnp.zeros(2, jnp.int32), condition)
     assert one / 2 == pytest.approx(6.761e12, rel=1e-3)
     networks = gradients.Networks(apply, lambda frozen, ids: (condition, pipeline.null_of(condition)),
-                             lambda frozen, x0, ids, crop: jnp.zeros(2))
+                             lambda frozen, x0, ids, crop: (jnp.zeros(2), {}))
     settings = dataclasses.replace(SETTINGS, latent_shape=shape[1:], **changes)
     sgd = optax.sgd(1.0)
     state = jax.eval_shape(lambda p: step.init_state(p, p, sgd, sgd), unet.params)

@@ -52,10 +52,10 @@ def config_for(folder, **changes):
     config = load_config("shapes")
     config.update_from_flattened_dict({
         "weights.reference": str(folder), "weights.generator": str(folder / "generator"),
-        "weights.reward": str(folder / "reward"), "weights.reward_tokenizer": str(folder / "tokenizer"),
+        "weights.pickscore": str(folder / "reward"), "weights.reward_tokenizer": str(folder / "tokenizer"),
         "data.prompts": str(folder / "prompts.txt"), "eval.prompts": str(folder / "prompts.txt"), "eval.oracle": "",
         "data.resolution": 16, "data.batch_size": 8, "eval.batch_size": 8, "eval.num_per_prompt": 2,
-        "assistant.warmup_steps": 1, "train.steps": 3, "train.save_every": 2, "train.image_every": 2,
+        "assistant.warmup_steps": 1, "train.steps": 3, "train.save_every": 2, "eval_every": 2,
         "train.log_every": 1, "train.keep": 3, "mesh.fsdp": 2, **changes})
     return config
 
@@ -76,10 +76,13 @@ def unet_of(workdir, step, name="generator"):
 
 def test_a_run_leaves_pictures_scores_scalars_and_a_diffusers_folder(straight):
     scores = json.loads((straight / "before_after.json").read_text())
-    assert set(scores["after"]) == {"reward", "reward, std", "diversity"}
+    assert set(scores["after"]) == {"pickscore", "pickscore, std", "diversity"}
     assert (straight / "samples.png").stat().st_size > 1000
-    steps = [json.loads(line)["step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "assistant/loss" in line] == [1, 2, 3, 4]
+    assert {"reward/pickscore", "reward/pickscore/std", "reward/total"} < lines[-1].keys() | lines[-2].keys()
+    measured = [line for line in lines if "eval/pickscore" in line]
+    assert [line["step"] for line in measured] == [2, 4] and "eval/diversity" in measured[0]
     index = json.loads((straight / "diffusers" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]
     exported = pipeline.load_model(straight / "diffusers" / "unet").params

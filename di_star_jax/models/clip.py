@@ -319,3 +319,17 @@ class CLIPModel(nnx.Module):
     def text_features(self, token_ids: jax.Array) -> jax.Array:
         """Token ids, int32 [B, L] -> [B, P], not normalised. Raises: UserError for more tokens than positions."""
         return self.text_projection(self.text_model(token_ids).pooled)
+
+
+class CLIPVisionModelWithProjection(nnx.Module):
+    """The vision half of a `CLIPModel`. Source: transformers `CLIPVisionModelWithProjection`."""
+
+    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
+        self.config = config
+        self.vision_model = CLIPVisionTransformer(config.vision_config, remat=remat, rngs=rngs, dtype=dtype)
+        self.visual_projection = layers.Linear(config.vision_config.hidden_size, config.projection_dim, use_bias=False,
+                                               rngs=rngs, dtype=dtype)
+
+    def image_features(self, pixels: jax.Array) -> jax.Array:
+        """As `CLIPModel.image_features`."""
+        return self.visual_projection(self.vision_model(pixels))

@@ -271,6 +271,24 @@ class FeedForward(nnx.Module):
         return x
 
 
+class ScoreHead(nnx.Module):
+    """[B, D] -> [B] float32 through widths 1024, 128, 64 and 16, without activation: of LAION's aesthetic predictor and
+    of ImageReward. Source: their `MLP`."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        def linear(a, b):
+            return Linear(a, b, dtype=jnp.float32, rngs=rngs)
+
+        self.layers = nnx.List([linear(width, 1024), Dropout(), linear(1024, 128), Dropout(), linear(128, 64), Dropout(),
+                                linear(64, 16), linear(16, 1)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        for layer in self.layers:
+            x = layer(x)
+        return x[:, 0]
+
+
 class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention on the text, feed-forward, each residual. Source: diffusers `BasicTransformerBlock`."""
 

@@ -39,10 +39,30 @@ PICKSCORE = {
     "vision_config": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
                       "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"},
 }
+CLIP_B32 = {
+    "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 512,
+    "text_config": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+                    "projection_dim": 512, "eos_token_id": 2},
+    "vision_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                      "num_attention_heads": 12, "image_size": 224, "patch_size": 32},
+}
+CLIP_L14 = {
+    "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 768,
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                    "projection_dim": 768, "eos_token_id": 2},
+    "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                      "num_attention_heads": 16, "image_size": 224, "patch_size": 14},
+}
+CLIP_G14 = {
+    "architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 1024,
+    "text_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                    "num_attention_heads": 16, "hidden_act": "gelu", "projection_dim": 1024, "eos_token_id": 2},
+    "vision_config": {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 40,
+                      "num_attention_heads": 16, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"},
+}
 
 # {name on the Hub: {component: config.json}}
 PIPELINES = {
     "stabilityai/stable-diffusion-xl-base-1.0": {
         "unet": UNET_SDXL, "vae": VAE_SDXL, "text_encoder": CLIP_L_TEXT, "text_encoder_2": CLIP_BIGG_TEXT},
 }
-REWARDS = {"yuvalkirstain/PickScore_v1": PICKSCORE}

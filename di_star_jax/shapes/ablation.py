@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from di_star_jax import before_after, checkpoint, metrics, pipeline, prompts, rewards, sample, samplers, sharding, train
+from di_star_jax import before_after, checkpoint, metrics, pipeline, prompts, sample, samplers, sharding, train
 from di_star_jax.config import UserError, exit_on_user_error, load_config, suggest
+from di_star_jax.measures import FeatureStatistics, frechet_distance
+from di_star_jax.rewards import similarity
 from di_star_jax.shapes import oracle, pretrain, scenes
 
 ROWS = {  # preset: the row of the paper's Table 2, or what it stands for here
@@ -45,8 +47,8 @@ class Judge:
         self._tokenizer = prompts.Tokenizer(tokenizer)
         self._graphdef, self._params = pretrain.train_clip(
             workdir / "judge", images, self._tokenizer(captions), config, JUDGE_STEPS, seed=30)
-        self._image = jax.jit(functools.partial(rewards.image_embeddings, self._graphdef))
-        self._text = jax.jit(functools.partial(rewards.text_embeddings, self._graphdef))
+        self._image = jax.jit(functools.partial(similarity.image_embeddings, self._graphdef))
+        self._text = jax.jit(functools.partial(similarity.text_embeddings, self._graphdef))
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """Unit vectors [N, 64] of images [N, 64, 64, 3] in [-1, 1]."""
@@ -58,6 +60,13 @@ class Judge:
         return np.asarray(self._text(self._params, self._tokenizer(captions)))
 
 
+def statistics(features: np.ndarray) -> FeatureStatistics:
+    """Args: the judge's features [N, 64]."""
+    found = FeatureStatistics("the judge of the ablation")
+    found.update(features)
+    return found
+
+
 class World:
     """What all rows share: frozen networks, held-out captions, the judge, and the teacher's pictures."""
 
@@ -65,10 +74,10 @@ class World:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
         self.frozen = train.load_frozen(config, mesh)
         self.captions = pathlib.Path(config.eval.prompts).read_text().splitlines()
-        reward_folder = pathlib.Path(config.weights.reward)
+        reward_folder = pathlib.Path(config.weights.pickscore)
         self.judge = Judge(workdir, json.loads((reward_folder / "config.json").read_text()),
                            pathlib.Path(config.weights.reward_tokenizer))
-        self.teacher_features = self._teacher(workdir / "teacher.npy", config.objective.omega)
+        self.teacher = statistics(self._teacher(workdir / "teacher.npy", config.objective.omega))
         self._draw = train.make_draw(self.frozen, train.settings_of(config, self.frozen.latent_shape), mesh)
         self._ids = prompts.token_batch(self.captions, self.frozen.tokenizers)
 
@@ -93,7 +102,7 @@ class World:
             drawn = [jax.device_get(self._draw(params, self.frozen.params, ids, jax.random.fold_in(
                 jax.random.key(start), k))) for k in range(PER_CAPTION)]
             images.append(np.stack([image for image, _ in drawn], axis=1))
-            scores.append(np.stack([score for _, score in drawn], axis=1))
+            scores.append(np.stack([score["pickscore"] for _, score in drawn], axis=1))
         return np.concatenate(images), np.concatenate(scores)
 
     def measure(self, params) -> tuple[dict[str, float], np.ndarray]:
@@ -106,7 +115,7 @@ class World:
         texts = np.repeat(self.judge.texts(self.captions), PER_CAPTION, axis=0)
         return {"reward": float(scores.mean()), "attributes right": float(attributes[0] / attributes[1]),
                 "prompt score": float((features * texts).sum(-1).mean()),
-                "Frechet distance": metrics.frechet_distance(features, self.teacher_features),
+                "Frechet distance": frechet_distance(statistics(features), self.teacher),
                 "diversity": float(np.mean([before_after.pairwise_distance(image) for image in images])),
                 }, images[:8, 0]
 

@@ -24,11 +24,12 @@ import orbax.checkpoint as ocp
 from absl import app, flags
 from flax import nnx
 
-from di_star_jax import (checkpoint, diffusion, gradients, models, objectives, pipeline, prompts, rewards, sample, samplers,
-                         sharding, step, weights)
+from di_star_jax import (checkpoint, diffusion, gradients, models, objectives, pipeline, prompts, sample, samplers, sharding,
+                         step, weights)
 from di_star_jax.config import UserError, exit_on_user_error
 from di_star_jax.models.clip import CLIPConfig, CLIPModel
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
+from di_star_jax.rewards import similarity
 from di_star_jax.shapes import oracle, scenes, taste, tokenizer
 
 NUM_IMAGES = 40_000
@@ -337,8 +338,8 @@ def train_clip(folder: pathlib.Path, images: np.ndarray, ids: np.ndarray, config
 
     def contrastive(params, batch, key):
         del key
-        text = rewards.text_embeddings(graphdef, params, batch["ids"])
-        image = rewards.image_embeddings(graphdef, params, batch["image"])
+        text = similarity.text_embeddings(graphdef, params, batch["ids"])
+        image = similarity.image_embeddings(graphdef, params, batch["image"])
         logits = _logit_scale(params) * image @ text.T  # [B, B]
         labels = jnp.arange(len(logits))
         pull = optax.softmax_cross_entropy_with_integer_labels
@@ -367,8 +368,9 @@ def train_reward(folder: pathlib.Path, clip: tuple, pairs: dict[str, np.ndarray]
 
     def preference(params, batch, key):
         del key
-        text = rewards.text_embeddings(graphdef, params, batch["ids"])
-        scores = [rewards.pickscore(graphdef, params, batch["image"][:, i], text) for i in range(2)]
+        text = similarity.text_embeddings(graphdef, params, batch["ids"])
+        scores = [jnp.sum(similarity.image_embeddings(graphdef, params, batch["image"][:, i]) * text, axis=-1)
+                  for i in range(2)]
         logits = _logit_scale(params) * jnp.stack(scores, axis=-1)  # [B, 2]
         labels = jnp.stack([batch["prob"], 1.0 - batch["prob"]], axis=-1)
         return optax.softmax_cross_entropy(logits, labels).mean()
@@ -395,10 +397,10 @@ def distil_generator(folder: pathlib.Path, graphdefs: dict, teacher: dict, token
     networks = gradients.Networks(
         unet=lambda params, x_t, t, condition: nnx.merge(graphdefs["unet"], params)(x_t, t, condition),
         encode_text=lambda params, ids: pipeline.encode_text(graphdefs, params, ids, RESOLUTION),
-        reward=lambda params, x0, ids, crop: jnp.zeros(x0.shape[0]))
+        reward=lambda params, x0, ids, crop: (jnp.zeros(x0.shape[0]), {}))
     settings = gradients.Settings(
         objective="di_star", omega=DISTIL_OMEGA, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
-        weighting="eps", reduction="sum", reward_scale=0.0, generator_times=(20, 980), assistant_times=(0, 999),
+        weighting="eps", reduction="sum", generator_times=(20, 980), assistant_times=(0, 999),
         assistant_updates=1, sharing="x0", generator_timesteps=(399,), latent_shape=(16, 16, 4), ema_decay=0.98)
     schedule = diffusion.schedule_from_json(SCHEDULER)
     opts = [step.adamw(rate, lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=10.0)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cosines of a CLIP's image and text embeddings: what PickScore, HPSv2 and CLIPScore are."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from di_star_jax import pipeline, weights
+from di_star_jax.config import UserError
+from di_star_jax.models.clip import CLIPModel
+from di_star_jax.pipeline import Model
+from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
+from di_star_jax.rewards.reward import Reward, Tokenize
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a `CLIPModel`'s folder. Raises: UserError where it is missing, broken, or of another model."""
+    config = weights.read_config(folder)
+    found = pipeline.model_class(config)[0]
+    if found is not CLIPModel:
+        raise UserError(f"{folder} holds a {found.__name__}, expected a CLIPModel, with both towers; give the folder of one "
+                        "such as openai/clip-vit-base-patch32")
+    return config
+
+
+def check_weights(folder: Path, needed: str) -> None:
+    """Raises: UserError for a folder without safetensors. Args: needed, which file of where it should have."""
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"no weights in {folder}; put there {needed}")
+
+
+def normalise(features: jax.Array) -> jax.Array:
+    """[B, P] -> [B, P] of length 1, float32."""
+    features = features.astype(jnp.float32)
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def text_embeddings(graphdef: nnx.GraphDef, params: dict, token_ids: jax.Array) -> jax.Array:
+    """The prompts' half of the score; it needs no gradient.
+
+    Args:
+      graphdef, params: a `CLIPModel`, as `models.init` or `models.abstract` give it.
+      token_ids: int32 [B, L], padded to the model's max_position_embeddings.
+    Returns:
+      float32 [B, P], of length 1.
+    """
+    return normalise(nnx.merge(graphdef, params).text_features(token_ids))
+
+
+def image_embeddings(graphdef: nnx.GraphDef, params: dict, images: jax.Array, *,
+                     pixels: Pixels = clip_pixels) -> jax.Array:
+    """The pictures' half of the score.
+
+    Args:
+      graphdef, params: a `CLIPModel`, or its vision half.
+      images: [B, H, W, 3] in [-1, 1].
+      pixels: clip_pixels (training) or clip_pixels_rounded (evaluation).
+    Returns: float32 [B, P], of length 1.
+    """
+    model = nnx.merge(graphdef, params)
+    return normalise(model.image_features(pixels(images, size=model.config.vision_config.image_size)))
+
+
+def cosine(graphdef: nnx.GraphDef, pixels: Pixels, params: dict, images: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """Cosine between image and prompt, without the logit scale.
+
+    Args: as of `image_embeddings` and `text_embeddings`.
+    Returns: float32 [B] in [-1, 1]; differentiable with respect to the images, but for saturated pixels.
+    """
+    text = jax.lax.stop_gradient(text_embeddings(graphdef, params, token_ids))
+    return jnp.sum(image_embeddings(graphdef, params, images, pixels=pixels) * text, axis=-1)
+
+
+def reward_of(model: Model, tokenize: Tokenize | None, *, training: Pixels = clip_pixels,
+              evaluation: Pixels = clip_pixels_rounded) -> Reward:
+    """A CLIP's cosine as a reward.
+
+    Args:
+      model: a `CLIPModel`.
+      tokenize: B texts to token ids int32 [B, L], or None where only shapes are known.
+      training, evaluation: from images to the model's pixels.
+    """
+    length = pipeline.model_class(model.config)[1].text_config.max_position_embeddings
+    return Reward(model.params, functools.partial(cosine, model.graphdef, training),
+                  functools.partial(cosine, model.graphdef, evaluation), tokenize,
+                  jax.ShapeDtypeStruct((1, length), jnp.int32))
