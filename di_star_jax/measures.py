@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of an evaluation: Frechet distance, means over prompts, paired runs, Bradley-Terry, colour, diversity.
+"""Numbers of an evaluation: Frechet distance, means over prompts, paired runs, colour, diversity.
 
 NumPy in float64. P prompts with K images each; values are [P, K], or [P] for one image a prompt. A value NaN is an image
 that is broken or was not scored: it is left out and counted.
@@ -15,9 +15,7 @@ import numpy as np
 
 from di_star_jax.config import UserError
 
-PRIOR = 0.5  # virtual wins each way between two runs, where the wins alone have no maximum of the likelihood
 _CHUNK = 2**21  # prompts drawn at a time by the bootstrap: some 50 MB
-_NORMAL = 1.959963984540054  # 97.5 % point of the standard normal
 
 
 class FeatureStatistics:
@@ -249,82 +247,6 @@ def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> tuple[list[floa
         means.append([value[drawn].mean(axis=1) for value in values])
     low, high = np.percentile(np.concatenate(means, axis=1), [2.5, 97.5], axis=1)
     return low.tolist(), high.tolist()
-
-
-class BradleyTerry(NamedTuple):
-    """Strengths of R runs; run i beats run j with probability 1 / (1 + exp(strengths[j] - strengths[i]))."""
-    strengths: np.ndarray  # [R], natural logarithms, mean 0
-    covariance: np.ndarray  # [R, R] of the strengths; a difference has c[i, i] + c[j, j] - 2 c[i, j]. The prior counts
-    low: np.ndarray  # [R], 95 % interval; infinite where the comparisons do not bound the strength
-    high: np.ndarray
-    prior: float  # virtual wins that each pair of runs was given each way; 0 where the comparisons need none
-
-
-def bradley_terry(wins: np.ndarray) -> BradleyTerry:
-    """Strengths of runs from comparisons in pairs, by maximum likelihood.
-
-    The likelihood has a maximum only where a chain of wins leads from each run to each other one. Where it does not, as
-    for a run that won or lost all, every pair of runs is given PRIOR wins each way, and the result says so. Then the
-    interval is finite only for the runs of the largest set inside which such chains exist, if there is one largest.
-
-    Args: wins: [R, R], how often run i was preferred to run j; a tie adds 0.5 to both [i, j] and [j, i].
-    Raises: UserError for another shape, a negative number, a run compared with itself, or no end of the iteration.
-    Source: Hunter 2004, MM algorithms, Eq. 3 and Assumption 1 (Ford 1957); intervals from the observed information.
-    """
-    wins = np.asarray(wins, np.float64)
-    if wins.ndim != 2 or wins.shape[0] != wins.shape[1] or len(wins) < 2:
-        raise UserError(f"wins of shape {list(wins.shape)}, expected [R, R] with R of 2 or more; count wins of i over j")
-    if not (np.isfinite(wins).all() and (wins >= 0).all() and not np.diag(wins).any()):
-        raise UserError("wins hold a negative number, NaN, or a run against itself; count wins of i over j in [i, j]")
-    bounded = _bounded(wins)
-    prior = 0.0 if bounded.all() else PRIOR
-    given = wins + prior * (1.0 - np.eye(len(wins)))
-    strengths = _maximum(given)
-    covariance = _inverse(_information(given, strengths))
-    half = np.where(bounded, _NORMAL * np.sqrt(np.diag(covariance)), np.inf)
-    return BradleyTerry(strengths, covariance, strengths - half, strengths + half, prior)
-
-
-def _bounded(wins: np.ndarray) -> np.ndarray:
-    """[R] bool: whether in the one largest set of runs with a chain of wins from each to each."""
-    reach = (wins > 0) | np.eye(len(wins), dtype=bool)
-    for _ in range(len(wins).bit_length()):  # each squaring doubles the length of the chains
-        reach = reach @ reach
-    size = (reach & reach.T).sum(axis=1)
-    largest = size == size.max()
-    return largest & (largest.sum() == size.max())
-
-
-def _probability(strengths: np.ndarray) -> np.ndarray:
-    """[R, R]: that i beats j."""
-    return 1.0 / (1.0 + np.exp(strengths[None, :] - strengths[:, None]))
-
-
-def _maximum(wins: np.ndarray) -> np.ndarray:
-    games, won = wins + wins.T, wins.sum(axis=1)
-    gamma = np.ones(len(wins))
-    for _ in range(100_000):
-        after = won / (games / (gamma[:, None] + gamma[None, :])).sum(axis=1)  # Hunter 2004, Eq. 3
-        after /= np.exp(np.log(after).mean())
-        change = np.abs(np.log(after / gamma)).max()
-        gamma = after
-        if change < 1e-12:
-            return np.log(gamma)
-    raise UserError("strengths did not settle in 100000 iterations, expected some wins of the weaker runs over the "
-                    "stronger; compare more runs directly, or leave the strongest or weakest out")
-
-
-def _information(wins: np.ndarray, strengths: np.ndarray) -> np.ndarray:
-    """[R, R], minus the second derivatives of the log-likelihood; constant vectors are its kernel."""
-    p = _probability(strengths)
-    weight = (wins + wins.T) * p * p.T
-    return np.diag(weight.sum(axis=1)) - weight
-
-
-def _inverse(information: np.ndarray) -> np.ndarray:
-    """The pseudo-inverse, on vectors of mean 0, without a threshold for what counts as 0."""
-    ones = np.full_like(information, np.trace(information) / len(information) ** 2)
-    return np.linalg.inv(information + ones) - 1.0 / ones.sum()
 
 
 def _unit(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -103,17 +103,19 @@ Lists = dict[str, dict[str, list[tuple[int, int]]]]  # metric name -> "best", ..
 
 
 def write(path: str | os.PathLike, *, title: str, runs: list[Run], metrics: list[Metric],
-          comparison: dict[str, Comparison], published: list[PublishedRow], max_prompts: int = 200) -> None:
+          comparison: dict[str, Comparison], published: list[PublishedRow], same_noise: bool = True,
+          max_prompts: int = 200) -> None:
     """Writes the page. Pictures are embedded for some prompts only: the extremes of each metric and a random draw.
 
     Args:
       path: of the HTML file.
       title: heading; says what was evaluated.
-      runs: the evaluated generator, then what it is compared with (same prompts, same noise), then any others.
-        Pictures join by row and sample.
+      runs: the evaluated generator, then what it is compared with on the same prompts, then any others. Pictures join
+        by row and sample.
       metrics: columns of the table, in its order.
       comparison: of runs[0] with runs[1], by metric name; empty if there is one run.
       published: rows of papers, shown apart.
+      same_noise: whether the runs' pictures were drawn from the same noise.
       max_prompts: prompts whose pictures are embedded, at least 1.
     Raises: UserError for no runs, two prompts or two texts under one row, or max_prompts below 1.
     """
@@ -123,6 +125,7 @@ def write(path: str | os.PathLike, *, title: str, runs: list[Run], metrics: list
         raise UserError(f"max_prompts={max_prompts}, expected at least 1; give the number of prompts to show")
     data = _page_data(title, runs, metrics, _join(runs), max_prompts)
     data["comparison"] = {name: c._asdict() for name, c in comparison.items() if math.isfinite(c.mean_difference)}
+    data["same_noise"] = same_noise
     data["published"] = [{**row._asdict(), "values": _finite(row.values, metrics)} for row in published]
     # "<" is the one character by which text could leave a script element; in JSON it only occurs inside strings.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")

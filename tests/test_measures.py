@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from scipy import linalg, optimize, stats
+from scipy import linalg, stats
 
 from di_star_jax import measures
 from di_star_jax.config import UserError
@@ -300,107 +300,6 @@ def test_paired_refuses_different_shapes_and_has_no_interval_of_one_prompt():
     one = measures.paired([1.0, NAN], [0.0, 1.0])
     assert one.difference == 1.0 and np.isnan([one.low, one.high]).all() and one[6:] == (1, 1, 1)
     assert np.isnan(measures.paired([NAN], [0.0])[:6]).all()
-
-
-# bradley_terry
-
-def test_strengths_of_two_runs_are_their_log_odds():
-    found = measures.bradley_terry([[0, 30], [12, 0]])
-    assert found.prior == 0.0
-    np.testing.assert_allclose(found.strengths, np.log(30 / 12) * np.array([0.5, -0.5]), rtol=1e-9)
-    c = found.covariance
-    assert c[0, 0] + c[1, 1] - 2 * c[0, 1] == pytest.approx(1 / 30 + 1 / 12, rel=1e-9)
-    half = 1.959964 * (1 / 30 + 1 / 12) ** 0.5 / 2
-    np.testing.assert_allclose(found.high - found.strengths, half, rtol=1e-6)
-    np.testing.assert_allclose(found.strengths - found.low, half, rtol=1e-6)
-
-
-def test_a_tie_is_half_a_win_on_both_sides():
-    ties = np.array([[0.0, 10.0], [10.0, 0.0]]) / 2.0  # ten ties
-    wins = np.array([[0.0, 20.0], [5.0, 0.0]])
-    found = measures.bradley_terry(wins + ties)
-    np.testing.assert_allclose(found.strengths[0] - found.strengths[1], np.log(25 / 10), rtol=1e-9)
-    np.testing.assert_allclose(measures.bradley_terry(ties).strengths, 0.0, atol=1e-12)
-
-
-def test_strengths_and_covariance_of_six_runs_are_those_of_a_general_optimiser():
-    rng = np.random.default_rng(20)
-    wins = rng.integers(0, 20, (6, 6)) * (1 - np.eye(6))
-    wins[0, 5] = wins[5, 0] = 0  # a pair that never met
-
-    def negative(free):
-        s = np.append(free, -free.sum())
-        return (wins * np.log1p(np.exp(s[None, :] - s[:, None]))).sum()
-
-    best = optimize.minimize(negative, np.zeros(5), method="BFGS", options={"gtol": 1e-9})
-    found = measures.bradley_terry(wins)
-    np.testing.assert_allclose(found.strengths[:5], best.x, atol=1e-6)
-    assert abs(found.strengths.sum()) < 1e-10
-    step = 1e-3 * np.eye(5)
-    hessian = [[(negative(best.x + u + v) - negative(best.x + u - v) - negative(best.x - u + v)
-                 + negative(best.x - u - v)) / 4e-6 for u in step] for v in step]
-    np.testing.assert_allclose(found.covariance[:5, :5], np.linalg.inv(hessian), rtol=1e-3)
-
-
-def test_intervals_cover_the_true_strengths_19_times_of_20():
-    rng = np.random.default_rng(21)
-    truth = np.array([0.6, 0.1, -0.2, -0.5])
-    p = 1 / (1 + np.exp(truth[None, :] - truth[:, None]))
-    covered = []
-    for _ in range(300):
-        upper = np.triu(rng.binomial(40, p), 1)
-        wins = upper + np.triu(40 - upper, 1).T
-        found = measures.bradley_terry(wins)
-        covered.append((found.low <= truth) & (truth <= found.high))
-    assert 0.93 <= np.mean(covered) <= 0.97
-
-
-def test_a_run_that_won_all_of_two_gets_the_documented_prior_and_an_infinite_interval():
-    found = measures.bradley_terry([[0, 10], [0, 0]])
-    assert found.prior == 0.5
-    np.testing.assert_allclose(found.strengths, np.log(10.5 / 0.5) * np.array([0.5, -0.5]), rtol=1e-9)
-    assert (found.low == -np.inf).all() and (found.high == np.inf).all()
-
-
-def test_a_run_that_lost_all_leaves_the_others_their_finite_intervals():
-    wins = np.zeros((4, 4))
-    wins[:3, :3] = [[0, 9, 12], [5, 0, 8], [4, 6, 0]]
-    wins[:3, 3] = 7
-    found = measures.bradley_terry(wins)
-    assert found.prior == 0.5 and np.isinf(found.high).tolist() == [False, False, False, True]
-    assert found.strengths.argmin() == 3 and np.isfinite(found.strengths).all()
-
-
-@pytest.mark.parametrize("wins", [
-    [[0, 3, 5, 5], [3, 0, 5, 5], [0, 0, 0, 3], [0, 0, 3, 0]],  # two won all against two, and nobody lost all
-    [[0, 3, 0, 0], [3, 0, 0, 0], [0, 0, 0, 3], [0, 0, 3, 0]],  # two pairs that never met
-    [[0, 1, 1], [0, 0, 1], [0, 0, 0]],
-    np.zeros((3, 3)),
-])
-def test_intervals_are_infinite_where_no_set_of_runs_is_compared_better_than_another(wins):
-    found = measures.bradley_terry(wins)
-    assert found.prior == 0.5 and np.isinf(found.low).all() and np.isfinite(found.strengths).all()
-
-
-def test_a_chain_of_wins_through_others_needs_no_prior():
-    ring = np.roll(np.eye(7), 1, axis=1)  # run i beats i + 1 alone, the last the first
-    found = measures.bradley_terry(ring)
-    assert found.prior == 0.0 and np.isfinite(found.high).all()
-    np.testing.assert_allclose(found.strengths, 0.0, atol=1e-9)
-
-
-@pytest.mark.parametrize("wins, message", [
-    (np.zeros((2, 3)), r"shape \[2, 3\], expected \[R, R\]"), (np.zeros((1, 1)), "R of 2 or more"),
-    ([[0, -1], [1, 0]], "negative"), ([[1, 1], [1, 0]], "against itself"), ([[0, NAN], [1, 0]], "NaN")])
-def test_wins_that_are_none_are_refused(wins, message):
-    with pytest.raises(UserError, match=message):
-        measures.bradley_terry(wins)
-
-
-def test_strengths_that_do_not_settle_are_refused():
-    wins = 9999 * np.eye(20, k=1) + np.eye(20, k=-1)
-    with pytest.raises(UserError, match="did not settle"):
-        measures.bradley_terry(wins)
 
 
 # saturation, contrast, diversity

@@ -2,6 +2,8 @@
 """The reward against Pillow, against transformers' processor, and against PickScore as transformers computes it."""
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,13 @@ import torch
 import transformers
 from flax import nnx
 from PIL import Image
+from test_config import dry
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import models, weights
+from di_star_jax import models, plan, rewards, weights
+from di_star_jax.config import check
 from di_star_jax.models import clip
+from di_star_jax.objectives import OBJECTIVES, OUTSIDE
 from di_star_jax.rewards import pixels, similarity, views
 from di_star_jax.rewards.pixels import clip_pixels, clip_pixels_rounded
 
@@ -214,3 +219,21 @@ def test_views_are_the_whole_a_smaller_picture_and_a_window():
     window = views.VIEWS["crop"](latents, crop, 4)
     np.testing.assert_array_equal(window[0], latents[0, :4, :4])
     np.testing.assert_array_equal(window[1], latents[1, 4:, 2:6])
+
+
+def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = readme.split("### A reward of your own")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "brightness.py").write_text(code)
+    spec = importlib.util.spec_from_file_location("brightness", tmp_path / "brightness.py")
+    brightness = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(brightness)
+    monkeypatch.setitem(rewards.REWARDS, "brightness", rewards.Entry(brightness, "Brightness"))
+    config = dry(**{"reward.pickscore": 0.0, "eval.metrics": ()})
+    config.reward.brightness = 5.0
+    check(config, 16, objectives=OBJECTIVES, outside=OUTSIDE, rewards=rewards.REWARDS)
+    assert plan.describe(config, 16)
+    assert rewards.sources_of(config) == {"brightness": ""}
+    loaded = rewards.load_rewards(rewards.sources_of(config), str(tmp_path))["brightness"]
+    images = jnp.stack([jnp.full((4, 4, 3), -0.5), jnp.full((4, 4, 3), 0.25)])
+    np.testing.assert_allclose(loaded.reward(loaded.params, images, loaded.tokenize(["dark", "light"])), [-0.5, 0.25])
