@@ -134,7 +134,7 @@ def asked(args, job: Job, metadata: dict) -> dict:
         return given | {"images_digest": scoring.listing_digest([shot.file for shot in job.shots], base)}
     if metadata:
         given |= {"checkpoint_step": metadata["step"], "which": args.which}
-    names = ("sampler", "steps", "guidance_scale", "timestep", "resolution", "seed")
+    names = ("sampler", "steps", "guidance_scale", "timestep", "resolution", "dtype", "seed")
     return given | {name: getattr(args, name) for name in names}
 
 
@@ -182,7 +182,7 @@ def draw(job: Job, args, mesh: Mesh) -> dict:
     missing = [shot for shot in job.shots if not shot.file.exists()]
     if kept and not missing:
         return kept
-    loaded, times = sample.load(args.checkpoint, args.which, mesh)
+    loaded, times = sample.load(args.checkpoint, args.which, mesh, jnp.dtype(args.dtype))
     sampling = sample.sampling_of(args, loaded, times)
     record = _continued(job.out, kept, _how(loaded, sampling), _where(mesh, args.batch_size))
     (job.out / IMAGES).mkdir(exist_ok=True)

@@ -41,33 +41,37 @@ def one_device() -> Mesh:
     return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
 
-def load(source: str, which: str, mesh: Mesh | None = None) -> tuple[pipeline.Pipeline, tuple[int, ...]]:
+def load(source: str, which: str, mesh: Mesh | None = None,
+         dtype=jnp.float32) -> tuple[pipeline.Pipeline, tuple[int, ...]]:
     """A pipeline folder (or Hub name), or the pipeline of a run's newest checkpoint with that run's UNet in it.
 
     Args:
       source: folder, workdir or Hub name.
       which: item of the checkpoint: "ema", "generator" or "assistant"; or "initial", the generator before the run.
       mesh: of devices that share the parameters; None for one device.
+      dtype: of parameters and computation.
     Returns:
       (pipeline, times of its UNet's steps if that is a generator, else ()).
     """
     place = None if mesh is None else lambda tree: sharding.params_sharding(mesh, tree)
+    common = dict(shardings=place, dtype=dtype, param_dtype=dtype)
     if not (Path(source).is_dir() and not (Path(source) / "model_index.json").exists()):
-        loaded = pipeline.load_pipeline(weights.resolve(source), shardings=place)
+        loaded = pipeline.load_pipeline(weights.resolve(source), **common)
         return loaded, (399,) if loaded.scheduler_config["_class_name"] == "LCMScheduler" else ()
     checkpoints = checkpoint.existing(source)
     last = checkpoints.latest_step()
     metadata = checkpoints.metadata(last)
-    loaded = pipeline.load_pipeline(weights.resolve(metadata["reference"]), shardings=place)
-    unet = pipeline.abstract_model(metadata["unet_config"])
+    loaded = pipeline.load_pipeline(weights.resolve(metadata["reference"]), **common)
+    unet = pipeline.abstract_model(metadata["unet_config"], dtype=dtype)
     shardings = None if place is None else place(unet.params)
     if which == "initial":
         if "initial" not in metadata:
             raise UserError(f"the checkpoint in {source} does not say what it began from; give the folder of a pipeline")
-        params = weights.load(weights.resolve(metadata["initial"]), unet.params, shardings=shardings)
+        params = weights.load(weights.resolve(metadata["initial"]), unet.params, shardings=shardings, dtype=dtype)
     else:
-        target = unet.params if place is None else jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), unet.params, shardings)
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), unet.params)
+        if place is not None:
+            target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, shardings)
         params = checkpoints.restore_item(last, which, target)
     checkpoints.close()
     unet = unet._replace(params=params)
@@ -125,6 +129,7 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     flags.DEFINE_multi_integer("timestep", None, "Of few_step, falling; may be given several times. Its run's, or 399, "
                                "if not given.", lower_bound=0, upper_bound=999)
     flags.DEFINE_integer("resolution", None, "Pixels; the UNet's own if not given.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the generator; bfloat16 is what SDXL is fast in.")
 
 
 def check_flags(args) -> None:
@@ -156,7 +161,7 @@ def main(argv: list[str]) -> None:
     if args.checkpoint is None:
         raise UserError("no --checkpoint; give a run's workdir, a pipeline folder, or a name on the Hub")
     check_flags(args)
-    loaded, times = load(args.checkpoint, args.which)
+    loaded, times = load(args.checkpoint, args.which, dtype=jnp.dtype(args.dtype))
     sampling = sampling_of(args, loaded, times)
     texts = [text for text in args.prompt for _ in range(args.num)]
     *steps, h, w, c = sampling.noise_shape
