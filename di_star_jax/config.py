@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -167,14 +167,14 @@ def generator_timesteps(generator) -> tuple[int, ...]:
 
 
 def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequence[str],
-          rewards: Sequence[str]) -> None:
+          rewards: Mapping[str, Any]) -> None:
     """Refuses a config that cannot run.
 
     Args:
       config: ConfigDict with the fields of configs/sdxl.py.
       device_count: devices there are, over all hosts, or will be (dry run).
       objectives: known names of objective.name. outside: those of them with guidance outside.
-      rewards: known names in reward and eval.metrics.
+      rewards: `rewards.REWARDS`: known names in reward and eval.metrics, and what their weights must be.
     Raises: UserError for the first thing that is wrong.
     """
     c = config
@@ -220,7 +220,8 @@ def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequ
     for name in c.reward:
         _one_of("reward", name, rewards)
         if not isinstance(c.reward[name], (int, float)) or not math.isfinite(c.reward[name]):
-            raise UserError(f"reward.{name}={c.reward[name]!r}, expected a number; 100 is the paper's for PickScore, 0 is off")
+            raise UserError(f"reward.{name}={c.reward[name]!r}, expected a number; 100 is the paper's for PickScore, 0 is "
+                            "off")
     for name in c.eval.metrics:
         _one_of("eval.metrics", name, [name for name in c.reward])
     _check_generator(c.generator)
@@ -233,8 +234,12 @@ def check(config, device_count: int, *, objectives: Sequence[str], outside: Sequ
             path = c[name.split(".")[0]].prompts
             if path and not os.path.isfile(path):
                 raise UserError(f"{name}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts")
-        for name in ("reference", "generator", "assistant", "reward_tokenizer", *(name for name in rewards_used(c) if name in c.weights)):
-            _check_weights(f"weights.{name}", c.weights[name])
+        for name in ("reference", "generator", "assistant", "reward_tokenizer"):
+            _check_weights(f"weights.{name}", c.weights[name], _FOLDER)
+        for name in rewards_used(c):
+            if name in c.weights:
+                _check_weights(f"weights.{name}", c.weights[name], "it must hold " + "; ".join(
+                    f"{file} ({where})" for file, where in rewards[name].file.NEEDED.items()))
 
 
 def _check_generator(generator) -> None:
@@ -296,9 +301,12 @@ def _check_mesh(config, device_count: int) -> None:
                             f"level; use a {name} that is a multiple of {32 * context}, or a smaller mesh.context")
 
 
-def _check_weights(name: str, value: str) -> None:
+_FOLDER = ("give a folder in diffusers' layout with safetensors, or a name on the Hub such as "
+           "stabilityai/stable-diffusion-xl-base-1.0")
+
+
+def _check_weights(name: str, value: str, advice: str) -> None:
     """A path that is not there is refused at once; names on the Hub are looked up when they are loaded."""
     looks_local = value.startswith((".", "/", "~")) or value.count("/") != 1 or os.path.exists(value.split("/")[0])
     if value and looks_local and not os.path.isdir(value):
-        raise UserError(f"{name}={value}: no such folder; give a folder in diffusers' layout with safetensors, or a "
-                        "name on the Hub such as stabilityai/stable-diffusion-xl-base-1.0")
+        raise UserError(f"{name}={value}: no such folder; {advice}")

@@ -2,8 +2,8 @@
 """Scores a generator, or a folder of images, on a set of prompts.
 
     python -m di_star_jax.evaluate --checkpoint=WORKDIR --prompts=FILE --metrics=pickscore,saturation --out=evals/after
-    python -m di_star_jax.evaluate --images=FOLDER --prompts=parti --prompts_file=PartiPrompts.tsv \
-        --metrics=imagereward,aesthetic,pickscore,clipscore --name=FLUX-dev --baseline=evals/after --out=evals/flux
+    python -m di_star_jax.evaluate --images=FOLDER --name=FLUX-dev --prompts=FILE --metrics=pickscore,saturation \
+        --baseline=evals/after --out=evals/flux
 
 Leaves results.json, scores.parquet, table.md and page.html in --out. Stopped, the same command continues.
 """
@@ -11,29 +11,39 @@ Leaves results.json, scores.parquet, table.md and page.html in --out. Stopped, t
 import importlib.metadata
 import json
 import os
-import resource
-import statistics
-import tempfile
+import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh
 
-from di_star_jax import checkpoint, measures, metrics, prompt_sets, results, rewards, sample, scoring, sharding
+from di_star_jax import (
+    checkpoint,
+    drawing,
+    frechet,
+    measures,
+    metrics,
+    prompt_sets,
+    results,
+    rewards,
+    sample,
+    scoring,
+    sharding,
+)
 from di_star_jax.config import UserError, exit_on_user_error, suggest
 from di_star_jax.results import Evaluation
 from di_star_jax.scoring import Scores, Shot
 from di_star_jax.shapes import scenes
 
-IMAGES, SCORES, STATE, DRAWN, PROMPTS = "images", "scores", "settings.json", "drawn.json", "prompts"
+SCORES, STATE, PROMPTS = "scores", "settings.json", "prompts"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _READABLE = "readable"  # kept as if it were a metric: which images can be read
-_BY_FEATURES, _BY_CLEANFID = ("diversity", "frechet"), ("fid", "clip_fid")
+_BY_FEATURES = ("diversity", "frechet")
+FEATURES = ("clipscore", "clipscore_l14", "pickscore", "hpsv2", "hpsv21", "aesthetic")  # rewards that are a CLIP
 
 
 class Job(NamedTuple):
@@ -46,9 +56,14 @@ class Job(NamedTuple):
     metrics: list[str]
     sources: dict[str, str]  # folder or Hub name of the rewards' weights
     features: str  # the reward whose CLIP gives the features
-    reference: Path | None
+    reference: str  # folder, file, or a name of clean-fid's statistics
     tokenizer: str
     trained_on: dict[str, float]
+
+    def was_trained_on(self, metric: str) -> bool:
+        """Also by another name of the same weights."""
+        trained = {self.sources[name] for name in self.trained_on if name in self.sources}
+        return metric in self.trained_on or (metric in self.sources and self.sources[metric] in trained - {""})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,19 +129,18 @@ def _job(args, metadata: dict) -> Job:
     if args.images:
         files = scoring.find_images(Path(args.images), texts, args.samples, len(loaded))
     else:
-        files = [[out / IMAGES / f"{prompt.row:05d}_{k}.png" for k in range(args.samples)] for prompt in texts]
+        files = [[out / drawing.IMAGES / f"{prompt.row:05d}_{k}.png" for k in range(args.samples)] for prompt in texts]
     shots = [Shot(p, k, texts[p].text, file) for p, row in enumerate(files) for k, file in enumerate(row)]
     trained_on = metadata.get("trained_on", {}) if args.which != "initial" else {}
     return Job(out, loaded, texts, args.samples, shots, metric_names(args.metrics),
-               weight_sources(args.weights, metadata), args.features, Path(args.reference) if args.reference else None,
+               weight_sources(args.weights, metadata), args.features, args.reference or "",
                args.tokenizer or metadata.get("weights", {}).get("reward_tokenizer") or TOKENIZER,
                trained_on | dict.fromkeys(args.trained_on, 1.0))
 
 
 def asked(args, job: Job, metadata: dict) -> dict:
     """What the images depend on, as given; an evaluation that is continued must have the same."""
-    prompts = {"name": job.prompts.name, "digest": job.prompts.digest, "verified": job.prompts.verified,
-               "notes": list(job.prompts.notes), "count": len(job.texts)}
+    prompts = {"name": job.prompts.name, "digest": job.prompts.digest, "count": len(job.texts)}
     given = {"checkpoint": args.checkpoint, "images": args.images, "prompts": prompts, "samples": job.samples}
     if args.images:
         base = Path(args.images)
@@ -143,9 +157,12 @@ def keep_asked(out: Path, given: dict) -> None:
 
     Raises: UserError where they differ.
     """
-    kept = _read_json(out / STATE)
-    started = (out / DRAWN).exists() or (out / SCORES).exists()  # else a mistake of the first call may be mended
+    kept = results.read_json(out / STATE)
+    # Before there is an image or a score, a mistake may be mended.
+    started = (out / drawing.DRAWN).exists() or any(file.stem != _READABLE for file in (out / SCORES).glob("*"))
     given = json.loads(json.dumps(given))
+    if not started and (out / SCORES).is_dir():
+        shutil.rmtree(out / SCORES)
     if started and kept and kept["asked"] != given:
         name = next(name for name in kept["asked"] | given if kept["asked"].get(name) != given.get(name))
         was, now = (results.short(which.get(name)) for which in (kept["asked"], given))
@@ -156,7 +173,7 @@ def keep_asked(out: Path, given: dict) -> None:
 
 def keep_metrics(out: Path, given: dict[str, dict]) -> None:
     """As `keep_asked`, for what each metric depends on; others may be added. Args: given, as of `check_metrics`."""
-    kept = _read_json(out / STATE)
+    kept = results.read_json(out / STATE)
     for name, now in given.items():
         was = kept["metrics"].get(name, now)
         if was != now:
@@ -164,105 +181,6 @@ def keep_metrics(out: Path, given: dict[str, dict]) -> None:
             raise UserError(f"--out={out} holds scores of {name} with {key}={results.short(was.get(key))}, this "
                             f"evaluation has {results.short(now.get(key))}; give another --out")
     results.write_text(out / STATE, json.dumps(kept | {"metrics": kept["metrics"] | given}, indent=1) + "\n")
-
-
-def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-# Images.
-
-def draw(job: Job, args, mesh: Mesh) -> dict:
-    """Makes the images that are not there yet, as PNG.
-
-    Returns: what drawn.json holds: how the images were made, by which weights, and at what cost.
-    Raises: UserError where images are there that other weights or settings made.
-    """
-    kept = _read_json(job.out / DRAWN)
-    missing = [shot for shot in job.shots if not shot.file.exists()]
-    if kept and not missing:
-        return kept
-    loaded, times = sample.load(args.checkpoint, args.which, mesh, jnp.dtype(args.dtype))
-    sampling = sample.sampling_of(args, loaded, times)
-    record = _continued(job.out, kept, _how(loaded, sampling), _where(mesh, args.batch_size))
-    (job.out / IMAGES).mkdir(exist_ok=True)
-    results.write_text(job.out / DRAWN, json.dumps(record))
-    make = sample.make_draw(loaded, sampler=sampling.sampler, timesteps=sampling.timesteps,
-                            guidance_scale=sampling.guidance_scale, mesh=mesh)
-    metrics.say(f"drawing {len(missing)} images of {record['how']['resolution']} pixels; the first {args.batch_size} "
-                "wait for the compiler")
-    done = len(job.shots) - len(missing)
-    progress = metrics.Progress(len(job.shots), done, unit="image")
-    for start in range(0, len(missing), args.batch_size):
-        part = missing[start:start + args.batch_size]
-        padded = part + part[-1:] * (args.batch_size - len(part))  # one shape, one compilation
-        began = time.time()
-        images = make([shot.text for shot in padded], noise(job, args.seed, padded, sampling.noise_shape))
-        seconds = (time.time() - began) / args.batch_size
-        _save(part, images)
-        record["seconds"] += [seconds] if start else []  # the first has waited for the compiler
-        record["peak_memory_gb"] = max(record["peak_memory_gb"], _peak_memory_gb(mesh))
-        results.write_text(job.out / DRAWN, json.dumps(record))
-        progress.update(done + start + len(part), f"{1 / seconds:.1f} images/s")
-    progress.close()
-    return record
-
-
-def _save(shots: list[Shot], images: np.ndarray) -> None:
-    for shot, image in zip(shots, images):
-        partial = shot.file.with_suffix(".partial")
-        metrics.save_png(partial, metrics.to_uint8(image))
-        partial.rename(shot.file)
-
-
-def _how(loaded, sampling: sample.Sampling) -> dict:
-    """What an image depends on besides prompt and noise, as it is and not as it was asked for."""
-    return {"unet_sha256": scoring.params_digest(loaded.models["unet"].params), "sampler": sampling.sampler,
-            "timesteps": sampling.timesteps.tolist(), "guidance_scale": sampling.guidance_scale,
-            "resolution": sampling.latent_shape[0] * loaded.vae_scale, "latent_shape": list(sampling.latent_shape)}
-
-
-def _where(mesh: Mesh, batch_size: int) -> dict:
-    device = mesh.devices.flat[0]
-    return {"device": f"{mesh.size} x {device.device_kind}", "batch_size": batch_size,
-            "memory_of": "device" if device.memory_stats() else "process"}
-
-
-def _continued(out: Path, kept: dict, how: dict, where: dict) -> dict:
-    """The record to go on with; what was timed elsewhere is dropped. Raises: UserError for images made otherwise."""
-    for name, now in how.items():
-        if kept and kept["how"][name] != now:
-            raise UserError(f"--out={out} holds images drawn with {name}={results.short(kept['how'][name])}, this "
-                            f"generator has {results.short(now)}; give another --out")
-    if kept and kept["where"] == where:
-        return kept
-    return {"how": how, "where": where, "seconds": [], "peak_memory_gb": 0.0}
-
-
-def _peak_memory_gb(mesh: Mesh) -> float:
-    stats = mesh.devices.flat[0].memory_stats()
-    return (stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 1e9
-
-
-def noise(job: Job, seed: int, shots: list[Shot], shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal, of seed, prompt's row and sample alone.
-
-    Args: shots, B; shape, [h, w, C], or [steps, h, w, C] for few_step, whose first step has the noise of the others.
-    Returns: float32 [B, h, w, C] or [steps, B, h, w, C].
-    """
-    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), job.texts[shot.prompt].row), shot.sample)
-            for shot in shots]
-    z = jax.vmap(lambda key: jax.random.normal(key, shape))(jnp.stack(keys))
-    return np.asarray(z if len(shape) == 3 else jnp.moveaxis(z, 1, 0))
-
-
-def cost_of(drawn: dict) -> dict:
-    """As results.json holds it: median seconds an image, transfers included and compilation not. Args: drawn, or {}."""
-    if not drawn:
-        return {"seconds_per_image": None, "timed_batches": 0, "peak_memory_gb": None, "steps": None}
-    seconds, peak = drawn["seconds"], drawn["peak_memory_gb"]
-    return {"seconds_per_image": statistics.median(seconds) if seconds else None, "timed_batches": len(seconds),
-            "peak_memory_gb": peak or None, "steps": len(drawn["how"]["timesteps"]), **drawn["where"]}
 
 
 def find_broken(job: Job, batch_size: int) -> list[Path]:
@@ -292,7 +210,8 @@ def load_reward(job: Job, name: str, mesh: Mesh):
 
 def load_features(job: Job, mesh: Mesh, batch_size: int) -> scoring.Features:
     """The CLIP of --features, its weights over the mesh."""
-    return scoring.Features(rewards.resolve(job.features, job.sources[job.features]), mesh, batch_size)
+    folder = rewards.resolve(job.features, job.sources[job.features])
+    return scoring.Features(folder, rewards.REWARDS[job.features].file.read_config(folder), mesh, batch_size)
 
 
 def check_metrics(job: Job, mesh: Mesh) -> dict[str, dict]:
@@ -307,30 +226,34 @@ def check_metrics(job: Job, mesh: Mesh) -> dict[str, dict]:
     for name in job.metrics:
         if name in rewards.REWARDS:
             rewards.resolve(name, job.sources[name])  # before the tokenizer, which is the lesser thing to miss
-            reward = load_reward(job, name, mesh)
-            found[name] = {"weights": job.sources[name], "sha256": scoring.params_digest(reward.params)}
+            digest = scoring.params_digest(load_reward(job, name, mesh).params)
+            found[name] = {"weights": job.sources[name], "sha256": digest}
+            if name not in ("aesthetic", "imagereward"):  # which have none, or their own
+                found[name]["tokenizer"] = job.tokenizer
     by_features = [name for name in _BY_FEATURES if name in job.metrics]
     if by_features:
         model = load_features(job, mesh, mesh.size)
         used = {"features": job.features, "weights": job.sources[job.features], "sha256": model.digest}
         found |= {name: used for name in by_features}
-        if "frechet" in by_features and job.reference.is_file():
+        if "frechet" in by_features and Path(job.reference).is_file():
             measures.FeatureStatistics.load(job.reference, _features_name(job, model))
-    if set(_BY_CLEANFID) & set(job.metrics):
-        _cleanfid()
-    for name in ("frechet", *_BY_CLEANFID):
+    by_clean_fid = [name for name in frechet.CLEAN_FID if name in job.metrics]
+    if by_clean_fid:
+        frechet.check_clean_fid(by_clean_fid, job.reference)
+    for name in ("frechet", *by_clean_fid):
         if name in job.metrics:
-            found[name] = found[name] | {"reference": str(job.reference), "reference_digest": _reference_digest(job)}
+            found[name] = found[name] | {"reference": job.reference, "reference_digest": _reference_digest(job.reference)}
     if "oracle" in job.metrics:
         for prompt in job.texts:
             scenes.parse(prompt.text)
     return found
 
 
-def _reference_digest(job: Job) -> str:
-    if job.reference.is_file():
-        return results.digest_of(job.reference)
-    return scoring.listing_digest(scoring.images_in(job.reference), job.reference)
+def _reference_digest(reference: str) -> str:
+    if reference.startswith(frechet.STATISTICS):
+        return reference
+    path = Path(reference)
+    return results.digest_of(path) if path.is_file() else scoring.listing_digest(scoring.images_in(path), path)
 
 
 def score_images(job: Job, mesh: Mesh, batch_size: int) -> dict[str, np.ndarray]:
@@ -357,74 +280,26 @@ def score_features(job: Job, mesh: Mesh, batch_size: int) -> tuple[dict[str, np.
     values, whole, notes = {}, {}, {}
     if set(_BY_FEATURES) & set(job.metrics):
         model = load_features(job, mesh, batch_size)
-        features = model.of(job.shots, job.shape, job.out / SCORES / f"features_{job.features}.npy")
+        features = model.of(job.shots, job.shape, job.out / SCORES / f"features_{model.digest[:8]}.npy")
         if "diversity" in job.metrics:
             values["diversity"] = np.array([measures.diversity(f) for f in features])[:, None]
             notes["diversity"] = f"over {job.samples} images a prompt; {_features_name(job, model)}"
         if "frechet" in job.metrics:
-            whole["frechet"], notes["frechet"] = frechet(job, features, model)
+            whole["frechet"], notes["frechet"] = frechet.of_features(
+                features, _features_name(job, model), model, Path(job.reference),
+                job.out / SCORES / f"reference_{model.digest[:8]}.npz")
     return values, whole, notes
-
-
-def frechet(job: Job, features: np.ndarray, model: scoring.Features) -> tuple[float, str]:
-    """(distance, note) to a folder of images or a file of statistics. Args: features [P, K, D], NaN where broken."""
-    name, kept = _features_name(job, model), job.out / SCORES / f"reference_{job.features}.npz"
-    ours = measures.FeatureStatistics(name)
-    ours.update(features.reshape(-1, features.shape[-1]))
-    if job.reference.is_file() or kept.exists():
-        theirs = measures.FeatureStatistics.load(job.reference if job.reference.is_file() else kept, name)
-    else:
-        shots = [Shot(i, 0, "", file) for i, file in enumerate(scoring.images_in(job.reference))]
-        theirs = measures.FeatureStatistics(name)
-        theirs.update(model.of(shots, (len(shots), 1), None)[:, 0])
-        partial = kept.with_suffix(".partial")
-        theirs.save(partial)
-        partial.rename(kept)
-    count = "an unknown number of" if theirs.count is None else f"{theirs.count:,}"
-    left_out = f", {theirs.left_out} more not readable" if theirs.left_out else ""
-    return measures.frechet_distance(ours, theirs), (
-        f"{ours.count:,} images against {count} of {job.reference}{left_out}; {name}; float64, in this package")
-
-
-def _cleanfid():
-    try:
-        from cleanfid import fid
-    except ImportError as error:
-        raise UserError(f"--metrics=fid needs clean-fid ({error}); pip install -e '.[fid]', or leave fid and clip_fid "
-                        "out: frechet is this package's own, of another feature extractor") from None
-    return fid
-
-
-def clean_fid(name: str, files: list[Path], reference: Path, out: Path) -> tuple[float, str]:
-    """(FID or CLIP-FID, note) by the clean-fid package, mode clean.
-
-    Args: name, "fid" or "clip_fid"; files, readable images; reference, a folder; out, where a folder of links may be.
-    Raises: UserError for a reference with images that cannot be read.
-    """
-    model = {"fid": "inception_v3", "clip_fid": "clip_vit_b_32"}[name]
-    theirs = scoring.images_in(reference)
-    broken = scoring.broken_among(theirs)
-    if broken:
-        raise UserError(f"{len(broken)} of the {len(theirs)} images of --reference={reference} cannot be read, the "
-                        f"first is {broken[0]}; clean-fid takes whole folders: take them out")
-    with tempfile.TemporaryDirectory(dir=out, prefix=f"{name}_") as folder:  # of exactly the images that are scored
-        for i, file in enumerate(files):
-            (Path(folder) / f"{i:06d}{file.suffix.lower()}").symlink_to(file.absolute())
-        value = _cleanfid().compute_fid(folder, str(reference), mode="clean", model_name=model)
-    kinds = ", ".join(sorted({file.suffix.lower() for file in files}))
-    return float(value), (f"clean-fid, mode clean (bicubic, antialiased, not rounded), {model}, {len(files):,} images "
-                          f"({kinds}) against {len(theirs):,} of {reference}")
 
 
 def score_by_cleanfid(job: Job, broken: list[Path]) -> tuple[dict, dict[str, str]]:
     """Returns: FID and CLIP-FID; notes; each by metric, for those asked for. Kept, for they take long."""
     whole, notes, left_out = {}, {}, set(broken)
-    for name in _BY_CLEANFID:
+    for name in frechet.CLEAN_FID:
         if name in job.metrics:
             kept = job.out / SCORES / f"{name}.json"
             if not kept.exists():
                 files = [shot.file for shot in job.shots if shot.file not in left_out]
-                results.write_text(kept, json.dumps(clean_fid(name, files, job.reference, job.out)))
+                results.write_text(kept, json.dumps(frechet.clean_fid(name, files, job.reference, job.out)))
             whole[name], notes[name] = json.loads(kept.read_text())
     return whole, notes
 
@@ -438,27 +313,29 @@ def evaluate(args, job: Job, mesh: Mesh, settings: dict, broken: list[Path]) -> 
     values |= more
     by_cleanfid, more_notes = score_by_cleanfid(job, broken)
     whole, notes = whole | by_cleanfid, notes | more_notes
-    left_out = sum(shot.file in set(broken) for shot in job.shots)
+    unreadable = set(broken)
+    left_out = sum(shot.file in unreadable for shot in job.shots)
     counts = {"prompts": len(job.texts), "images": len(job.shots) - left_out, "left_out": left_out}
     found = {}
     for name in job.metrics:
         summary = results.whole(whole[name], counts) if name in whole else results.summarise(values[name])
         if name == "diversity":  # one number a prompt, of all its images
             summary |= {"images": counts["images"], "left_out": left_out}
-        found[name] = summary | {"label": _label(name, job), "trained_on": name in job.trained_on,
+        found[name] = summary | {"label": _label(name, job), "trained_on": job.was_trained_on(name),
                                  "note": _note(name, settings["metrics"][name], notes)}
-    known = prompt_sets.PROMPT_SETS[job.prompts.name].groups if job.prompts.name in prompt_sets.PROMPT_SETS else ()
+    named = prompt_sets.PROMPT_SETS.get(job.prompts.name)
+    groups = named.groups if named else _own_groups(job)
     files = [[_relative(shot.file, job.out) for shot in job.shots[i:i + job.samples]]
              for i in range(0, len(job.shots), job.samples)]
     return Evaluation(job.out, {
         "name": args.name or _name(args, settings), "settings": settings, "made": _made(), "comparison": None,
-        "metrics": found, "groups": results.by_categories(job.texts, values, known or _own_groups(job)),
+        "metrics": found, "groups": results.by_categories(job.texts, values, groups),
         "broken": [str(file) for file in broken]}, job.texts, files, values)
 
 
 def settings_of(given: dict, of_metrics: dict[str, dict], job: Job, drawn: dict) -> dict:
     """What the numbers depend on, with hashes. Args: as of `asked`, `check_metrics`, and `draw` or {}."""
-    used = dict(given)
+    used = given | {"prompts": given["prompts"] | {"verified": job.prompts.verified, "notes": list(job.prompts.notes)}}
     if drawn:
         for name in ("sampler", "steps", "guidance_scale", "timestep", "resolution"):  # as asked; some do not apply
             del used[name]
@@ -478,10 +355,10 @@ def _made() -> dict[str, str]:
 
 
 def _own_groups(job: Job) -> tuple[str, ...]:
-    """Columns of a user's file that name at most a hundred categories."""
+    """Columns of a user's file that name at most a hundred categories, and fewer than there are prompts."""
     names = dict.fromkeys(name for prompt in job.texts for name in prompt.categories)
-    return tuple(name for name in names
-                 if len({prompt.categories[name] for prompt in job.texts if name in prompt.categories}) <= 100)
+    counts = {name: len({prompt.categories[name] for prompt in job.texts if name in prompt.categories}) for name in names}
+    return tuple(name for name, count in counts.items() if count <= min(100, len(job.texts) - 1))
 
 
 def _relative(file: Path, out: Path) -> Path:
@@ -518,11 +395,10 @@ def _check(args) -> None:
     _check_reference(args)
     if "diversity" in args.metrics and args.samples < 2:
         raise UserError(f"--metrics=diversity with --samples={args.samples}, expected 2 or more; 8 is usual")
-    for flag, names in (("trained_on", args.trained_on), ("features", [args.features])):
+    for flag, names, known in (("trained_on", args.trained_on, rewards.REWARDS), ("features", [args.features], FEATURES)):
         for name in names:
-            if name not in rewards.REWARDS:
-                raise UserError(f"--{flag}={name}, expected one of {', '.join(rewards.REWARDS)}"
-                                f"{suggest(name, list(rewards.REWARDS))}")
+            if name not in known:
+                raise UserError(f"--{flag}={name}, expected one of {', '.join(known)}{suggest(name, list(known))}")
     shares = jax.device_count()
     if args.batch_size % shares:
         raise UserError(f"--batch_size={args.batch_size} is not divisible by the {shares} devices; use "
@@ -535,11 +411,13 @@ def _check(args) -> None:
 
 
 def _check_reference(args) -> None:
-    users = [name for name in ("frechet", *_BY_CLEANFID) if name in args.metrics]
+    users = [name for name in ("frechet", *frechet.CLEAN_FID) if name in args.metrics]
     if users and not args.reference:
         raise UserError(f"--metrics={users[0]} without --reference; give a folder of real images"
                         + (", or an .npz of their statistics" if users == ["frechet"] else ""))
     if not args.reference:
+        return
+    if args.reference.startswith(frechet.STATISTICS) and "frechet" not in users:
         return
     reference = Path(args.reference)
     if not reference.exists():
@@ -568,10 +446,10 @@ def run(args) -> Evaluation:
     keep_metrics(job.out, of_metrics)
     drawn = {}
     if args.checkpoint:
-        drawn = draw(job, args, mesh)
+        drawn = drawing.draw(job.out, job.shots, [prompt.row for prompt in job.texts], args, mesh)
         broken = find_broken(job, args.batch_size)
     evaluation = evaluate(args, job, mesh, settings_of(given, of_metrics, job, drawn), broken)
-    evaluation.results["cost"] = cost_of(drawn)
+    evaluation.results["cost"] = drawing.cost_of(drawn)
     if baseline:
         evaluation.results["comparison"] = {
             "baseline": baseline.results["name"], "folder": str(baseline.folder),
@@ -600,8 +478,9 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
                       f"Some of {', '.join((*scoring.PER_IMAGE, *scoring.ON_SETS))}.")
     flags.DEFINE_multi_string("weights", [], "METRIC=FOLDER, where they are not the run's or the published ones.")
     flags.DEFINE_string("tokenizer", None, "Folder or Hub name of CLIP's tokenizer, for the metrics.")
-    flags.DEFINE_string("features", "clipscore", "Metric whose CLIP gives the features of diversity and frechet.")
-    flags.DEFINE_string("reference", None, "Folder of real images, or .npz of their statistics, of frechet and FID.")
+    flags.DEFINE_string("features", FEATURES[0], "Metric whose CLIP gives the features of diversity and frechet.")
+    flags.DEFINE_string("reference", None, "Folder of real images of frechet and FID; or .npz of statistics (frechet), or "
+                        "cleanfid:NAME (FID).")
     flags.DEFINE_list("trained_on", [], "Rewards that the generator was trained on, where its run does not say so.")
     flags.DEFINE_string("name", None, "Of the generator, in table and page.")
     flags.DEFINE_string("baseline", None, "--out of an earlier evaluation to compare with.")

@@ -184,20 +184,6 @@ def by_group(values: np.ndarray, groups: Sequence[str]) -> dict[str, Summary]:
     return {name: summary(values[names == name]) for name in dict.fromkeys(groups)}
 
 
-def groups_std(values: np.ndarray, size: int = 80) -> float:
-    """Standard deviation (divided by n) of the means of consecutive groups of prompts: what HPSv2's tool prints.
-
-    It is not an error of the mean, and depends on `size`; for 10 groups of 80 it is about 3 standard errors of it.
-
-    Args: values [P, K] or [P]; size: prompts of a group. The last may have fewer; one without a readable image has none.
-    Returns: NaN without a readable image. Source: HPSv2, hpsv2/evaluation.py, `evaluate_benchmark`.
-    """
-    means = _by_prompt(values)[0]
-    found = np.array([summary(means[start:start + size]).mean for start in range(0, len(means), size)])
-    found = found[~np.isnan(found)]
-    return float(found.std()) if len(found) else np.nan
-
-
 class Paired(NamedTuple):
     """Run a against run b; low and high bound a 95 % interval, NaN for fewer than two prompts."""
     difference: float  # mean over prompts of a - b

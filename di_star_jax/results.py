@@ -65,9 +65,11 @@ def _number(x: float | None) -> float | None:
 
 def summarise(values: np.ndarray) -> dict:
     """Mean, standard error over prompts, and counts, as results.json holds them."""
-    found = measures.summary(values)
-    return {"mean": _number(found.mean), "stderr": _number(found.stderr), "prompts": found.prompts,
-            "images": found.images, "left_out": found.left_out}
+    return _plain(measures.summary(values))
+
+
+def _plain(found: measures.Summary) -> dict:
+    return found._asdict() | {"mean": _number(found.mean), "stderr": _number(found.stderr)}
 
 
 def by_categories(prompts: list[Prompt], values: dict[str, np.ndarray], groups: tuple[str, ...]) -> dict:
@@ -76,9 +78,9 @@ def by_categories(prompts: list[Prompt], values: dict[str, np.ndarray], groups: 
     for group in groups:
         names = [prompt.categories[group] for prompt in prompts if group in prompt.categories]
         if len(names) == len(prompts):
-            tables[group] = {
-                name: {metric: summarise(table[np.array(names, object) == name]) for metric, table in values.items()}
-                for name in dict.fromkeys(names)}
+            found = {metric: measures.by_group(table, names) for metric, table in values.items()}
+            tables[group] = {name: {metric: _plain(summaries[name]) for metric, summaries in found.items()}
+                             for name in dict.fromkeys(names)}
     return tables
 
 
@@ -105,6 +107,9 @@ def check_same_scores(of_metrics: dict[str, dict], baseline: Evaluation) -> None
         if mine.get("sha256") != theirs.get("sha256"):
             raise UserError(f"{baseline.folder} has {name} by other weights ({short(theirs['weights'])}) than this "
                             f"evaluation ({short(mine['weights'])}); score both by the same")
+        if mine.get("reference_digest") != theirs.get("reference_digest"):
+            raise UserError(f"{baseline.folder} has {name} against another reference ({short(theirs['reference'])}) than "
+                            f"this evaluation ({short(mine['reference'])}); score both against the same")
 
 
 def compare(ours: Evaluation, baseline: Evaluation) -> dict[str, dict]:
@@ -130,6 +135,11 @@ def same_noise(ours: Evaluation, baseline: Evaluation) -> bool:
     return None not in noise and noise[0] == noise[1]
 
 
+def read_json(file: Path) -> dict:
+    """{} where there is no file."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes a file that is never seen half written."""
     partial = file.with_name(file.name + ".partial")
@@ -138,11 +148,13 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write(evaluation: Evaluation, baseline: Evaluation | None, *, max_prompts: int) -> None:
-    """Writes all four files. Args: baseline, to show beside it; max_prompts, whose pictures the page shows."""
+    """Writes all four files. results.json is the last, and gone before the others change: it marks a finished evaluation.
+
+    Args: baseline, to show beside it; max_prompts, whose pictures the page shows."""
+    (evaluation.folder / FILE).unlink(missing_ok=True)
     _write_parquet(evaluation)
     write_text(evaluation.folder / TABLE, table(evaluation, baseline) + "\n")
     _write_page(evaluation, baseline, max_prompts)
-    # Last: a folder with results.json is a finished evaluation.
     write_text(evaluation.folder / FILE, json.dumps(evaluation.results, indent=1, allow_nan=False) + "\n")
 
 
@@ -250,7 +262,7 @@ def table(evaluation: Evaluation, baseline: Evaluation | None) -> str:
     for row in published.rows if published else ():
         cells = [f"*{row.scores[m.name]:.{m.digits}f}*" if m.name in row.scores else "" for m in metrics]
         lines.append(_line([_published(row.name), str(row.steps), f"{row.seconds:.2f}", "", *cells]))
-    return "\n".join([*lines, "", *(f"- {note}" for note in _notes(evaluation, metrics, published)),
+    return "\n".join([*lines, "", *(f"- {note}" for note in _notes(runs, metrics, published)),
                       *_style_tables(runs, metrics), *_category_tables(evaluation, metrics)])
 
 
@@ -262,16 +274,18 @@ def _published(name: str) -> str:
     return f"*{name}, published*"
 
 
-def _notes(evaluation: Evaluation, metrics: list[page.Metric], published: papers.Table | None) -> list[str]:
+def _notes(runs: list[Evaluation], metrics: list[page.Metric], published: papers.Table | None) -> list[str]:
     """What is under the table."""
-    found, settings = evaluation.results, evaluation.results["settings"]
+    found, settings = runs[0].results, runs[0].results["settings"]
     prompts, broken = settings["prompts"], found["broken"]
     what = f"{prompts['count']:,} prompts, {settings['samples']} images of each; mean ± standard error over prompts"
     notes = [f"{prompts['name']}: {what}.", *(f"{note}." for note in prompts["notes"])]
     if broken:
         notes.append(f"{len(broken)} images cannot be read and are left out, the first is {broken[0]}.")
-    if any(m.trained_on for m in metrics):
-        notes.append("† a reward that the generator was trained on: a rise here alone proves nothing.")
+    for run in runs:
+        trained = ", ".join(run.results["settings"]["trained_on"])
+        if trained:
+            notes.append(f"{run.results['name']} was trained on {trained} (†): a rise there alone proves nothing.")
     if found["comparison"]:
         notes.append("Difference: 95 % bootstrap interval over prompts; share of prompts won.")
     if published:
@@ -284,7 +298,7 @@ def _style_tables(runs: list[Evaluation], metrics: list[page.Metric]) -> list[st
     """HPSv2 as its papers print it: generators by styles, and their average."""
     lines = []
     for metric in metrics:
-        if metric.name not in ("hpsv2", "hpsv21") or "style" not in runs[0].results["groups"]:
+        if metric.name not in ("hpsv2", "hpsv21", "hpsv21_legacy") or "style" not in runs[0].results["groups"]:
             continue
         styles = list(runs[0].results["groups"]["style"])
         lines += ["", _line([metric.label, *styles, "average"]), "|---" * (len(styles) + 2) + "|"]

@@ -74,8 +74,8 @@ def load(source: str, which: str, mesh: Mesh | None = None,
             target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, shardings)
         params = checkpoints.restore_item(last, which, target)
     checkpoints.close()
-    unet = unet._replace(params=params)
-    return loaded._replace(models=loaded.models | {"unet": unet}), () if which == "assistant" else tuple(metadata["generator_timesteps"])
+    loaded = loaded._replace(models=loaded.models | {"unet": unet._replace(params=params)})
+    return loaded, () if which == "assistant" else tuple(metadata["generator_timesteps"])
 
 
 def make_draw(loaded: pipeline.Pipeline, *, sampler: str, timesteps: np.ndarray, guidance_scale: float,

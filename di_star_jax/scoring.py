@@ -4,6 +4,7 @@
 P prompts with K images each; an image that cannot be read has no score (NaN) and stops nothing.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -25,9 +26,11 @@ from di_star_jax.rewards import REWARDS
 from di_star_jax.rewards.open_clip import to_transformers
 from di_star_jax.rewards.pixels import clip_pixels_rounded
 from di_star_jax.rewards.reward import Reward
-from di_star_jax.rewards.similarity import image_embeddings, read_config
+from di_star_jax.rewards.similarity import image_embeddings
 from di_star_jax.shapes import oracle, scenes
 
+# Left to themselves, TPUs multiply float32 in bfloat16 and GPUs in TF32, and lose digits that published scores have.
+_EXACT = functools.partial(jax.default_matmul_precision, "highest")
 READERS = 8  # threads that decode images ahead of the device
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow's readers raise
@@ -58,14 +61,15 @@ def find_images(given: Path, texts: list[Prompt], samples: int, total: int) -> l
     """Images by prompt.
 
     Args:
-      given: a folder, whose files are taken in the order of `images_in`; or a JSON file that maps prompts to files.
+      given: a folder, whose files are taken in the order of `images_in`; or a JSON file that maps prompts to files, or
+        lists files in the order of the prompts, which may then have the same text.
       texts: P prompts. samples: K.
       total: prompts of the whole set; a folder may have the images of all, of which the first are taken.
     Returns: [P][K] files.
     Raises: UserError where they do not match the prompts.
     """
     if given.suffix == ".json" and given.is_file():
-        return _mapped_images(given, texts, samples)
+        return _named_images(given, texts, samples)
     if not given.is_dir():
         raise UserError(f"--images={given} is no folder; give a folder of images, or a .json of prompt to file")
     files = images_in(given)
@@ -75,20 +79,23 @@ def find_images(given: Path, texts: list[Prompt], samples: int, total: int) -> l
     return [files[i:i + samples] for i in range(0, len(texts) * samples, samples)]
 
 
-def _mapped_images(given: Path, texts: list[Prompt], samples: int) -> list[list[Path]]:
-    expected = "expected {prompt: file, or a list of files}"
+def _named_images(given: Path, texts: list[Prompt], samples: int) -> list[list[Path]]:
+    expected = "expected {prompt: file, or a list of files}, or such a list with an entry a prompt"
     try:
         mapping = json.loads(given.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"--images={given} is not readable as JSON ({error}); {expected}") from None
-    if not isinstance(mapping, dict):
+    if not isinstance(mapping, (dict, list)):
         raise UserError(f"--images={given} holds a {type(mapping).__name__}, {expected}")
-    missing = [prompt.text for prompt in texts if prompt.text not in mapping]
+    if isinstance(mapping, list) and len(mapping) != len(texts):
+        raise UserError(f"--images={given} lists {len(mapping)} entries, expected one for each of the {len(texts)} prompts")
+    missing = [prompt.text for prompt in texts if isinstance(mapping, dict) and prompt.text not in mapping]
     if missing:
         raise UserError(f"--images={given} has no images for {len(missing)} of the {len(texts)} prompts, the first is "
                         f"{missing[0]!r}; add them, or lower --num_prompts")
-    found = [[given.parent / name for name in _names(given, prompt.text, mapping[prompt.text], samples)]
-             for prompt in texts]
+    entries = mapping if isinstance(mapping, list) else [mapping[prompt.text] for prompt in texts]
+    found = [[given.parent / name for name in _names(given, prompt.text, names, samples)]
+             for prompt, names in zip(texts, entries)]
     absent = [file for files in found for file in files if not file.is_file()]
     if absent:
         raise UserError(f"--images={given} names {len(absent)} files that are not there, the first is {absent[0]}; "
@@ -232,7 +239,8 @@ def by_reward(reward: Reward, mesh: Mesh, batch_size: int) -> Callable[[list[Sho
 
     def per_batch(shots, images):
         prompts = jax.tree.map(lambda x: _padded(x, batch_size), reward.tokenize([shot.text for shot in shots]))
-        return np.asarray(run(reward.params, _padded(images, batch_size), prompts))[:len(shots)]
+        with _EXACT():
+            return np.asarray(run(reward.params, _padded(images, batch_size), prompts))[:len(shots)]
 
     return per_batch
 
@@ -240,14 +248,14 @@ def by_reward(reward: Reward, mesh: Mesh, batch_size: int) -> Callable[[list[Sho
 class Features:
     """Image embeddings of a CLIP, unit vectors, for diversity and Frechet distance.
 
-    Args: folder, of a `CLIPModel`; mesh; batch_size, a multiple of its data x fsdp.
+    Args: folder and config of a `CLIPModel`; mesh; batch_size, a multiple of its data x fsdp.
     Raises: UserError for a folder of another model.
 
     Attributes: digest, sha256 of the parameters.
     """
 
-    def __init__(self, folder: Path, mesh: Mesh, batch_size: int):
-        model = pipeline.load_model(folder, config=read_config(folder), arrange=to_transformers,
+    def __init__(self, folder: Path, config: dict, mesh: Mesh, batch_size: int):
+        model = pipeline.load_model(folder, config=config, arrange=to_transformers,
                                     shardings=lambda tree: sharding.params_sharding(mesh, tree))
         self.digest = params_digest(model.params)
         self._params, self._batch_size = model.params, batch_size
@@ -269,7 +277,8 @@ class Features:
         progress = metrics.Progress(len(missing), 0, unit="features")
         for done, (part, images) in _counted(batches(missing, self._batch_size)):
             if images is not None:
-                rows = np.asarray(self._run(self._params, _padded(images, self._batch_size)))[:len(part)]
+                with _EXACT():
+                    rows = np.asarray(self._run(self._params, _padded(images, self._batch_size)))[:len(part)]
                 found[[shot.prompt for shot in part], [shot.sample for shot in part]] = rows
             progress.update(done, "images embedded")
         progress.close()

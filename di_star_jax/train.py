@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -195,6 +194,11 @@ def load_prompts(file: str, workdir: Path, column: str) -> prompts.Source:
     return prompts.load(file, workdir / "prompts", column=column)
 
 
+def _lasting(source: str) -> str:
+    """A folder's absolute path, which holds from anywhere; a Hub name as it is."""
+    return str(Path(source).absolute()) if source and Path(source).is_dir() else source
+
+
 def run(config, workdir: str) -> None:
     """Trains as `config` says, continuing what is in `workdir`, and leaves the results there.
 
@@ -219,9 +223,9 @@ def run(config, workdir: str) -> None:
     state = load_state(config, frozen, mesh, checkpoints, opts)
     # What convert, sample and evaluate need to know of this run.
     metadata = {"unet_config": frozen.unet.config, "reference": str(frozen.folder.absolute()),
-                "generator_timesteps": settings.generator_timesteps, "initial": config.weights.generator,
+                "generator_timesteps": settings.generator_timesteps, "initial": _lasting(config.weights.generator),
                 "trained_on": {name: scale for name, scale in config.reward.items() if scale},
-                "weights": dict(config.weights)}
+                "weights": {name: _lasting(source) for name, source in config.weights.items()}}
 
     # Prompts, by index: step k sees the same ones on any number of hosts and after any restart.
     source = load_prompts(config.data.prompts, folder, config.data.column)

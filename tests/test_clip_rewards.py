@@ -567,8 +567,8 @@ def _refused(load, *args, **kw):
 
 
 @pytest.mark.parametrize("name, wanted", [
-    ("pickscore", "yuvalkirstain/PickScore_v1"), ("hpsv2", "HPS_v2_compressed.pt of xswu/HPSv2"),
-    ("hpsv21", "HPS_v2.1_compressed.pt of xswu/HPSv2"), ("clipscore", "openai/clip-vit-base-patch32"),
+    ("pickscore", "yuvalkirstain/PickScore_v1"), ("hpsv2", "HPS_v2_compressed.pt (2.0)"),
+    ("hpsv21", "HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2"), ("clipscore", "openai/clip-vit-base-patch32"),
     ("clipscore_l14", "openai/clip-vit-large-patch14"), ("aesthetic", "improved-aesthetic-predictor")])
 def test_a_missing_folder_or_file_is_named_with_its_source(tokenizer, tmp_path, name, wanted):
     message = _refused(rewards.load_rewards, {name: str(tmp_path / "none")}, str(tokenizer[0]))
@@ -584,12 +584,12 @@ def test_an_aesthetic_folder_says_what_of_its_two_files_is_missing_or_does_not_f
     reference.save_pretrained(tmp_path)
     load = lambda: aesthetic.load(tmp_path, tokenizer=tokenizer[0])
     message = _refused(load)
-    assert f"lacks {aesthetic.HEAD}, converted once" in message and "model.safetensors" not in message
+    assert f"lacks {aesthetic.HEAD} (converted once" in message and "model.safetensors" not in message
     safetensors.torch.save_file(head(10).state_dict(), tmp_path / aesthetic.HEAD)
     assert "layers.0.weight is [1024, 10], expected [1024, 12]" in _refused(load)
     (tmp_path / "model.safetensors").unlink()
     message = _refused(load)
-    assert "lacks model.safetensors, of openai/clip-vit-large-patch14" in message and "converted" not in message
+    assert "lacks model.safetensors (of openai/clip-vit-large-patch14" in message and "converted" not in message
 
 
 @pytest.mark.parametrize("file", [pickscore, clipscore, hpsv2, aesthetic], ids=lambda file: file.__name__.split(".")[-1])

@@ -22,7 +22,8 @@ from PIL import Image
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax import checkpoint, config, evaluate, metrics, models, pipeline, rewards, scoring, sharding, weights
+from di_star_jax import (checkpoint, config, drawing, evaluate, metrics, models, pipeline, rewards, scoring, sharding,
+                         weights)
 from di_star_jax.rewards.reward import Reward
 
 CAPTIONS = [f"a {colour} {kind}{more}" for colour in ("red", "blue") for kind in ("circle", "square")
@@ -174,8 +175,9 @@ def test_results_say_what_drew_the_images_and_nothing_that_does_not_apply(straig
     assert not {"steps", "timestep", "images_digest"} & settings.keys()
     assert settings["unet_sha256"] == scoring.params_digest(trained(folder))
     reward = pipeline.load_model(folder / "reward").params
-    assert settings["metrics"]["pickscore"] == {"weights": str(folder / "reward"),
-                                                "sha256": scoring.params_digest(reward)}
+    assert settings["metrics"]["pickscore"] == {
+        "weights": str(folder / "reward"), "sha256": scoring.params_digest(reward), "tokenizer": str(folder / "tokenizer")}
+    assert len(settings["vae_and_text_sha256"]) == 64
     assert settings["trained_on"] == {"pickscore": 100.0} and found["metrics"]["pickscore"]["trained_on"]
     assert found["made"]["jax"] == jax.__version__ and found["made"]["date"].startswith("20")
     assert found["name"] == f"{workdir.name} (ema)"
@@ -214,14 +216,13 @@ def test_one_device_and_split_parameters_give_the_images_and_numbers_of_eight_de
 
 
 def test_noise_depends_on_seed_row_and_sample_alone_and_few_step_begins_with_the_same():
-    rows = [types.SimpleNamespace(row=row) for row in (0, 5)]
-    job = types.SimpleNamespace(texts=rows)
+    rows = [0, 5]
     shots = [scoring.Shot(p, k, "", None) for p in (0, 1) for k in (0, 1)]
-    z = evaluate.noise(job, 3, shots, (4, 4, 2))
-    assert np.array_equal(z[2:], evaluate.noise(job, 3, shots[2:], (4, 4, 2)))
+    z = drawing.noise(rows, 3, shots, (4, 4, 2))
+    assert np.array_equal(z[2:], drawing.noise(rows, 3, shots[2:], (4, 4, 2)))
     assert len({image.tobytes() for image in z}) == 4
-    assert not np.array_equal(z, evaluate.noise(job, 4, shots, (4, 4, 2)))
-    few = evaluate.noise(job, 3, shots, (3, 4, 4, 2))
+    assert not np.array_equal(z, drawing.noise(rows, 4, shots, (4, 4, 2)))
+    few = drawing.noise(rows, 3, shots, (3, 4, 4, 2))
     assert few.shape == (3, 4, 4, 4, 2) and np.array_equal(few[0], z)
 
 
@@ -460,6 +461,10 @@ def test_a_json_of_prompt_to_files_and_duplicate_prompts_are_taken_at_their_word
     code, _, stderr = command(*given, "--metrics=bright", f"--out={tmp_path}/out")
     assert code == 0, stderr
     assert np.allclose(columns_of(tmp_path / "out", 1)["bright"][:, 0], printed(np.array([100, 200, 100])), atol=1e-4)
+    mapping.write_text(json.dumps(["images/1.png", ["images/2.png"], "images/0.png"]))  # in the prompts' order
+    assert command(*given, "--metrics=bright", f"--out={tmp_path}/listed")[0] == 0
+    found = columns_of(tmp_path / "listed", 1)["bright"][:, 0]
+    assert np.allclose(found, printed(np.array([100, 200, 0])), atol=1e-4)
 
 
 def test_of_a_folder_with_all_images_the_first_prompts_can_be_taken(command, bright, tmp_path):
@@ -561,7 +566,7 @@ def test_statistics_of_a_reference_serve_in_place_of_its_folder(command, folder,
     found = results_of(tmp_path / "out")["metrics"]["frechet"]
     assert "6 images against 6 of" in found["note"] and "1 more not readable" in found["note"]
     assert found["mean"] > 0 and found["stderr"] is None
-    npz = tmp_path / "out" / "scores" / "reference_clipscore.npz"
+    npz, = (tmp_path / "out" / "scores").glob("reference_*.npz")
     assert command(*given, f"--reference={npz}", f"--out={tmp_path}/again")[0] == 0
     assert np.isclose(results_of(tmp_path / "again")["metrics"]["frechet"]["mean"], found["mean"], rtol=1e-9)
 
@@ -571,14 +576,37 @@ def cleanfid(monkeypatch):
     """A stand-in for the package; [(files of the first folder, second folder, other arguments)]."""
     calls = []
 
-    def compute_fid(ours, theirs, **named):
+    def compute_fid(ours, theirs=None, **named):
         files = sorted(os.scandir(ours), key=lambda file: file.name)
+        assert str(named.pop("device")) == "cpu" and named.pop("use_dataparallel") is False
         calls.append(([os.path.realpath(file) for file in files], theirs, named))
         return np.float32(12.5)
+
+    def test_stats_exists(name, mode, model_name):
+        return (name, mode, model_name) == ("coco", "clean", "inception_v3")
+
     module = types.ModuleType("cleanfid")
-    module.fid = types.SimpleNamespace(compute_fid=compute_fid)
+    module.fid = types.SimpleNamespace(compute_fid=compute_fid, test_stats_exists=test_stats_exists)
     monkeypatch.setitem(sys.modules, "cleanfid", module)
+    monkeypatch.setitem(sys.modules, "clip", types.ModuleType("clip"))
     return calls
+
+
+def test_clean_fid_takes_its_own_statistics_by_name_and_says_which_it_does_not_have(command, cleanfid, tmp_path):
+    given = [*images_and_prompts(tmp_path, range(0, 30, 10)), "--reference=cleanfid:coco"]
+    assert command(*given, "--metrics=fid", f"--out={tmp_path}/out")[0] == 0
+    assert cleanfid[0][1:] == (None, {"mode": "clean", "model_name": "inception_v3", "dataset_name": "coco",
+                                      "dataset_split": "custom"})
+    assert "against its statistics coco" in results_of(tmp_path / "out")["metrics"]["fid"]["note"]
+    code, _, stderr = command(*given, "--metrics=clip_fid", f"--out={tmp_path}/other")
+    assert code == 2 and "clean-fid has no statistics 'coco' for clip_fid; make them" in stderr
+
+
+def test_clip_fid_without_the_package_that_clean_fid_needs_is_refused_at_once(command, cleanfid, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "clip", None)
+    given = [*images_and_prompts(tmp_path, range(0, 30, 10)), "--reference=cleanfid:coco", "--metrics=clip_fid"]
+    code, _, stderr = command(*given, f"--out={tmp_path}/out")
+    assert code == 2 and "clip_fid needs OpenAI's CLIP package" in stderr
 
 
 def test_clean_fid_is_given_the_readable_images_in_a_folder_and_asked_once(command, cleanfid, tmp_path):
@@ -594,7 +622,7 @@ def test_clean_fid_is_given_the_readable_images_in_a_folder_and_asked_once(comma
     assert cleanfid == [(files, reference, {"mode": "clean", "model_name": "inception_v3"}),
                         (files, reference, {"mode": "clean", "model_name": "clip_vit_b_32"})]
     found = results_of(tmp_path / "out")["metrics"]
-    assert found["fid"]["mean"] == 12.5 and "inception_v3, 10 images (.png) against 4 of" in found["fid"]["note"]
+    assert found["fid"]["mean"] == 12.5 and "resized to 299 bicubic, antialiased, not rounded; 10 images (.png) against 4 of" in found["fid"]["note"]
     assert "clip_vit_b_32" in found["clip_fid"]["note"] and found["fid"]["left_out"] == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["prompts", "scores"]
     assert command(*given)[0] == 0 and len(cleanfid) == 2
@@ -625,12 +653,12 @@ BAD = {
     "no folder": (["--images=TMP/none"], "is no folder"),
     "all broken": (["--images=TMP/broken"], "none of the 3 images can be read"),
     "JSON without a prompt": (["--images=TMP/others.json"], "has no images for 3 of the 3 prompts, the first is"),
-    "JSON of a list": (["--images=TMP/list.json"], "holds a list, expected {prompt: file, or a list of files}"),
+    "JSON of a list": (["--images=TMP/list.json"], "lists 0 entries, expected one for each of the 3 prompts"),
     "no JSON": (["--images=TMP/no.json"], "is not readable as JSON"),
     "JSON with a wrong path": (["--images=TMP/paths.json"], "names 1 files that are not there"),
     "JSON with two for one": (["--images=TMP/pairs.json"], "expected 1 file name(s); set --samples"),
-    "hpsv2 without weights": (["--metrics=hpsv2"], "HPS_v2_compressed.pt of xswu/HPSv2 on the Hub"),
-    "aesthetic without weights": (["--metrics=aesthetic"], "sac+logos+ava1-l14-linearMSE.safetensors converted once"),
+    "hpsv2 without weights": (["--metrics=hpsv2"], "HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2 on the Hub"),
+    "aesthetic without weights": (["--metrics=aesthetic"], "sac+logos+ava1-l14-linearMSE.safetensors (converted once"),
     "imagereward without weights": (["--metrics=imagereward"], "ImageReward.pt of THUDM/ImageReward on the Hub"),
     "a UNet as metric": (["--metrics=pickscore", "--weights=pickscore=SHAPES/unet"], "holds a UNet2DConditionModel"),
     "a UNet as features": (["--metrics=frechet", "--reference=TMP/images", "--features=hpsv2",

@@ -26,7 +26,7 @@ LEVELS = [
     {"aot", "peer"},
     {"scoring", "papers", "page"},
     {"results"},
-    {"main", "convert", "sample", "evaluate", "benchmark", "shapes", "mixture", "shapes.pretrain", "shapes.ablation", "shapes.tokenizer"},
+    {"main", "convert", "sample", "drawing", "frechet", "evaluate", "benchmark", "shapes", "mixture", "shapes.pretrain", "shapes.ablation", "shapes.tokenizer"},
 ]
 LEVEL = {module: i for i, level in enumerate(LEVELS) for module in level}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
@@ -47,7 +47,7 @@ def imports(path):
 def test_module_imports_only_from_its_own_level_and_above(path):
     module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for name in imports(path):
-        if module not in ("peer", "benchmark"):  # what --vs=torch alone runs
+        if module not in ("peer", "benchmark", "frechet"):  # what --vs=torch and --metrics=fid alone run
             assert name.split(".")[0] not in ("torch", "tensorflow", "diffusers"), f"{module} imports {name}"
         if name.startswith("di_star_jax."):
             used = name.removeprefix("di_star_jax.")

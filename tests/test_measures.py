@@ -193,7 +193,7 @@ def test_frechet_distance_in_one_dimension_and_of_scaled_sets():
         4.0 * np.trace(np.cov(z, rowvar=False)), rel=1e-9)
 
 
-# summary, by_group, groups_std
+# summary, by_group
 
 def test_summary_is_a_mean_of_prompt_means_with_its_error_over_prompts():
     found = measures.summary([[1.0, 3.0], [4.0, NAN], [NAN, NAN], [6.0, 6.0]])
@@ -224,15 +224,6 @@ def test_categories_are_summed_up_one_by_one_in_order_of_appearance():
     assert found["anime"][2:] == (1, 1, 1)
     with pytest.raises(UserError, match="4 prompts and 1 categories"):
         measures.by_group(values, ["photo"])
-
-
-def test_groups_std_is_what_the_tool_of_hpsv2_prints():
-    values = np.random.default_rng(14).normal(0.28, 0.02, 800)
-    expected = np.std([np.mean(values[i:i + 80]) for i in range(0, 800, 80)])
-    assert measures.groups_std(values) == pytest.approx(expected, rel=1e-12)
-    assert measures.groups_std(np.stack([values, values], axis=1)) == pytest.approx(expected, rel=1e-12)
-    assert measures.groups_std([0.0, 2.0, NAN, 5.0, NAN, NAN], size=2) == 2.0  # of 1 and 5
-    assert np.isnan(measures.groups_std([NAN, NAN]))
 
 
 # paired

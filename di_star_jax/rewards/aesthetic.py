@@ -16,7 +16,7 @@ from flax import nnx
 from di_star_jax import models, pipeline, weights
 from di_star_jax.config import UserError
 from di_star_jax.models.layers import ScoreHead
-from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
+from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.similarity import image_embeddings, read_config
 
@@ -44,8 +44,8 @@ def _no_prompts(texts: list[str]) -> np.ndarray:
 
 def _reward(clip: pipeline.Model, head: nnx.GraphDef, head_params: dict, tokenize) -> Reward:
     graphs, params = _Graphs(clip.graphdef, head), {"clip": clip.params, "head": head_params}
-    return Reward(params, functools.partial(_score, graphs, clip_pixels),
-                  functools.partial(_score, graphs, clip_pixels_rounded), tokenize,
+    return Reward(params, functools.partial(_score, graphs, torchvision_pixels),
+                  functools.partial(_score, graphs, torchvision_pixels_rounded), tokenize,
                   jax.ShapeDtypeStruct((1,), jnp.int32))
 
 
@@ -65,7 +65,7 @@ def _check_files(folder: Path) -> None:
     files = {path.name for path in folder.glob("*.safetensors")}
     missing = [name for name, there in ((HEAD, HEAD in files), ("model.safetensors", files - {HEAD})) if not there]
     if missing:
-        raise UserError(f"{folder} lacks " + "; ".join(f"{name}, {NEEDED[name]}" for name in missing))
+        raise UserError(f"{folder} lacks " + "; ".join(f"{name} ({NEEDED[name]})" for name in missing))
 
 
 def abstract(config: dict, **options) -> Reward:
@@ -73,7 +73,7 @@ def abstract(config: dict, **options) -> Reward:
     return _reward(pipeline.abstract_model(_tower(config), **options), *_head(_tower(config)), None)
 
 
-def load(folder: Path, *, tokenizer: Path, shardings=None, param_dtype=jnp.float32, **options) -> Reward:
+def load(folder: Path, *, tokenizer: str | Path, shardings=None, param_dtype=jnp.float32, **options) -> Reward:
     """From a `CLIPModel` folder (openai/clip-vit-large-patch14) with the head's file HEAD beside its own.
 
     Args: folder; tokenizer, not needed; options, of `pipeline.load_model`.

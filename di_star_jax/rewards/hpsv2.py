@@ -7,7 +7,7 @@ antialias tensors by itself: ours antialiases; hpsv2_legacy.py does not. Source:
 
 from pathlib import Path
 
-from di_star_jax import pipeline
+from di_star_jax import pipeline, weights
 from di_star_jax.models.published import PICKSCORE
 from di_star_jax.prompts import Tokenizer
 from di_star_jax.rewards.open_clip import to_transformers
@@ -16,8 +16,8 @@ from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.similarity import check_weights, reward_of
 from di_star_jax.rewards.similarity import read_config as read_clip_config
 
-NEEDED = ("model.safetensors, converted once from HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2 "
-          "on the Hub as README says")
+NEEDED = {"model.safetensors": "HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2 on the Hub, "
+                               "converted once as README says"}
 
 
 def read_config(folder: Path) -> dict:
@@ -30,12 +30,13 @@ def abstract(config: dict, *, evaluation: Pixels = tensor_pixels_rounded, **opti
     return reward_of(pipeline.abstract_model(config, **options), None, training=tensor_pixels, evaluation=evaluation)
 
 
-def load(folder: Path, *, tokenizer: Path, evaluation: Pixels = tensor_pixels_rounded, **options) -> Reward:
+def load(folder: Path, *, tokenizer: str | Path, evaluation: Pixels = tensor_pixels_rounded, **options) -> Reward:
     """From a folder with the published file converted to model.safetensors.
 
-    Args: folder; tokenizer, a folder; evaluation, from images to pixels; options, of `pipeline.load_model`.
+    Args: folder; tokenizer, a folder or Hub name; evaluation, from images to pixels; options, of `pipeline.load_model`.
     Raises: UserError for a folder without weights, or of another model.
     """
     check_weights(folder, NEEDED)
     model = pipeline.load_model(folder, config=read_config(folder), arrange=to_transformers, **options)
-    return reward_of(model, Tokenizer(tokenizer), training=tensor_pixels, evaluation=evaluation)
+    return reward_of(model, Tokenizer(weights.resolve_tokenizer(tokenizer)), training=tensor_pixels,
+                     evaluation=evaluation)

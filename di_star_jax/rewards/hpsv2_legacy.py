@@ -6,6 +6,6 @@ import functools
 from di_star_jax.rewards import hpsv2
 from di_star_jax.rewards.pixels import tensor_pixels_aliased
 
-read_config = hpsv2.read_config
+NEEDED, read_config = hpsv2.NEEDED, hpsv2.read_config
 abstract = functools.partial(hpsv2.abstract, evaluation=tensor_pixels_aliased)
 load = functools.partial(hpsv2.load, evaluation=tensor_pixels_aliased)

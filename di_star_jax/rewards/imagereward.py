@@ -17,7 +17,7 @@ from di_star_jax import models, weights
 from di_star_jax.config import UserError
 from di_star_jax.models.blip import BLIPConfig, ImageReward
 from di_star_jax.pipeline import Model
-from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
+from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
 from di_star_jax.rewards.reward import Reward, Tokenize
 
 LENGTH = 35  # tokens; ImageReward pads and cuts every prompt to it
@@ -29,7 +29,7 @@ PUBLISHED = {
     "add_cross_attention": True,
 }
 _USED = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
-_NEEDED = {
+NEEDED = {
     "model.safetensors": "ImageReward.pt of THUDM/ImageReward on the Hub, converted once with "
                          "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')",
     "med_config.json": "from THUDM/ImageReward on the Hub",
@@ -52,7 +52,7 @@ class BertTokenizer:
             tokens = [line.rstrip("\n") for line in file]
         if len(tokens) != vocab_size - 2 or "[CLS]" not in tokens:
             raise UserError(f"{folder / 'vocab.txt'} has {len(tokens)} tokens, expected the model's {vocab_size - 2} with "
-                            f"[CLS] among them; take vocab.txt {_NEEDED['vocab.txt']}")
+                            f"[CLS] among them; take vocab.txt {NEEDED['vocab.txt']}")
         self._tokenizer = Tokenizer.from_pretrained(folder, do_lower_case=True)
 
     def __call__(self, prompts: list[str]) -> dict[str, np.ndarray]:
@@ -71,7 +71,7 @@ def score(graphdef: nnx.GraphDef, pixels: Pixels, params: dict, images: jax.Arra
 
     Args:
       graphdef, params: an `ImageReward`, as `models.init` or `models.abstract` give it.
-      pixels: clip_pixels (training) or clip_pixels_rounded (evaluation).
+      pixels: torchvision_pixels (training) or torchvision_pixels_rounded (evaluation).
       images: [B, H, W, 3] in [-1, 1].
       prompts: int32 [B, 35] under token_ids and mask.
     Returns: float32 [B]; differentiable with respect to the images, but for saturated pixels.
@@ -88,8 +88,8 @@ def _abstract_model(config: dict, *, dtype=jnp.float32, remat: str = "none", ker
 
 def _reward_of(model: Model, tokenize: Tokenize | None) -> Reward:
     ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-    return Reward(model.params, functools.partial(score, model.graphdef, clip_pixels),
-                  functools.partial(score, model.graphdef, clip_pixels_rounded), tokenize,
+    return Reward(model.params, functools.partial(score, model.graphdef, torchvision_pixels),
+                  functools.partial(score, model.graphdef, torchvision_pixels_rounded), tokenize,
                   {"token_ids": ids, "mask": ids})
 
 
@@ -100,12 +100,12 @@ def _used(stored: dict) -> dict:
 
 def _check_files(folder: Path, names: Iterable[str]) -> None:
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; give one with {', '.join(_NEEDED)}")
+        raise UserError(f"no folder {folder}; give one with {', '.join(NEEDED)}")
     missing = [name for name in names if not (folder / name).is_file()]
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.pt")):  # `weights.load` knows what to say of these
         missing = [name for name in missing if name != "model.safetensors"]
     if missing:
-        raise UserError(f"{folder} lacks " + "; ".join(f"{name} ({_NEEDED[name]})" for name in missing))
+        raise UserError(f"{folder} lacks " + "; ".join(f"{name} ({NEEDED[name]})" for name in missing))
 
 
 def read_config(folder: Path) -> dict:
@@ -125,7 +125,7 @@ def abstract(config: dict, **options) -> Reward:
     return _reward_of(_abstract_model(config, **options), None)
 
 
-def load(folder: Path, *, tokenizer: Path, shardings=None, param_dtype=jnp.float32, **options) -> Reward:
+def load(folder: Path, *, tokenizer: str | Path, shardings=None, param_dtype=jnp.float32, **options) -> Reward:
     """From a folder with ImageReward's weights as safetensors, its med_config.json, and BERT's vocab.txt.
 
     Args:
@@ -137,7 +137,7 @@ def load(folder: Path, *, tokenizer: Path, shardings=None, param_dtype=jnp.float
     Raises: UserError for whatever is wrong with the folder.
     """
     del tokenizer
-    _check_files(folder, _NEEDED)
+    _check_files(folder, NEEDED)
     model = _abstract_model(read_config(folder), **options)
     tokenize = BertTokenizer(folder, nnx.merge(model.graphdef, model.params).config.vocab_size)
     params = weights.load(folder, model.params, dtype=param_dtype, arrange=_used,

@@ -134,6 +134,19 @@ def clip_pixels_rounded(image: jax.Array, *, size: int) -> jax.Array:
     return _clip_pixels(image, size, _eight_bit)
 
 
+def torchvision_pixels(image: jax.Array, *, size: int) -> jax.Array:
+    """As `clip_pixels`, cropped as torchvision does: a pixel elsewhere on some images that are not square.
+
+    Source: torchvision `Resize(size, BICUBIC)` of a Pillow image, `CenterCrop`, `Normalize`.
+    """
+    return _clip_pixels(image, size, _unit_range, cut=_half_even)
+
+
+def torchvision_pixels_rounded(image: jax.Array, *, size: int) -> jax.Array:
+    """`torchvision_pixels` rounded where Pillow rounds, for evaluation."""
+    return _clip_pixels(image, size, _eight_bit, cut=_half_even)
+
+
 def tensor_pixels(image: jax.Array, *, size: int) -> jax.Array:
     """As `clip_pixels`, resized as a tensor: what overshoots stays. For training with HPSv2.
 

@@ -25,3 +25,7 @@ class Reward(NamedTuple):
     tokenize: Tokenize | None
     shapes: Any
 
+
+def listed(needed: dict[str, str]) -> str:
+    """The NEEDED of a reward's file, in words."""
+    return "; ".join(f"{name} ({where})" for name, where in needed.items())

@@ -13,7 +13,7 @@ from di_star_jax.config import UserError
 from di_star_jax.models.clip import CLIPModel
 from di_star_jax.pipeline import Model
 from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
-from di_star_jax.rewards.reward import Reward, Tokenize
+from di_star_jax.rewards.reward import Reward, Tokenize, listed
 
 
 def read_config(folder: Path) -> dict:
@@ -26,10 +26,10 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def check_weights(folder: Path, needed: str) -> None:
-    """Raises: UserError for a folder without safetensors. Args: needed, which file of where it should have."""
+def check_weights(folder: Path, needed: dict[str, str]) -> None:
+    """Raises: UserError for a folder without safetensors. Args: needed, where the files it should have are from."""
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"no weights in {folder}; put there {needed}")
+        raise UserError(f"no weights in {folder}; it must hold {listed(needed)}")
 
 
 def normalise(features: jax.Array) -> jax.Array:
