@@ -272,7 +272,7 @@ def score_images(job: Job, mesh: Mesh, batch_size: int) -> dict[str, np.ndarray]
 
 
 def _features_name(job: Job, model: scoring.Features) -> str:
-    return f"unit CLIP embeddings of {job.sources[job.features]} ({model.digest[:8]}), bicubic resize"
+    return f"unit CLIP embeddings of {job.features} (weights' sha256 {model.digest[:8]}), bicubic resize"
 
 
 def score_features(job: Job, mesh: Mesh, batch_size: int) -> tuple[dict[str, np.ndarray], dict, dict[str, str]]:
@@ -381,7 +381,11 @@ def _label(name: str, job: Job) -> str:
 def _note(name: str, of_metric: dict, notes: dict[str, str]) -> str:
     if name in notes:
         return notes[name]
-    return f"weights {of_metric['weights']} (sha256 {of_metric['sha256'][:8]})" if "weights" in of_metric else ""
+    if "weights" not in of_metric:
+        return ""
+    weights = Path(of_metric["weights"])
+    shown = os.path.relpath(weights) if weights.absolute().is_relative_to(Path.cwd()) and weights.exists() else weights
+    return f"weights {shown} (sha256 {of_metric['sha256'][:8]})"
 
 
 # The command.

@@ -337,7 +337,7 @@ def _difference(found: dict, metric: page.Metric) -> str:
         return "-"
     d = metric.digits
     interval = "" if found["low"] is None else f" [{found['low']:+.{d}f}, {found['high']:+.{d}f}]"
-    return f"{found['difference']:+.{d}f}{interval}, {100 * found['win_rate']:.0f} %"
+    return f"{found['difference']:+.{d}f}{interval}, {100 * found['win_rate']:.1f} %"
 
 
 def _category_tables(evaluation: Evaluation, metrics: list[page.Metric]) -> list[str]:

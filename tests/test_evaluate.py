@@ -528,7 +528,7 @@ def test_a_baseline_is_compared_prompt_by_prompt(command, bright, tmp_path):
     assert np.isclose(compared["difference"], differences.mean(), atol=1e-4) and compared["win_rate"] == 0.7
     assert compared["low"] < compared["difference"] < compared["high"] and compared["prompts"] == 5
     low, high = (f"{compared[key]:+.2f}" for key in ("low", "high"))
-    cell = f"{differences.mean():+.2f} [{low}, {high}], 70 %"
+    cell = f"{differences.mean():+.2f} [{low}, {high}], 70.0 %"
     assert f"| difference (not the same noise) |  |  |  |  | {cell} |" in stdout
     assert "Brightness †" in stdout and "proves nothing" in stdout
     assert (tmp_path / "after" / "page.html").read_text().count("data:image/png;base64,") == 10
