@@ -54,6 +54,7 @@ def test_model_flop_do_not_depend_on_how_memory_is_saved(folder):
     assert aot.model_flop("train", saving, jax.devices()[0]) == plain
 
 
+@pytest.mark.slow
 def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(folder):
     config = tiny(folder)
     result = benchmark.run(config, "train", name="tiny", topology="v5e:2x2", versus="", repeats=1)

@@ -197,6 +197,7 @@ def test_a_pipeline_is_drawn_with_the_sampler_that_is_asked_for_and_has_no_which
     assert results_of(out)["name"] == folder.name and results_of(out)["cost"]["steps"] == 3
 
 
+@pytest.mark.slow
 def test_one_device_and_split_parameters_give_the_images_and_numbers_of_eight_devices(
         command, straight, folder, workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 64)  # so that tiny weights are split too

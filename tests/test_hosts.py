@@ -87,6 +87,7 @@ def state_of(workdir, mesh):
     return state
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_step_of_one_and_their_checkpoint_restores_anywhere(runs):
     meshes = [sharding.make_mesh(1, 1, devices=jax.devices()[:1]), sharding.make_mesh(2, 2, 2)]
     states = [state_of(workdir, mesh) for workdir, mesh in zip(runs, meshes)]
@@ -98,6 +99,7 @@ def test_two_processes_make_the_step_of_one_and_their_checkpoint_restores_anywhe
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_each_process_reads_its_own_prompts_only(runs):
     two, one = runs
     parts = [json.loads((two / f"seen_{i}.json").read_text()) for i in range(2)]

@@ -41,7 +41,7 @@ SETTINGS = gradients.Settings(
     weighting="eps", reduction="sum", generator_times=(20, 980), assistant_times=(0, 999),
     assistant_updates=1, sharing="x0", generator_timesteps=(399,), latent_shape=(8, 8, 4), ema_decay=0.9)
 BATCH = 8
-IDS = {"tokenizer": jnp.zeros((BATCH, 8), jnp.int32)}
+IDS = {"tokenizer": jnp.tile(jnp.arange(BATCH, dtype=jnp.int32)[:, None], (1, 8))}
 
 
 def one_device():
@@ -86,8 +86,8 @@ def small_world(reward_scale=100.0):
                 "c": jax.random.normal(keys[2], (3, 16))}
 
     def encode_text(frozen, token_ids):
-        pooled = jax.random.normal(jax.random.key(5), (BATCH, 3))
-        condition = Condition(jnp.zeros((BATCH, 1, 1)), pooled, None)
+        pooled = jax.random.normal(jax.random.key(5), (BATCH, 3))[token_ids["tokenizer"][:, 0]]
+        condition = Condition(jnp.zeros((len(pooled), 1, 1)), pooled, None)
         return condition, pipeline.null_of(condition)
 
     def reward(frozen, x0, ids, crop):
@@ -169,7 +169,7 @@ def world_gradients(world, mesh, **changes):
 def test_gradients_on_eight_devices_equal_those_on_one(world, monkeypatch):
     on_one = world_gradients(world, one_device())
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
-    many, metrics = world_gradients(world, sharding.make_mesh(2, 2, 2), microbatches=2)
+    many, metrics = world_gradients(world, sharding.make_mesh(2, 2, 2))
     for ours, expected in zip(many, on_one[0]):
         largest = max(np.abs(g).max() for g in jax.tree.leaves(expected))
         error = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)))
@@ -264,6 +264,15 @@ def test_with_fresh_times_the_generators_gradient_is_the_same(objective, sharing
 def test_no_regulariser_and_no_reward_is_no_gradient():
     _, generator, _, _ = small_step(objective="reward_only", reward_scale=0.0)
     assert all((g == 0).all() for g in jax.tree.leaves(generator))
+
+
+def test_microbatches_have_the_gradients_and_figures_of_the_whole_batch():
+    _, *whole, metrics = small_step()
+    _, *parts, in_parts = small_step(microbatches=4)
+    for ours, expected in zip(parts, whole):
+        assert_close(ours, expected)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(in_parts[name], value, rtol=1e-4, err_msg=name)
 
 
 def test_omega_one_turns_guidance_off():
