@@ -38,6 +38,7 @@ def tiny(folder, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_flop_counts_are_the_known_constants():
     vae = pipeline.abstract_model(published.VAE_SDXL)
     decode = flops.count(lambda p, x: nnx.merge(vae.graphdef, p).decode(x), vae.params,
