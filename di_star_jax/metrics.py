@@ -35,7 +35,7 @@ class Writer:
             self._lines = path.open("a")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Args: step, values by name, such as 'reward/mean'."""
+        """Args: step, values by name, such as 'reward/pickscore'."""
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
