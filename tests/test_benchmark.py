@@ -81,6 +81,7 @@ def test_all_gathers_are_those_of_the_split_weights(folder):
                                                ("all-gather", "bytes"): 512 * 256 * 2 * 3 // 4}
 
 
+@pytest.mark.slow
 def test_a_measurement_holds_times_settings_and_environment(folder):
     config = tiny(folder, **{"mesh.fsdp": 8, "data.batch_size": 8, "compute.dtype": "float32"})
     result = benchmark.run(config, "vae", name="tiny", topology="", versus="", repeats=3)

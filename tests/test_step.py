@@ -242,7 +242,7 @@ def assert_close(a, b, rtol=1e-4):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(jnp.abs(y).max()))
 
 
-@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
+@pytest.mark.parametrize("objective", ["di_star", "di_star_outside", "kl", "dmd"])
 def test_one_shared_forward_gives_the_gradients_of_separate_ones_on_the_same_x_t(objective):
     settings, *found, metrics = small_step(objective=objective, sharing="x_t")
     for ours, separate in zip(found, expected_gradients(settings)):
@@ -320,7 +320,7 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
 
 # UNet forwards per sample (an input-VJP is one, a whole backward pass two), VAE and reward apart.
 @pytest.mark.parametrize("changes, forwards", [
-    ({}, 12), pytest.param({"sharing": "x_t"}, 11, marks=pytest.mark.slow),
+    pytest.param({}, 12, marks=pytest.mark.slow), pytest.param({"sharing": "x_t"}, 11, marks=pytest.mark.slow),
     pytest.param({"objective": "di_star_outside", "omega": 1.0}, 11, marks=pytest.mark.slow),
     pytest.param({"objective": "kl"}, 9, marks=pytest.mark.slow)], ids=str)
 def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwards):

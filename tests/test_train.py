@@ -102,6 +102,7 @@ def missed():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", usual)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_to_the_same_weights_and_compiles_nothing_anew(folder, straight, tmp_path, missed):
     for steps in (1, 3):  # stops at step 2 of 4
         missed.clear()
@@ -120,6 +121,7 @@ def test_weights_that_blow_up_stop_the_run_with_what_to_do(folder, tmp_path):
                   str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_sample_makes_the_same_picture_from_a_workdir_and_from_its_export(straight):
     z = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
     pictures = []
