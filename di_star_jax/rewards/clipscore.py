@@ -4,13 +4,11 @@
 OpenAI's ViT-B/32 is the likely one of the papers' tables. Source: transformers `CLIPModel`, Pillow's bicubic resize.
 """
 
-from pathlib import Path
+import functools
 
-from di_star_jax import pipeline, weights
-from di_star_jax.prompts import Tokenizer
+from di_star_jax import pipeline
+from di_star_jax.rewards import similarity
 from di_star_jax.rewards.open_clip import to_transformers
-from di_star_jax.rewards.reward import Reward
-from di_star_jax.rewards.similarity import check_weights, read_config, reward_of
 
 NEEDED = {"model.safetensors": "of a CLIPModel, such as openai/clip-vit-base-patch32 or "
                                "openai/clip-vit-large-patch14 on the Hub"}
@@ -24,18 +22,5 @@ def model_name(config: dict) -> str:
     return f"ViT-{size}/{vision.patch_size}"
 
 
-def abstract(config: dict, **options) -> Reward:
-    """Shapes alone. Args: config, of a `CLIPModel`; options, of `pipeline.abstract_model`."""
-    return reward_of(pipeline.abstract_model(config, **options), None)
-
-
-def load(folder: Path, *, tokenizer: str | Path, **options) -> Reward:
-    """From a folder with a `CLIPModel`'s config.json and safetensors in transformers' or open_clip's names.
-
-    Args: folder; tokenizer, a folder or Hub name; options, of `pipeline.load_model`.
-    Raises: UserError for a folder without weights, or of another model.
-    """
-    config = read_config(folder)
-    check_weights(folder, NEEDED)
-    model = pipeline.load_model(folder, config=config, arrange=to_transformers, **options)
-    return reward_of(model, Tokenizer(weights.resolve_tokenizer(tokenizer)))
+read_config, abstract = similarity.read_config, similarity.abstract
+load = functools.partial(similarity.load, needed=NEEDED, arrange=to_transformers)

@@ -12,6 +12,7 @@ from di_star_jax import pipeline, weights
 from di_star_jax.config import UserError
 from di_star_jax.models.clip import CLIPModel
 from di_star_jax.pipeline import Model
+from di_star_jax.prompts import Tokenizer
 from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
 from di_star_jax.rewards.reward import Reward, Tokenize, listed
 
@@ -87,3 +88,21 @@ def reward_of(model: Model, tokenize: Tokenize | None, *, training: Pixels = cli
     return Reward(model.params, functools.partial(cosine, model.graphdef, training),
                   functools.partial(cosine, model.graphdef, evaluation), tokenize,
                   jax.ShapeDtypeStruct((1, length), jnp.int32))
+
+
+def abstract(config: dict, **options) -> Reward:
+    """Shapes alone. Args: config, of a `CLIPModel`; options, of `pipeline.abstract_model`."""
+    return reward_of(pipeline.abstract_model(config, **options), None)
+
+
+def load(folder: Path, *, needed: dict[str, str], tokenizer: str | Path, **options) -> Reward:
+    """From a folder with a `CLIPModel`'s config.json and safetensors.
+
+    Args: folder; needed, the NEEDED of the reward's file; tokenizer, a folder or Hub name; options, of
+      `pipeline.load_model`.
+    Raises: UserError for a folder without weights, or of another model.
+    """
+    config = read_config(folder)
+    check_weights(folder, needed)
+    model = pipeline.load_model(folder, config=config, **options)
+    return reward_of(model, Tokenizer(weights.resolve_tokenizer(tokenizer)))
