@@ -13,7 +13,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["di_star_jax*"]),
-    package_data={"di_star_jax": ["page.html"], "di_star_jax.shapes": ["checkpoint/**/*"]},
+    package_data={"di_star_jax.evaluation": ["page.html"], "di_star_jax.shapes": ["checkpoint/**/*"]},
     install_requires=[
         f"jax{JAX}",
         f"jaxlib{JAX}",

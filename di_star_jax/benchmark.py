@@ -29,9 +29,10 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from di_star_jax import aot, flops, plan, sharding, train, xla_flags
-from di_star_jax.config import UserError, check, exit_on_user_error, mesh_shape, parse_flags, rewards_used
-from di_star_jax.objectives import OBJECTIVES, OUTSIDE
+from di_star_jax.cost import (compile as aot, flops, plan)
+from di_star_jax import (sharding, train, xla_flags)
+from di_star_jax.config import (UserError, check, exit_on_user_error, mesh_shape, parse_flags, rewards_used)
+from di_star_jax.objectives import (OBJECTIVES, OUTSIDE)
 from di_star_jax.rewards import REWARDS
 
 WARM_UP = 3
@@ -219,7 +220,7 @@ def _torch_times(config, what: str, repeats: int) -> list[float]:
     """Seconds a call of the same work in PyTorch, on one device."""
     try:
         import torch
-        from di_star_jax import peer
+        from di_star_jax.cost import peer
     except ImportError as error:
         raise UserError(f"--vs=torch: {error}; pip install -e '.[test]'") from None
     if config.decode.view != "full":

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from absl import app, flags
 
-from di_star_jax import checkpoint, pipeline, weights
-from di_star_jax.config import UserError, exit_on_user_error
+from di_star_jax.storage import (checkpoint, weights)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.config import (UserError, exit_on_user_error)
 from di_star_jax.models.unet import UNet2DConditionModel
 
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")  # what a pipeline has that is ported

@@ -21,22 +21,13 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh
 
-from di_star_jax import (
-    checkpoint,
-    drawing,
-    frechet,
-    measures,
-    metrics,
-    prompt_sets,
-    results,
-    rewards,
-    sample,
-    scoring,
-    sharding,
-)
-from di_star_jax.config import UserError, exit_on_user_error, suggest
-from di_star_jax.results import Evaluation
-from di_star_jax.scoring import Scores, Shot
+from di_star_jax.storage import checkpoint
+from di_star_jax.evaluation import (drawn as drawing, frechet, measures, results, scores as scoring)
+from di_star_jax import (log as metrics, rewards, sample, sharding)
+from di_star_jax.prompts import sets as prompt_sets
+from di_star_jax.config import (UserError, exit_on_user_error, suggest)
+from di_star_jax.evaluation.results import Evaluation
+from di_star_jax.evaluation.scores import (Scores, Shot)
 from di_star_jax.shapes import scenes
 
 SCORES, STATE, PROMPTS = "scores", "settings.json", "prompts"

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from di_star_jax import objectives, samplers, sharding
-from di_star_jax.diffusion import Schedule, add_noise, guide
+from di_star_jax import (objectives, samplers, sharding)
+from di_star_jax.diffusion import (Schedule, add_noise, guide)
 from di_star_jax.models.unet import Condition
 
 Params = Any

@@ -9,9 +9,8 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from di_star_jax.config import (UserError, check, check_workdir, exit_on_user_error, parse_flags,
-                                planned_devices)
-from di_star_jax.objectives import OBJECTIVES, OUTSIDE
+from di_star_jax.config import (UserError, check, check_workdir, exit_on_user_error, parse_flags, planned_devices)
+from di_star_jax.objectives import (OBJECTIVES, OUTSIDE)
 from di_star_jax.rewards import REWARDS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:PRESET.")
@@ -64,7 +63,7 @@ def main(argv: list[str]) -> None:
     if config is None:
         raise UserError("no --config; give e.g. --config=configs/shapes.py")
     if config.dry_run:
-        from di_star_jax import plan
+        from di_star_jax.cost import plan
         check(config, planned_devices(config, jax.device_count()), objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
         print("\n".join(plan.describe(config, jax.device_count())))
         return

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from di_star_jax.diffusion import Schedule, add_noise, eps_to_x0, per_sample
+from di_star_jax.diffusion import (Schedule, add_noise, eps_to_x0, per_sample)
 
 EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
 

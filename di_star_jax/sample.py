@@ -17,8 +17,11 @@ from absl import app, flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from di_star_jax import checkpoint, metrics, pipeline, prompts, samplers, sharding, weights
-from di_star_jax.config import UserError, exit_on_user_error
+from di_star_jax.storage import (checkpoint, weights)
+from di_star_jax import (log as metrics, samplers, sharding)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.prompts import files as prompts
+from di_star_jax.config import (UserError, exit_on_user_error)
 from di_star_jax.diffusion import guide
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from di_star_jax.diffusion import Schedule, add_noise, eps_to_x0
+from di_star_jax.diffusion import (Schedule, add_noise, eps_to_x0)
 
 EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
 

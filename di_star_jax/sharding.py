@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from di_star_jax.config import UserError, mesh_shape
+from di_star_jax.config import (UserError, mesh_shape)
 
 AXES = ("data", "fsdp", "context")
 BATCH = ("data", "fsdp")  # split the first axis of prompts, noise, latents and images

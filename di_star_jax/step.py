@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from di_star_jax import gradients, sharding
+from di_star_jax import (gradients, sharding)
 from di_star_jax.diffusion import Schedule
-from di_star_jax.gradients import Networks, Params, Settings
+from di_star_jax.gradients import (Networks, Params, Settings)
 
 
 class TrainState(NamedTuple):

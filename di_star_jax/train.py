@@ -13,14 +13,18 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from di_star_jax import (before_after, checkpoint, gradients, metrics, objectives, pipeline, plan, prompts, samplers,
-                         sharding, step, weights)
-from di_star_jax.config import UserError, generator_timesteps
+from di_star_jax.evaluation import before_after
+from di_star_jax.storage import (checkpoint, weights)
+from di_star_jax import (gradients, log as metrics, objectives, samplers, sharding, step)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.cost import plan
+from di_star_jax.prompts import files as prompts
+from di_star_jax.config import (UserError, generator_timesteps)
 from di_star_jax.diffusion import Schedule
 from di_star_jax.models import attention
-from di_star_jax.rewards import load_rewards, sources_of
+from di_star_jax.rewards import (load_rewards, sources_of)
 from di_star_jax.rewards.reward import Reward
-from di_star_jax.rewards.views import VIEWS, in_slices
+from di_star_jax.rewards.views import (VIEWS, in_slices)
 
 
 class Frozen(NamedTuple):

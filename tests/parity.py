@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from flax import nnx
 
-from di_star_jax import models, pipeline, weights
+from di_star_jax import models
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.storage import weights
 
 FORWARD, GRADIENT = 2e-5, 1e-4  # what is called equal
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_config import presets
 
-from di_star_jax.shapes import ablation
+from di_star_jax.studies import ablation
 
 
 @pytest.fixture

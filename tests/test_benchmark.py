@@ -14,7 +14,9 @@ from test_config import load as load_config
 from test_step import CONFIGS
 from test_train import UNET
 
-from di_star_jax import aot, benchmark, flops, pipeline, plan, sharding
+from di_star_jax.cost import (compile as aot, flops, plan)
+from di_star_jax import (benchmark, sharding)
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.config import UserError
 from di_star_jax.models import published
 

@@ -13,11 +13,12 @@ import torch
 import transformers
 from flax import nnx
 
-from di_star_jax import models, sharding, weights
+from di_star_jax import (models, sharding)
+from di_star_jax.storage import weights
 from di_star_jax.config import UserError
-from di_star_jax.models.blip import BLIPConfig, ImageReward
+from di_star_jax.models.blip import (BLIPConfig, ImageReward)
 from di_star_jax.rewards import imagereward
-from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD
+from di_star_jax.rewards.pixels import (CLIP_MEAN, CLIP_STD)
 
 FORWARD, GRADIENT = 2e-5, 1e-4  # max|difference| / max|reference|
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "cat", "dog", "##s", "red", "and", ",", "!"]

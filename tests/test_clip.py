@@ -13,7 +13,8 @@ import torch
 import transformers
 from flax import nnx
 
-from di_star_jax import models, weights
+from di_star_jax import models
+from di_star_jax.storage import weights
 from di_star_jax.config import UserError
 from di_star_jax.models import clip
 

@@ -23,13 +23,16 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import models, pipeline, prompts, rewards, scoring, sharding, train
+from di_star_jax import (models, rewards, sharding, train)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.prompts import files as prompts
+from di_star_jax.evaluation import scores as scoring
 from di_star_jax.config import UserError
 from di_star_jax.models import published
 from di_star_jax.models.clip import CLIPConfig
-from di_star_jax.rewards import aesthetic, clipscore, hpsv2, hpsv2_legacy, pickscore, pixels
+from di_star_jax.rewards import (aesthetic, clipscore, hpsv2, hpsv2_legacy, pickscore, pixels)
 from di_star_jax.rewards.views import VIEWS
-from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
+from di_star_jax.shapes.tokenizer import (END, make_word_tokenizer)
 
 FORWARD, GRADIENT = 2e-5, 1e-4  # max|difference| / max|reference|
 EIGHT_BIT = 5e-4  # where a value halfway between two levels may be rounded the other way

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax.config import UserError, check, check_workdir, fields, generator_timesteps, planned_devices, suggest
-from di_star_jax.objectives import OBJECTIVES, OUTSIDE
+from di_star_jax.config import (UserError, check, check_workdir, fields, generator_timesteps, planned_devices, suggest)
+from di_star_jax.objectives import (OBJECTIVES, OUTSIDE)
 from di_star_jax.rewards import REWARDS
 
 ROOT = Path(__file__).parent.parent

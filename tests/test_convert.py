@@ -17,7 +17,9 @@ import torch
 import transformers
 from flax import nnx
 
-from di_star_jax import checkpoint, convert, diffusion, pipeline, samplers, weights
+from di_star_jax.storage import (checkpoint, weights)
+from di_star_jax import (convert, diffusion, samplers)
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.config import UserError
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")

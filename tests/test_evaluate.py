@@ -22,8 +22,10 @@ from PIL import Image
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax import (checkpoint, config, drawing, evaluate, metrics, models, pipeline, rewards, scoring, sharding,
-                         weights)
+from di_star_jax.storage import (checkpoint, weights)
+from di_star_jax import (config, evaluate, log as metrics, models, rewards, sharding)
+from di_star_jax.evaluation import (drawn as drawing, scores as scoring)
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards.reward import Reward
 
 CAPTIONS = [f"a {colour} {kind}{more}" for colour in ("red", "blue") for kind in ("circle", "square")

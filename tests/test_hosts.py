@@ -14,7 +14,9 @@ import pytest
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax import checkpoint, pipeline, sharding, step, train
+from di_star_jax.storage import checkpoint
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax import (sharding, step, train)
 
 # A run of two steps as `main` makes it, that notes how many prompts this process tokenises at a time.
 RUN = """

@@ -11,22 +11,22 @@ import di_star_jax
 PACKAGE = Path(di_star_jax.__file__).parent
 # A module may import from its own line and from those above.
 LEVELS = [
-    {"config"},
-    {"diffusion", "models.attention", "flops", "sharding", "xla_flags"},
+    {"config", "storage", "cost", "evaluation", "pipelines", "studies"},
+    {"diffusion", "models.attention", "cost.flops", "sharding", "xla_flags"},
     {"objectives", "models", "models.layers", "models.unet", "models.vae", "models.clip", "models.blip", "models.published",
      "shapes.scenes", "shapes.oracle", "shapes.taste"},
-    {"samplers", "weights", "checkpoint", "prompts", "metrics", "measures"},
-    {"pipeline", "prompt_sets"},
-    {"rewards", "rewards.reward", "rewards.pixels", "rewards.views", "rewards.open_clip", "rewards.similarity",
+    {"samplers", "storage.weights", "storage.checkpoint", "prompts", "prompts.files", "log", "evaluation.measures"},
+    {"pipelines.folder", "prompts.sets"},
+    {"rewards", "rewards.reward", "rewards.pixels", "rewards.views", "storage.open_clip", "rewards.similarity",
      "rewards.pickscore", "rewards.hpsv2", "rewards.hpsv2_legacy", "rewards.clipscore", "rewards.aesthetic",
      "rewards.imagereward"},
-    {"gradients", "plan", "before_after"},
+    {"gradients", "cost.plan", "evaluation.before_after"},
     {"step"},
     {"train"},
-    {"aot", "peer"},
-    {"scoring", "papers", "page"},
-    {"results"},
-    {"main", "convert", "sample", "drawing", "frechet", "evaluate", "benchmark", "shapes", "mixture", "shapes.pretrain", "shapes.ablation", "shapes.tokenizer"},
+    {"cost.compile", "cost.peer"},
+    {"evaluation.scores", "evaluation.papers", "evaluation.page"},
+    {"evaluation.results"},
+    {"main", "convert", "sample", "evaluation.drawn", "evaluation.frechet", "evaluate", "benchmark", "shapes", "studies.mixture", "shapes.pretrain", "studies.ablation", "shapes.tokenizer"},
 ]
 LEVEL = {module: i for i, level in enumerate(LEVELS) for module in level}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
@@ -47,7 +47,7 @@ def imports(path):
 def test_module_imports_only_from_its_own_level_and_above(path):
     module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
     for name in imports(path):
-        if module not in ("peer", "benchmark", "frechet"):  # what --vs=torch and --metrics=fid alone run
+        if module not in ("cost.peer", "benchmark", "evaluation.frechet"):  # what --vs=torch and --metrics=fid alone run
             assert name.split(".")[0] not in ("torch", "tensorflow", "diffusers"), f"{module} imports {name}"
         if name.startswith("di_star_jax."):
             used = name.removeprefix("di_star_jax.")

@@ -11,7 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 from test_config import ROOT
 
-from di_star_jax import config, main
+from di_star_jax import (config, main)
 from di_star_jax.config import UserError
 
 SDXL, DRY = "--config=configs/sdxl.py", "--config.dry_run=True"
@@ -73,7 +73,7 @@ def test_a_broken_config_file_is_named_in_one_line(command, tmp_path, content, m
 
 def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
     seen = []
-    monkeypatch.setattr("di_star_jax.plan.describe", lambda c, n: seen.append((c, n)) or ["the plan"])
+    monkeypatch.setattr("di_star_jax.cost.plan.describe", lambda c, n: seen.append((c, n)) or ["the plan"])
     code, stdout, _ = command(SDXL + ":sim", DRY, "--config.data.batch_size=32")
     assert (code, stdout) == (0, "the plan\n")
     (got, devices), = seen

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import linalg, stats
 
-from di_star_jax import measures
+from di_star_jax.evaluation import measures
 from di_star_jax.config import UserError
 
 NAN = np.nan

@@ -4,7 +4,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from di_star_jax import metrics
+from di_star_jax import log as metrics
 
 
 def test_writer_appends_after_a_restart_and_drops_what_was_beyond_the_checkpoint(tmp_path):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from di_star_jax import diffusion, mixture
+from di_star_jax import diffusion
+from di_star_jax.studies import mixture
 
 
 def test_exact_samples_have_no_divergence_and_the_right_modes():

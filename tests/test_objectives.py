@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from di_star_jax import diffusion
-from di_star_jax.diffusion import add_noise, guide
-from di_star_jax.objectives import (OBJECTIVES, WEIGHTINGS, Constants, denoising_score_matching, dmd,
-                                    implicit_guidance, kl, l2_grad, one_by_one, pseudo_huber_grad, sid)
+from di_star_jax.diffusion import (add_noise, guide)
+from di_star_jax.objectives import (OBJECTIVES, WEIGHTINGS, Constants, denoising_score_matching, dmd, implicit_guidance, kl, l2_grad, one_by_one, pseudo_huber_grad, sid)
 
 SDXL = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
                                beta_schedule="scaled_linear")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from di_star_jax import page
+from di_star_jax.evaluation import page
 from di_star_jax.config import UserError
 
 NASTY = '</script><img src="http://x/y" onerror=alert(1)> "a" & b \u2028 猫 🎉'

@@ -4,7 +4,7 @@ import json
 import pytest
 from test_config import dry
 
-from di_star_jax import plan
+from di_star_jax.cost import plan
 from di_star_jax.config import UserError
 from di_star_jax.models import published
 

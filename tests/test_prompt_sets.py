@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax import prompt_sets
+from di_star_jax.prompts import sets as prompt_sets
 from di_star_jax.config import UserError
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "prompts"

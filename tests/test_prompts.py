@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax import prompts
+from di_star_jax.prompts import files as prompts
 from di_star_jax.config import UserError
-from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
+from di_star_jax.shapes.tokenizer import (END, make_word_tokenizer)
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "prompts"
 with_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real prompt lists are not beside this checkout")

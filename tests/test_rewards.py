@@ -16,12 +16,14 @@ from PIL import Image
 from test_config import dry
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import models, plan, rewards, weights
+from di_star_jax import (models, rewards)
+from di_star_jax.cost import plan
+from di_star_jax.storage import weights
 from di_star_jax.config import check
 from di_star_jax.models import clip
-from di_star_jax.objectives import OBJECTIVES, OUTSIDE
-from di_star_jax.rewards import pixels, similarity, views
-from di_star_jax.rewards.pixels import clip_pixels, clip_pixels_rounded
+from di_star_jax.objectives import (OBJECTIVES, OUTSIDE)
+from di_star_jax.rewards import (pixels, similarity, views)
+from di_star_jax.rewards.pixels import (clip_pixels, clip_pixels_rounded)
 
 # Height, width and the reward model's image size.
 SIZES = [(512, 512, 224), (1024, 1024, 224), (192, 320, 224), (320, 192, 224), (640, 1024, 224), (64, 64, 224),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from di_star_jax import diffusion, samplers
+from di_star_jax import (diffusion, samplers)
 
 SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = diffusion.make_schedule(**SDXL)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from di_star_jax import results, scoring
+from di_star_jax.evaluation import (results, scores as scoring)
 from di_star_jax.config import UserError
-from di_star_jax.scoring import Scores, Shot
+from di_star_jax.evaluation.scores import (Scores, Shot)
 
 SHOTS = [Shot(p, k, "", Path()) for p in range(2) for k in range(3)]
 

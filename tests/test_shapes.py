@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from di_star_jax.config import UserError
-from di_star_jax.shapes import oracle, scenes, taste
+from di_star_jax.shapes import (oracle, scenes, taste)
 
 SHIPPED = Path(scenes.__file__).parent / "checkpoint"
 
@@ -94,7 +94,8 @@ def test_preferred_picture_has_the_better_light_or_the_right_scene():
 
 
 def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_asked():
-    from di_star_jax import pipeline, sample
+    from di_star_jax.pipelines import folder as pipeline
+    from di_star_jax import sample
     from di_star_jax.shapes import pretrain
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 25e6
     loaded = pipeline.load_pipeline(SHIPPED)
@@ -108,7 +109,8 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
 def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     import jax.numpy as jnp
 
-    from di_star_jax import pipeline, prompts
+    from di_star_jax.pipelines import folder as pipeline
+    from di_star_jax.prompts import files as prompts
     from di_star_jax.rewards import similarity
     from di_star_jax.rewards.pixels import clip_pixels
     model = pipeline.load_model(SHIPPED / "reward")

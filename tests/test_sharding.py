@@ -6,7 +6,8 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
-from di_star_jax import pipeline, sharding
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax import sharding
 from di_star_jax.config import UserError
 from di_star_jax.models import published
 

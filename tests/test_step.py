@@ -10,7 +10,9 @@ import optax
 import pytest
 from flax import nnx
 
-from di_star_jax import diffusion, flops, gradients, objectives, pipeline, sharding, step
+from di_star_jax import (diffusion, gradients, objectives, sharding, step)
+from di_star_jax.cost import flops
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition
 from di_star_jax.rewards import similarity

@@ -9,9 +9,11 @@ import pytest
 from test_config import load as load_config
 from test_step import CONFIGS
 
-from di_star_jax import checkpoint, models, pipeline, sample, train, weights
+from di_star_jax.storage import (checkpoint, weights)
+from di_star_jax import (models, sample, train)
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.config import UserError
-from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
+from di_star_jax.shapes.tokenizer import (END, make_word_tokenizer)
 
 
 # One level, one transformer each way: what a run does with it is the same, and compiles in half the time.

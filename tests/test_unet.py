@@ -10,10 +10,10 @@ import parity
 import pytest
 from flax import nnx
 
-from di_star_jax import pipeline
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.config import UserError
 from di_star_jax.models import published
-from di_star_jax.models.unet import Condition, UNetConfig
+from di_star_jax.models.unet import (Condition, UNetConfig)
 
 
 # 25x39 is odd at every level: upsampling must crop to its skip.

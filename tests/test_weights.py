@@ -20,9 +20,10 @@ import safetensors.numpy
 import torch
 import transformers
 
-from di_star_jax import models, weights
+from di_star_jax import models
+from di_star_jax.storage import weights
 from di_star_jax.config import UserError
-from di_star_jax.models import clip, unet, vae
+from di_star_jax.models import (clip, unet, vae)
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 BLOCKS = dict(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=24,

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from di_star_jax import weights
-from di_star_jax.config import UserError, rewards_used
+from di_star_jax.storage import weights
+from di_star_jax.config import (UserError, rewards_used)
 from di_star_jax.models import published
-from di_star_jax.rewards import aesthetic, clipscore, hpsv2, hpsv2_legacy, imagereward, pickscore
-from di_star_jax.rewards.reward import Reward, listed
+from di_star_jax.rewards import (aesthetic, clipscore, hpsv2, hpsv2_legacy, imagereward, pickscore)
+from di_star_jax.rewards.reward import (Reward, listed)
 
 
 class Entry(NamedTuple):

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from di_star_jax import models, pipeline, weights
+from di_star_jax import models
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.storage import weights
 from di_star_jax.config import UserError
 from di_star_jax.models.layers import ScoreHead
-from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
+from di_star_jax.rewards.pixels import (Pixels, torchvision_pixels, torchvision_pixels_rounded)
 from di_star_jax.rewards.reward import Reward
-from di_star_jax.rewards.similarity import image_embeddings, read_config
+from di_star_jax.rewards.similarity import (image_embeddings, read_config)
 
 HEAD = "sac+logos+ava1-l14-linearMSE.safetensors"  # the published .pth, converted once
 NEEDED = {

@@ -6,9 +6,9 @@ OpenAI's ViT-B/32 is the likely one of the papers' tables. Source: transformers 
 
 import functools
 
-from di_star_jax import pipeline
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards import similarity
-from di_star_jax.rewards.open_clip import to_transformers
+from di_star_jax.storage.open_clip import to_transformers
 
 NEEDED = {"model.safetensors": "of a CLIPModel, such as openai/clip-vit-base-patch32 or "
                                "openai/clip-vit-large-patch14 on the Hub"}

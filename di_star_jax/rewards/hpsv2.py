@@ -7,13 +7,14 @@ antialias tensors by itself: ours antialiases; hpsv2_legacy.py does not. Source:
 
 from pathlib import Path
 
-from di_star_jax import pipeline, weights
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.storage import weights
 from di_star_jax.models.published import PICKSCORE
-from di_star_jax.prompts import Tokenizer
-from di_star_jax.rewards.open_clip import to_transformers
-from di_star_jax.rewards.pixels import Pixels, tensor_pixels, tensor_pixels_rounded
+from di_star_jax.prompts.files import Tokenizer
+from di_star_jax.storage.open_clip import to_transformers
+from di_star_jax.rewards.pixels import (Pixels, tensor_pixels, tensor_pixels_rounded)
 from di_star_jax.rewards.reward import Reward
-from di_star_jax.rewards.similarity import check_weights, reward_of
+from di_star_jax.rewards.similarity import (check_weights, reward_of)
 from di_star_jax.rewards.similarity import read_config as read_clip_config
 
 NEEDED = {"model.safetensors": "HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2 on the Hub, "

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from di_star_jax import models, weights
+from di_star_jax import models
+from di_star_jax.storage import weights
 from di_star_jax.config import UserError
-from di_star_jax.models.blip import BLIPConfig, ImageReward
-from di_star_jax.pipeline import Model
-from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
-from di_star_jax.rewards.reward import Reward, Tokenize
+from di_star_jax.models.blip import (BLIPConfig, ImageReward)
+from di_star_jax.pipelines.folder import Model
+from di_star_jax.rewards.pixels import (Pixels, torchvision_pixels, torchvision_pixels_rounded)
+from di_star_jax.rewards.reward import (Reward, Tokenize)
 
 LENGTH = 35  # tokens; ImageReward pads and cuts every prompt to it
 # The published med_config.json, but for what concerns training.

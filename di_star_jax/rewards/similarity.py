@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from di_star_jax import pipeline, weights
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.storage import weights
 from di_star_jax.config import UserError
 from di_star_jax.models.clip import CLIPModel
-from di_star_jax.pipeline import Model
-from di_star_jax.prompts import Tokenizer
-from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
-from di_star_jax.rewards.reward import Reward, Tokenize, listed
+from di_star_jax.pipelines.folder import Model
+from di_star_jax.prompts.files import Tokenizer
+from di_star_jax.rewards.pixels import (Pixels, clip_pixels, clip_pixels_rounded)
+from di_star_jax.rewards.reward import (Reward, Tokenize, listed)
 
 
 def read_config(folder: Path) -> dict:

@@ -24,13 +24,15 @@ import orbax.checkpoint as ocp
 from absl import app, flags
 from flax import nnx
 
-from di_star_jax import (checkpoint, diffusion, gradients, models, objectives, pipeline, prompts, sample, samplers, sharding,
-                         step, weights)
-from di_star_jax.config import UserError, exit_on_user_error
-from di_star_jax.models.clip import CLIPConfig, CLIPModel
-from di_star_jax.models.vae import AutoencoderKL, VAEConfig
+from di_star_jax.storage import (checkpoint, weights)
+from di_star_jax import (diffusion, gradients, models, objectives, sample, samplers, sharding, step)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.prompts import files as prompts
+from di_star_jax.config import (UserError, exit_on_user_error)
+from di_star_jax.models.clip import (CLIPConfig, CLIPModel)
+from di_star_jax.models.vae import (AutoencoderKL, VAEConfig)
 from di_star_jax.rewards import similarity
-from di_star_jax.shapes import oracle, scenes, taste, tokenizer
+from di_star_jax.shapes import (oracle, scenes, taste, tokenizer)
 
 NUM_IMAGES = 40_000
 TOKENS = 20  # two specials and the longest caption

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from di_star_jax import prompts
-from di_star_jax.config import UserError, suggest
-from di_star_jax.prompts import Layout
+from di_star_jax.prompts import files as prompts
+from di_star_jax.config import (UserError, suggest)
+from di_star_jax.prompts.files import Layout
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth")
 TIMEOUT = 60.0  # seconds without an answer

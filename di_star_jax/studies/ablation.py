@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table 2 of the paper in miniature: `python -m di_star_jax.shapes.ablation --workdir=runs/ablation`.
+"""Table 2 of the paper in miniature: `python -m di_star_jax.studies.ablation --workdir=runs/ablation`.
 
 Every row trains the same initial generator of the shapes world with a preset of configs/shapes.py, with several seeds,
 and is measured on held-out captions and identical noise. Writes docs/ablation.md and its pictures from what is done;
@@ -16,11 +16,15 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from di_star_jax import before_after, checkpoint, metrics, pipeline, prompts, sample, samplers, sharding, train
-from di_star_jax.config import UserError, exit_on_user_error, load_config, suggest
-from di_star_jax.measures import FeatureStatistics, frechet_distance
+from di_star_jax.evaluation import before_after
+from di_star_jax.storage import checkpoint
+from di_star_jax import (log as metrics, sample, samplers, sharding, train)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.prompts import files as prompts
+from di_star_jax.config import (UserError, exit_on_user_error, load_config, suggest)
+from di_star_jax.evaluation.measures import (FeatureStatistics, frechet_distance)
 from di_star_jax.rewards import similarity
-from di_star_jax.shapes import oracle, pretrain, scenes
+from di_star_jax.shapes import (oracle, pretrain, scenes)
 
 ROWS = {  # preset: the row of the paper's Table 2, or what it stands for here
     "kl_0_0": "KL (0, 0)", "kl_0_7.5": "KL (0, 7.5), Diff-Instruct", "kl_100_7.5": "KL (100, 7.5), Diff-Instruct++",
@@ -226,7 +230,7 @@ def write_page(workdir: pathlib.Path, out: pathlib.Path) -> None:
         "# The paper's Table 2 in miniature\n\n"
         "Every row trains the shapes world's initial one-step generator for "
         f"{STEPS} steps of {TRAIN_BATCH} pictures, after {WARMUP} of the assistant alone; made by\n"
-        "`python -m di_star_jax.shapes.ablation --workdir=runs/ablation`, "
+        "`python -m di_star_jax.studies.ablation --workdir=runs/ablation`, "
         f"{sum(run['seconds'] > 0 for run in runs)} runs in {hours:.1f} h on {', '.join(sorted({run['device'] for run in runs}))}.\n"
         "Mean ± standard error over seeds, 500 held-out captions, 4 pictures each, identical noise in all rows. Scales "
         "are the\npaper's: reward 100 is 10 here, guidance 7.5 is 5 and 4.5 is 3 (`configs/shapes.py`). The prompt score is "

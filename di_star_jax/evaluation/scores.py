@@ -19,15 +19,17 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from di_star_jax import measures, metrics, pipeline, sharding
+from di_star_jax.evaluation import measures
+from di_star_jax import (log as metrics, sharding)
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.config import UserError
-from di_star_jax.prompt_sets import Prompt
+from di_star_jax.prompts.sets import Prompt
 from di_star_jax.rewards import REWARDS
-from di_star_jax.rewards.open_clip import to_transformers
+from di_star_jax.storage.open_clip import to_transformers
 from di_star_jax.rewards.pixels import clip_pixels_rounded
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.similarity import image_embeddings
-from di_star_jax.shapes import oracle, scenes
+from di_star_jax.shapes import (oracle, scenes)
 
 # Left to themselves, TPUs multiply float32 in bfloat16 and GPUs in TF32, and lose digits that published scores have.
 _EXACT = functools.partial(jax.default_matmul_precision, "highest")

@@ -7,9 +7,9 @@ from types import ModuleType
 
 import numpy as np
 
-from di_star_jax import measures, scoring
+from di_star_jax.evaluation import (measures, scores as scoring)
 from di_star_jax.config import UserError
-from di_star_jax.scoring import Shot
+from di_star_jax.evaluation.scores import Shot
 
 # {metric: (clean-fid's model, what it does to an image)}
 CLEAN_FID = {"fid": ("inception_v3", "resized to 299 bicubic, antialiased, not rounded"),

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from di_star_jax import metrics, results, sample, scoring
+from di_star_jax import (log as metrics, sample)
+from di_star_jax.evaluation import (results, scores as scoring)
 from di_star_jax.config import UserError
-from di_star_jax.scoring import Shot
+from di_star_jax.evaluation.scores import Shot
 
 IMAGES, DRAWN = "images", "drawn.json"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every objective on a mixture in the plane, with the real training step: `python -m di_star_jax.mixture --out=docs`.
+"""Every objective on a mixture in the plane, with the real training step: `python -m di_star_jax.studies.mixture --out=docs`.
 
 The reference is the exact score of the mixture; generator and assistant are small networks. Each objective trains a
 one-step generator to convergence, without a reward and with two strengths of one that is highest at a single mode.
@@ -16,8 +16,9 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from di_star_jax import diffusion, gradients, metrics, objectives, pipeline, sharding, step
-from di_star_jax.config import UserError, exit_on_user_error
+from di_star_jax import (diffusion, gradients, log as metrics, objectives, sharding, step)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.config import (UserError, exit_on_user_error)
 from di_star_jax.models.unet import Condition
 
 SCHEDULE = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
@@ -185,7 +186,7 @@ def run(out: pathlib.Path, steps: int) -> None:
     page.write_text(
         "# Every objective on a mixture in the plane\n\n"
         f"A one-step generator of four layers, the exact score of a mixture of four modes as the reference, {steps} steps "
-        f"of {BATCH}\nsamples by the project's own step; made by `python -m di_star_jax.mixture --out=docs "
+        f"of {BATCH}\nsamples by the project's own step; made by `python -m di_star_jax.studies.mixture --out=docs "
         f"--steps={steps}`. The reward is highest\nat the second mode (the cross). Modes are listed in the order "
         f"{', '.join(f'({x:.1f}, {y:.1f})' for x, y in CENTRES)};\ntheir weights are "
         f"{', '.join(f'{w:g}' for w in MODE_WEIGHTS)}.\n\n" + table({n: measure(x0) for n, x0 in samples.items()})

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from di_star_jax.weights import Stored
+from di_star_jax.storage.weights import Stored
 
 # What open_clip calls a module, and what transformers does.
 _TOWERS = {

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from di_star_jax import flops, pipeline, sharding, weights
-from di_star_jax.config import UserError, mesh_shape, planned_devices
+from di_star_jax.cost import flops
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax import sharding
+from di_star_jax.storage import weights
+from di_star_jax.config import (UserError, mesh_shape, planned_devices)
 from di_star_jax.models import published
-from di_star_jax.rewards import REWARDS, sources_of
+from di_star_jax.rewards import (REWARDS, sources_of)
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from di_star_jax import measures, page, papers
+from di_star_jax.evaluation import (measures, page, papers)
 from di_star_jax.config import UserError
-from di_star_jax.prompt_sets import Prompt
+from di_star_jax.prompts.sets import Prompt
 from di_star_jax.rewards import REWARDS
 
 FILE, TABLE, SCORES, PAGE = "results.json", "table.md", "scores.parquet", "page.html"

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from di_star_jax import models, weights
+from di_star_jax import models
+from di_star_jax.storage import weights
 from di_star_jax.config import UserError
-from di_star_jax.diffusion import Schedule, schedule_from_json
-from di_star_jax.models.clip import (CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection,
-                                     CLIPVisionModelWithProjection)
-from di_star_jax.models.unet import Condition, UNet2DConditionModel, UNetConfig
-from di_star_jax.models.vae import AutoencoderKL, VAEConfig
-from di_star_jax.prompts import Tokenizer
+from di_star_jax.diffusion import (Schedule, schedule_from_json)
+from di_star_jax.models.clip import (CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection)
+from di_star_jax.models.unet import (Condition, UNet2DConditionModel, UNetConfig)
+from di_star_jax.models.vae import (AutoencoderKL, VAEConfig)
+from di_star_jax.prompts.files import Tokenizer
 
 _CLASSES = {
     "UNet2DConditionModel": (UNet2DConditionModel, UNetConfig),

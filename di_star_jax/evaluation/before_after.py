@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from di_star_jax.metrics import before_after_grid, before_after_table, save_png
-from di_star_jax.shapes import oracle, scenes
+from di_star_jax.log import (before_after_grid, before_after_table, save_png)
+from di_star_jax.shapes import (oracle, scenes)
 
 PICTURED = 16  # prompts in samples.png
 

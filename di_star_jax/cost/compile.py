@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from di_star_jax import flops, pipeline, plan, sharding, step, train
+from di_star_jax.cost import (flops, plan)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax import (sharding, step, train)
 from di_star_jax.config import UserError
 from di_star_jax.diffusion import Schedule
 from di_star_jax.rewards import REWARDS

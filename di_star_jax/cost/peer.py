@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from di_star_jax.config import UserError
 from di_star_jax.gradients import Settings
-from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD, resize_matrix
+from di_star_jax.rewards.pixels import (CLIP_MEAN, CLIP_STD, resize_matrix)
 
 # torch.compile gets these, one at a time, as diffusers advises: many of SDXL's are alike and share their code, and a
 # whole UNet would take minutes for each of the three ways in which a step uses one.
