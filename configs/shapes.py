@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DI* on the shapes world that the package ships: the same code as SDXL, small enough for two CPU cores.
+"""DI* on the shapes world that the package ships: the same code as SDXL, small enough for two CPU
+cores.
 
     python -m di_star_jax.main --config=configs/shapes.py --workdir=runs/shapes
 
@@ -14,18 +15,30 @@ import ml_collections
 import di_star_jax
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_CHECKPOINT = os.path.join(os.path.dirname(os.path.abspath(di_star_jax.__file__)), "shapes", "checkpoint")
-_spec = importlib.util.spec_from_file_location("di_star_sdxl_config", os.path.join(_HERE, "sdxl.py"))
+_CHECKPOINT = os.path.join(
+    os.path.dirname(os.path.abspath(di_star_jax.__file__)), "shapes", "checkpoint"
+)
+_spec = importlib.util.spec_from_file_location(
+    "di_star_sdxl_config", os.path.join(_HERE, "sdxl.py")
+)
 _sdxl = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_sdxl)
 
 # The paper's guidance and reward scales, in this world's units (see SMALL).
 OMEGA = {1.0: 1.0, 4.5: 3.0, 7.5: 5.0}
 REWARD = {0.0: 0.0, 1.0: 0.1, 10.0: 1.0}
-SCALES = {"objective.omega": OMEGA, "objective.alpha_cfg": OMEGA, "reward.pickscore": REWARD,
-          "train.steps": {11600: 1000}}
-PRESETS = {preset: {field: SCALES[field][value] if field in SCALES else value for field, value in row.items()}
-           for preset, row in _sdxl.PRESETS.items()}
+SCALES = {
+    "objective.omega": OMEGA,
+    "objective.alpha_cfg": OMEGA,
+    "reward.pickscore": REWARD,
+    "train.steps": {11600: 1000},
+}
+PRESETS = {
+    preset: {
+        field: SCALES[field][value] if field in SCALES else value for field, value in row.items()
+    }
+    for preset, row in _sdxl.PRESETS.items()
+}
 
 # What the small world changes; every other field is as in configs/sdxl.py.
 SMALL = {
@@ -40,12 +53,14 @@ SMALL = {
     "objective.omega": 5.0,  # what the small generator was distilled with
     "reward.pickscore": 10.0,  # the small reward's cosine varies ten times as much as PickScore's
     "assistant.warmup_steps": 40,
-    "optim.generator_lr": 1e-4,  # a small net from a short distillation moves in larger steps than SDXL
+    # a small net from a short distillation moves in larger steps than SDXL
+    "optim.generator_lr": 1e-4,
     "optim.assistant_lr": 2e-4,
     "optim.lr_warmup_steps": 10,
     "ema.half_life_samples": 500,
     "compute.dtype": "float32",
-    "compute.loop_networks": False,  # on CPU a convolution's gradient is 15 times slower inside of a loop
+    # on CPU a convolution's gradient is 15 times slower inside of a loop
+    "compute.loop_networks": False,
     "compute.remat_unet": "none",
     "compute.remat_vae": "none",
     "compute.remat_reward": "none",

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I), and how eps, x_0 and score turn into each other."""
+"""The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I), and how eps, x_0 and score turn
+into each other.
+"""
 
 from typing import NamedTuple
 
@@ -12,46 +14,71 @@ from di_star_jax.config import UserError
 
 class Schedule(NamedTuple):
     """alpha and sigma: [T] float32, indexed by the integer timestep."""
+
     alpha: jax.Array
     sigma: jax.Array
 
 
-def make_schedule(*, num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str) -> Schedule:
+def make_schedule(
+    *, num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str
+) -> Schedule:
     """alpha_t = sqrt(prod(1 - beta_s)), sigma_t = sqrt(1 - alpha_t^2), computed in float64.
 
     Args: the fields of a diffusers scheduler_config.json, under their names there.
     Raises: UserError for a beta schedule other than 'scaled_linear' (SDXL, SD 1.5) or 'linear'.
     """
     if beta_schedule == "scaled_linear":
-        beta = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64) ** 2
+        beta = (
+            np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=np.float64) ** 2
+        )
     elif beta_schedule == "linear":
         beta = np.linspace(beta_start, beta_end, num_train_timesteps, dtype=np.float64)
     else:
-        raise UserError(f"scheduler_config.json has beta_schedule={beta_schedule!r}, "
-                        "expected 'scaled_linear' or 'linear'")
+        raise UserError(
+            f"scheduler_config.json has beta_schedule={beta_schedule!r}, "
+            "expected 'scaled_linear' or 'linear'"
+        )
     alpha_bar = np.cumprod(1.0 - beta)
-    return Schedule(jnp.asarray(np.sqrt(alpha_bar), jnp.float32), jnp.asarray(np.sqrt(1.0 - alpha_bar), jnp.float32))
+    return Schedule(
+        jnp.asarray(np.sqrt(alpha_bar), jnp.float32),
+        jnp.asarray(np.sqrt(1.0 - alpha_bar), jnp.float32),
+    )
 
 
 def schedule_from_json(config: dict) -> Schedule:
-    """Args: a parsed scheduler_config.json. Raises: UserError for an unsupported prediction type or beta schedule."""
+    """Args: a parsed scheduler_config.json.
+
+    Raises: UserError for an unsupported prediction type or beta schedule.
+    """
     if config.get("prediction_type", "epsilon") != "epsilon":
-        raise UserError(f"scheduler_config.json has prediction_type={config['prediction_type']!r}, expected 'epsilon'")
-    return make_schedule(**{k: config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")})
+        raise UserError(
+            f"scheduler_config.json has prediction_type={config['prediction_type']!r}, expected 'epsilon'"
+        )
+    return make_schedule(
+        **{k: config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
+    )
 
 
 def per_sample(v: jax.Array, like: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, ..., 1] with as many axes as `like`: the one place where [B] meets [B, H, W, C]."""
+    """[B] -> [B, 1, ..., 1] with as many axes as `like`: the one place where [B] meets [B, H, W,
+    C].
+    """
     return v.reshape(v.shape + (1,) * (like.ndim - 1))
 
 
 def add_noise(x0: jax.Array, eps: jax.Array, alpha_t: jax.Array, sigma_t: jax.Array) -> jax.Array:
-    """x_t = alpha_t x_0 + sigma_t eps. Args: x0, eps [B, ...]; alpha_t, sigma_t [B]. Returns: [B, ...]."""
+    """x_t = alpha_t x_0 + sigma_t eps.
+
+    Args: x0, eps [B, ...]; alpha_t, sigma_t [B]. Returns: [B, ...].
+    """
     return per_sample(alpha_t, x0) * x0 + per_sample(sigma_t, x0) * eps
 
 
 def eps_to_x0(x_t: jax.Array, eps: jax.Array, alpha_t: jax.Array, sigma_t: jax.Array) -> jax.Array:
-    """x_0 = (x_t - sigma_t eps) / alpha_t. Args: x_t, eps [B, ...]; alpha_t, sigma_t [B]. Returns: [B, ...]."""
+    """x_0 = (x_t - sigma_t eps) / alpha_t.
+
+    Args: x_t, eps [B, ...]; alpha_t, sigma_t [B]. Returns: [B, ...].
+    """
     return (x_t - per_sample(sigma_t, x_t) * eps) / per_sample(alpha_t, x_t)
 
 
@@ -66,5 +93,8 @@ def score_to_eps(score: jax.Array, sigma_t: jax.Array) -> jax.Array:
 
 
 def guide(eps_cond: jax.Array, eps_uncond: jax.Array, omega: float) -> jax.Array:
-    """Classifier-free guidance eps_0 + omega (eps_c - eps_0); omega = 1 is no guidance. Same shapes in and out."""
+    """Classifier-free guidance eps_0 + omega (eps_c - eps_0); omega = 1 is no guidance.
+
+    Same shapes in and out.
+    """
     return eps_uncond + omega * (eps_cond - eps_uncond)

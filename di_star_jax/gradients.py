@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both gradients of a Diff-Instruct* step, of one device's part of the batch.
 
-All here runs inside `sharding.on_each`: b is the images of this device, K the generator's steps; latents are [b, h, w, 4],
-images [b, H, W, 3]. Everything random comes in as arguments. Sums over devices are the caller's: a device returns its
-share of the gradients of the whole batch's mean, and per-sample figures.
+All here runs inside `sharding.on_each`: b is the images of this device, K the generator's steps;
+latents are [b, h, w, 4], images [b, H, W, 3]. Everything random comes in as arguments. Sums over
+devices are the caller's: a device returns its share of the gradients of the whole batch's mean, and
+per-sample figures.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from di_star_jax import (objectives, samplers, sharding)
-from di_star_jax.diffusion import (Schedule, add_noise, guide)
+from di_star_jax import objectives, samplers, sharding
+from di_star_jax.diffusion import Schedule, add_noise, guide
 from di_star_jax.models.unet import Condition
 
 Params = Any
@@ -25,9 +26,11 @@ class Networks(NamedTuple):
 
     unet: (params, x_t [b, h, w, 4], t [b], Condition) -> eps [b, h, w, 4] float32.
     encode_text: (frozen, token_ids) -> (Condition, null Condition).
-    reward: (frozen, x0 [b, h, w, 4], prompts, crop [b, 2]) -> (alpha_rew r(x0, c) summed over the rewards [b], each
-      reward by name [b]), through the VAE decoder. Only the sum is differentiated.
+    reward: (frozen, x0 [b, h, w, 4], prompts, crop [b, 2]) -> (alpha_rew r(x0, c) summed over the
+      rewards [b], each reward by name [b]), through the VAE decoder. Only the sum is
+      differentiated.
     """
+
     unet: Callable[..., jax.Array]
     encode_text: Callable[..., tuple[Condition, Condition]]
     reward: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -36,6 +39,7 @@ class Networks(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Plain values of a step; see configs/sdxl.py for units, ranges and reasons."""
+
     objective: str
     omega: float
     constants: objectives.Constants
@@ -60,6 +64,7 @@ class Draws(NamedTuple):
     t_psi, eps_psi: of the assistant's loss.
     crop: [B, 2] in [0, 1), where the reward looks, if it looks at a part.
     """
+
     noise: jax.Array
     step: jax.Array
     t: jax.Array
@@ -74,6 +79,7 @@ class Figures(NamedTuple):
 
     reward: alpha_rew r, summed over the rewards. rewards: each by itself. assistant: its loss.
     """
+
     x0: jax.Array
     reward: jax.Array
     rewards: dict[str, jax.Array]
@@ -81,10 +87,14 @@ class Figures(NamedTuple):
     assistant: jax.Array
 
 
-def times_and_noise(key: jax.Array, times: tuple[int, int], shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def times_and_noise(
+    key: jax.Array, times: tuple[int, int], shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
     """Uniform integer times, both ends included, and noise."""
     key_t, key_eps = jax.random.split(key)
-    return jax.random.randint(key_t, shape[:1], times[0], times[1] + 1), jax.random.normal(key_eps, shape)
+    return jax.random.randint(key_t, shape[:1], times[0], times[1] + 1), jax.random.normal(
+        key_eps, shape
+    )
 
 
 def draw(key: jax.Array, batch: int, settings: Settings) -> Draws:
@@ -93,20 +103,43 @@ def draw(key: jax.Array, batch: int, settings: Settings) -> Draws:
     shape, count = (batch, *settings.latent_shape), len(settings.generator_timesteps)
     noise = jnp.moveaxis(jax.random.normal(key_z, (count, *shape)), 0, 1)
     step = jax.random.randint(jax.random.fold_in(key_z, 1), (), 0, count)
-    return Draws(noise, step, *times_and_noise(key_generator, settings.generator_times, shape),
-                 *times_and_noise(jax.random.split(key_assistant, settings.assistant_updates)[0],
-                                  settings.assistant_times, shape),
-                 jax.random.uniform(jax.random.fold_in(key_z, 2), (batch, 2)))
+    return Draws(
+        noise,
+        step,
+        *times_and_noise(key_generator, settings.generator_times, shape),
+        *times_and_noise(
+            jax.random.split(key_assistant, settings.assistant_updates)[0],
+            settings.assistant_times,
+            shape,
+        ),
+        jax.random.uniform(jax.random.fold_in(key_z, 2), (batch, 2)),
+    )
 
 
-def denoise(params: Params, x_t: jax.Array, t: jax.Array, condition: Condition, *, networks: Networks,
-            schedule: Schedule) -> jax.Array:
+def denoise(
+    params: Params,
+    x_t: jax.Array,
+    t: jax.Array,
+    condition: Condition,
+    *,
+    networks: Networks,
+    schedule: Schedule,
+) -> jax.Array:
     """x_0 [b, h, w, 4] by one step of the generator from x_t at the time t, a scalar."""
-    return samplers.one_step(lambda x, t: networks.unet(params, x, t, condition), x_t, t[None], schedule)
+    return samplers.one_step(
+        lambda x, t: networks.unet(params, x, t, condition), x_t, t[None], schedule
+    )
 
 
-def simulate(params: Params, draws: Draws, condition: Condition, *, networks: Networks, settings: Settings,
-             schedule: Schedule) -> tuple[jax.Array, jax.Array]:
+def simulate(
+    params: Params,
+    draws: Draws,
+    condition: Condition,
+    *,
+    networks: Networks,
+    settings: Settings,
+    schedule: Schedule,
+) -> tuple[jax.Array, jax.Array]:
     """DMD2's backward simulation: what the generator's step `draws.step` is given.
 
     Returns: (x_t [b, h, w, 4] without gradient, t scalar int32). With one step, z and its time.
@@ -128,7 +161,8 @@ def simulate(params: Params, draws: Draws, condition: Condition, *, networks: Ne
 def reference_scores(unet, params: Params, conditions: tuple[Condition, Condition], omega: float):
     """The reference's (guided, cond, null) noise predictions, functions of (x_t, t).
 
-    Guided evaluates conditional and unconditional as one batch of 2b; at omega = 1 it is the conditional alone.
+    Guided evaluates conditional and unconditional as one batch of 2b; at omega = 1 it is the
+    conditional alone.
     """
     condition, null = conditions
     both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
@@ -148,25 +182,49 @@ def _mean(per_sample_loss: jax.Array) -> jax.Array:
     return jnp.sum(per_sample_loss) / (per_sample_loss.shape[0] * sharding.size(*sharding.BATCH))
 
 
-def regulariser(x0: jax.Array, t: jax.Array, eps: jax.Array, *, scores: objectives.Scores, settings: Settings,
-                schedule: Schedule) -> jax.Array:
-    """L_reg(x0) [b] (Eq. 3.4), weighted and reduced as the settings say. Args: samples, times and noise; scores."""
+def regulariser(
+    x0: jax.Array,
+    t: jax.Array,
+    eps: jax.Array,
+    *,
+    scores: objectives.Scores,
+    settings: Settings,
+    schedule: Schedule,
+) -> jax.Array:
+    """L_reg(x0) [b] (Eq. 3.4), weighted and reduced as the settings say.
+
+    Args: samples, times and noise; scores.
+    """
     loss = objectives.OBJECTIVES[settings.objective](
-        x0, t, eps, scores=scores, constants=settings.constants, schedule=schedule)
+        x0, t, eps, scores=scores, constants=settings.constants, schedule=schedule
+    )
     loss *= objectives.WEIGHTINGS[settings.weighting](schedule.alpha[t], schedule.sigma[t])
     return loss * {"sum": 1.0, "mean": 1.0 / x0[0].size}[settings.reduction]
 
 
-def generator_gradient(x0: jax.Array, draws: Draws, *, scores: objectives.Scores, frozen: dict, token_ids: dict,
-                       networks: Networks, settings: Settings, schedule: Schedule):
+def generator_gradient(
+    x0: jax.Array,
+    draws: Draws,
+    *,
+    scores: objectives.Scores,
+    frozen: dict,
+    token_ids: dict,
+    networks: Networks,
+    settings: Settings,
+    schedule: Schedule,
+):
     """d/dx0 of the mean of -alpha_rew r(x0, c) + L_reg(x0) (Eq. 3.4).
 
-    One part after the other, so that the decoder's activations and the score networks' need not be held together.
+    One part after the other, so that the decoder's activations and the score networks' need not be
+    held together.
 
     Returns: (dx0 [b, h, w, 4], the two results of networks.reward, L_reg [b]).
     """
+
     def mean_regulariser(x0):
-        loss = regulariser(x0, draws.t, draws.eps, scores=scores, settings=settings, schedule=schedule)
+        loss = regulariser(
+            x0, draws.t, draws.eps, scores=scores, settings=settings, schedule=schedule
+        )
         return _mean(loss), loss
 
     def mean_reward(x0):
@@ -178,35 +236,71 @@ def generator_gradient(x0: jax.Array, draws: Draws, *, scores: objectives.Scores
     return dx0 + of_reward, reward, loss
 
 
-def assistant_loss(assistant: Params, x0: jax.Array, t: jax.Array, eps: jax.Array, condition: Condition, *,
-                   networks: Networks, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
+def assistant_loss(
+    assistant: Params,
+    x0: jax.Array,
+    t: jax.Array,
+    eps: jax.Array,
+    condition: Condition,
+    *,
+    networks: Networks,
+    schedule: Schedule,
+) -> tuple[jax.Array, jax.Array]:
     """Denoising score matching on x0 (Eq. 2.2): its share of the mean, and per sample and element."""
     x_t = add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
     loss = objectives.denoising_score_matching(networks.unet(assistant, x_t, t, condition), eps)
     return _mean(loss), loss / x0[0].size
 
 
-def _generate(generator: Params, draws: Draws, condition: Condition, *, networks: Networks, settings: Settings,
-              schedule: Schedule):
+def _generate(
+    generator: Params,
+    draws: Draws,
+    condition: Condition,
+    *,
+    networks: Networks,
+    settings: Settings,
+    schedule: Schedule,
+):
     """(x0, its pull-back to the generator's parameters)."""
-    x_t, t = simulate(generator, draws, condition, networks=networks, settings=settings, schedule=schedule)
-    return jax.vjp(lambda params: denoise(params, x_t, t, condition, networks=networks, schedule=schedule), generator)
+    x_t, t = simulate(
+        generator, draws, condition, networks=networks, settings=settings, schedule=schedule
+    )
+    return jax.vjp(
+        lambda params: denoise(params, x_t, t, condition, networks=networks, schedule=schedule),
+        generator,
+    )
 
 
-def apart(generator: Params, assistant: Params, frozen: dict, token_ids: dict, draws: Draws, *, networks: Networks,
-          settings: Settings, schedule: Schedule) -> tuple[tuple[Params, Params], Figures]:
-    """((generator's gradient, assistant's), figures) where the two losses share x0 alone, not times and noise."""
+def apart(
+    generator: Params,
+    assistant: Params,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
+    *,
+    networks: Networks,
+    settings: Settings,
+    schedule: Schedule,
+) -> tuple[tuple[Params, Params], Figures]:
+    """((generator's gradient, assistant's), figures) where the two losses share x0 alone, not times
+    and noise.
+    """
     common = dict(networks=networks, schedule=schedule)
     conditions = jax.lax.stop_gradient(networks.encode_text(frozen, token_ids))
-    # One generator forward serves both losses; everything that acts on x0 is differentiated there first.
+    # One generator forward serves both losses; everything that acts on x0 is differentiated there
+    # first.
     x0, pull_back = _generate(generator, draws, conditions[0], settings=settings, **common)
-    scores = objectives.one_by_one(lambda x_t, t: networks.unet(assistant, x_t, t, conditions[0]),
-                         *reference_scores(networks.unet, frozen["unet"], conditions, settings.omega))
-    dx0, reward, loss_reg = generator_gradient(x0, draws, scores=scores, frozen=frozen, token_ids=token_ids,
-                                               settings=settings, **common)
-    grads, = pull_back(dx0)
+    scores = objectives.one_by_one(
+        lambda x_t, t: networks.unet(assistant, x_t, t, conditions[0]),
+        *reference_scores(networks.unet, frozen["unet"], conditions, settings.omega),
+    )
+    dx0, reward, loss_reg = generator_gradient(
+        x0, draws, scores=scores, frozen=frozen, token_ids=token_ids, settings=settings, **common
+    )
+    (grads,) = pull_back(dx0)
     (_, loss), assistant_grads = jax.value_and_grad(assistant_loss, has_aux=True)(
-        assistant, x0, draws.t_psi, draws.eps_psi, conditions[0], **common)
+        assistant, x0, draws.t_psi, draws.eps_psi, conditions[0], **common
+    )
     return (grads, assistant_grads), Figures(x0, *reward, loss_reg, loss)
 
 
@@ -215,9 +309,10 @@ def _linearised(psi_of_params, assistant: Params, x_t: jax.Array, eps: jax.Array
 
     Args: psi_of_params: (params, x_t) -> its noise prediction; assistant, its parameters; x_t, eps.
     Returns:
-      (psi, loss, grads): the noise prediction as a function of (x_t, t), at this x_t and t only, with its gradient; the
-      denoising score matching loss per sample, and the gradient of its mean with respect to the assistant. Each gradient
-      is a pull-back of the one linearisation: with respect to the input for psi, to the parameters for grads.
+      (psi, loss, grads): the noise prediction as a function of (x_t, t), at this x_t and t only,
+      with its gradient; the denoising score matching loss per sample, and the gradient of its mean
+      with respect to the assistant. Each gradient is a pull-back of the one linearisation: with
+      respect to the input for psi, to the parameters for grads.
     """
     eps_psi, pull_back = jax.vjp(psi_of_params, assistant, x_t)
 
@@ -235,24 +330,43 @@ def _linearised(psi_of_params, assistant: Params, x_t: jax.Array, eps: jax.Array
     return psi, loss, pull_back(cotangent)[0]
 
 
-def together(generator: Params, assistant: Params, frozen: dict, token_ids: dict, draws: Draws, *, networks: Networks,
-             settings: Settings, schedule: Schedule) -> tuple[tuple[Params, Params], Figures]:
+def together(
+    generator: Params,
+    assistant: Params,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
+    *,
+    networks: Networks,
+    settings: Settings,
+    schedule: Schedule,
+) -> tuple[tuple[Params, Params], Figures]:
     """As `apart`, where the two losses share x0, times, noise and the assistant's forward pass."""
     common = dict(networks=networks, schedule=schedule)
     conditions = jax.lax.stop_gradient(networks.encode_text(frozen, token_ids))
     x0, pull_back = _generate(generator, draws, conditions[0], settings=settings, **common)
     x_t = add_noise(x0, draws.eps, schedule.alpha[draws.t], schedule.sigma[draws.t])
     psi, loss, assistant_grads = _linearised(
-        lambda params, x_t: networks.unet(params, x_t, draws.t, conditions[0]), assistant, x_t, draws.eps)
-    scores = objectives.one_by_one(psi, *reference_scores(networks.unet, frozen["unet"], conditions, settings.omega))
-    dx0, reward, loss_reg = generator_gradient(x0, draws, scores=scores, frozen=frozen, token_ids=token_ids,
-                                               settings=settings, **common)
-    grads, = pull_back(dx0)
+        lambda params, x_t: networks.unet(params, x_t, draws.t, conditions[0]),
+        assistant,
+        x_t,
+        draws.eps,
+    )
+    scores = objectives.one_by_one(
+        psi, *reference_scores(networks.unet, frozen["unet"], conditions, settings.omega)
+    )
+    dx0, reward, loss_reg = generator_gradient(
+        x0, draws, scores=scores, frozen=frozen, token_ids=token_ids, settings=settings, **common
+    )
+    (grads,) = pull_back(dx0)
     return (grads, assistant_grads), Figures(x0, *reward, loss_reg, loss / x0[0].size)
 
 
 def _pick(first: jax.Array, a: Params, b: Params) -> Params:
-    """`a` where `first`, else `b`; large leaves in b's dtype, small ones (norms) in the wider of both."""
+    """`a` where `first`, else `b`; large leaves in b's dtype, small ones (norms) in the wider of
+    both.
+    """
+
     def leaf(a, b):
         dtype = b.dtype if a.size >= sharding.SMALL else jnp.promote_types(a.dtype, b.dtype)
         return jnp.where(first, a.astype(dtype), b.astype(dtype))
@@ -260,9 +374,17 @@ def _pick(first: jax.Array, a: Params, b: Params) -> Params:
     return jax.tree.map(leaf, a, b)
 
 
-def scanned_scores(assistant: Params, reference: Params, conditions: tuple[Condition, Condition], *, unet,
-                   omega: float) -> objectives.Scores:
-    """`objectives.one_by_one` as a loop: one traced network is the assistant, then the reference with each condition."""
+def scanned_scores(
+    assistant: Params,
+    reference: Params,
+    conditions: tuple[Condition, Condition],
+    *,
+    unet,
+    omega: float,
+) -> objectives.Scores:
+    """`objectives.one_by_one` as a loop: one traced network is the assistant, then the reference
+    with each condition.
+    """
     passes = [conditions[0], *([conditions[0]] if omega == 1.0 else conditions)]
     stacked = jax.tree.map(lambda *c: jnp.stack(c), *passes)
 
@@ -275,23 +397,38 @@ def scanned_scores(assistant: Params, reference: Params, conditions: tuple[Condi
         return eps[0], (eps[1] if omega == 1.0 else guide(eps[1], eps[2], omega))
 
     psi = lambda x_t, t: unet(assistant, x_t, t, conditions[0])
-    return objectives.Scores(psi_and_guided, psi, *reference_scores(unet, reference, conditions, omega)[1:])
+    return objectives.Scores(
+        psi_and_guided, psi, *reference_scores(unet, reference, conditions, omega)[1:]
+    )
 
 
-def in_loops(generator: Params, assistant: Params, frozen: dict, token_ids: dict, draws: Draws, *, networks: Networks,
-             settings: Settings, schedule: Schedule) -> tuple[tuple[Params, Params], Figures]:
-    """As `apart` with a UNet traced three times in place of seven, for compilers that need minutes for each.
+def in_loops(
+    generator: Params,
+    assistant: Params,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
+    *,
+    networks: Networks,
+    settings: Settings,
+    schedule: Schedule,
+) -> tuple[tuple[Params, Params], Figures]:
+    """As `apart` with a UNet traced three times in place of seven, for compilers that need minutes
+    for each.
 
-    Once forward for x0, once as a loop over the score networks, once as a loop over the two that learn. The generator's
-    forward pass is made twice.
+    Once forward for x0, once as a loop over the score networks, once as a loop over the two that
+    learn. The generator's forward pass is made twice.
     """
     common = dict(networks=networks, schedule=schedule)
     conditions = jax.lax.stop_gradient(networks.encode_text(frozen, token_ids))
     z, t_z = simulate(generator, draws, conditions[0], settings=settings, **common)
     x0 = denoise(generator, z, t_z, conditions[0], **common)
-    scores = scanned_scores(assistant, frozen["unet"], conditions, unet=networks.unet, omega=settings.omega)
-    dx0, reward, loss_reg = generator_gradient(x0, draws, scores=scores, frozen=frozen, token_ids=token_ids,
-                                               settings=settings, **common)
+    scores = scanned_scores(
+        assistant, frozen["unet"], conditions, unet=networks.unet, omega=settings.omega
+    )
+    dx0, reward, loss_reg = generator_gradient(
+        x0, draws, scores=scores, frozen=frozen, token_ids=token_ids, settings=settings, **common
+    )
     # x0 is linear in the generator's noise prediction: what its gradient is there.
     _, to_eps = jax.vjp(lambda eps: samplers.one_step(lambda x, t: eps, z, t_z[None], schedule), z)
     x_t = add_noise(x0, draws.eps_psi, schedule.alpha[draws.t_psi], schedule.sigma[draws.t_psi])
@@ -303,12 +440,16 @@ def in_loops(generator: Params, assistant: Params, frozen: dict, token_ids: dict
 
     def one(_, turn):
         first, x, t = turn
-        eps, pull_back = jax.vjp(lambda params: networks.unet(params, x, t, conditions[0]),
-                                 _pick(first, generator, assistant))
+        eps, pull_back = jax.vjp(
+            lambda params: networks.unet(params, x, t, conditions[0]),
+            _pick(first, generator, assistant),
+        )
         (_, loss), of_loss = jax.value_and_grad(mean_loss, has_aux=True)(eps)
         return None, (*pull_back(jnp.where(first, *to_eps(dx0), of_loss)), loss)
 
-    _, (grads, loss) = jax.lax.scan(one, None, (jnp.array([True, False]), jnp.stack([z, x_t]), times))
+    _, (grads, loss) = jax.lax.scan(
+        one, None, (jnp.array([True, False]), jnp.stack([z, x_t]), times)
+    )
     grads = tuple(jax.tree.map(lambda g, i=i: g[i], grads) for i in range(2))
     return grads, Figures(x0, *reward, loss_reg, loss[1] / x0[0].size)
 
@@ -316,37 +457,64 @@ def in_loops(generator: Params, assistant: Params, frozen: dict, token_ids: dict
 GRADIENTS = {"x0": apart, "x_t": together, "loops": in_loops}
 
 
-def of_assistant(assistant: Params, frozen: dict, token_ids: dict, x0: jax.Array, t: jax.Array, eps: jax.Array, *,
-                 networks: Networks, schedule: Schedule) -> tuple[Params, jax.Array]:
+def of_assistant(
+    assistant: Params,
+    frozen: dict,
+    token_ids: dict,
+    x0: jax.Array,
+    t: jax.Array,
+    eps: jax.Array,
+    *,
+    networks: Networks,
+    schedule: Schedule,
+) -> tuple[Params, jax.Array]:
     """The assistant's gradient alone, and its loss per sample and element."""
     condition = networks.encode_text(frozen, token_ids)[0]
     (_, loss), grads = jax.value_and_grad(assistant_loss, has_aux=True)(
-        assistant, x0, t, eps, condition, networks=networks, schedule=schedule)
+        assistant, x0, t, eps, condition, networks=networks, schedule=schedule
+    )
     return grads, loss
 
 
-def samples(generator: Params, frozen: dict, token_ids: dict, draws: Draws, *, networks: Networks, settings: Settings,
-            schedule: Schedule) -> jax.Array:
+def samples(
+    generator: Params,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
+    *,
+    networks: Networks,
+    settings: Settings,
+    schedule: Schedule,
+) -> jax.Array:
     """x0 [b, h, w, 4] without gradient."""
     condition = networks.encode_text(frozen, token_ids)[0]
-    x_t, t = simulate(generator, draws, condition, networks=networks, settings=settings, schedule=schedule)
+    x_t, t = simulate(
+        generator, draws, condition, networks=networks, settings=settings, schedule=schedule
+    )
     return denoise(generator, x_t, t, condition, networks=networks, schedule=schedule)
 
 
 def in_microbatches(fn: Callable, count: int, *batch):
-    """fn(*batch) -> (gradients, per-sample results) in `count` parts of the batch, one after the other.
+    """fn(*batch) -> (gradients, per-sample results) in `count` parts of the batch, one after the
+    other.
 
-    Args: fn; count, a divisor of the batch; batch, trees whose leaves' first axis is the batch, but for scalars.
+    Args: fn; count, a divisor of the batch; batch, trees whose leaves' first axis is the batch, but
+      for scalars.
     Returns: the parts' mean gradients and their results one after the other, as of one call.
     """
     if count == 1:
         return fn(*batch)
-    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, (count,)), batch)
+    parts = jax.tree.map(
+        lambda x: x.reshape(count, -1, *x.shape[1:]) if x.ndim else jnp.broadcast_to(x, (count,)),
+        batch,
+    )
     shapes = jax.eval_shape(fn, *jax.tree.map(lambda x: x[0], parts))[0]
 
     def one(sums, part):
         grads, results = fn(*part)
         return jax.tree.map(lambda total, grad: total + grad / count, sums, grads), results
 
-    sums, results = jax.lax.scan(one, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts)
+    sums, results = jax.lax.scan(
+        one, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), parts
+    )
     return sums, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)

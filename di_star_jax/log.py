@@ -20,14 +20,22 @@ def say(text: str) -> None:
 
 
 class Writer:
-    """TensorBoard events and `metrics.jsonl` in a workdir; a resumed run appends. Other hosts write nothing."""
+    """TensorBoard events and `metrics.jsonl` in a workdir; a resumed run appends.
+
+    Other hosts write nothing.
+    """
 
     def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
-        """Args: workdir; first_step: lines of `metrics.jsonl` beyond it, from a run that was cut short, are dropped."""
+        """Args: workdir; first_step: lines of `metrics.jsonl` beyond it, from a run that was cut
+        short, are dropped.
+        """
         self._events = self._lines = None
         if jax.process_index() == 0:
             from tensorboardX import SummaryWriter
-            self._events = SummaryWriter(str(workdir), purge_step=first_step + 1 if first_step else None)
+
+            self._events = SummaryWriter(
+                str(workdir), purge_step=first_step + 1 if first_step else None
+            )
             path = Path(workdir) / "metrics.jsonl"
             lines = path.read_text().splitlines() if path.exists() else []
             kept = [line for line in lines if json.loads(line)["step"] <= first_step]
@@ -54,11 +62,19 @@ class Writer:
 
 
 class Progress:
-    """One line with what is done and the time left: a bar on a terminal, else a line every ten seconds."""
+    """One line with what is done and the time left: a bar on a terminal, else a line every ten
+    seconds.
+    """
 
     def __init__(self, total: int, start: int, unit: str = "step"):
         self._bar = None
-        self._total, self._start, self._unit, self._said, self._began = total, start, unit, 0.0, time.time()
+        self._total, self._start, self._unit, self._said, self._began = (
+            total,
+            start,
+            unit,
+            0.0,
+            time.time(),
+        )
         if jax.process_index() == 0 and sys.stdout.isatty():
             self._bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True)
 
@@ -69,7 +85,9 @@ class Progress:
             self._bar.update(done - self._bar.n)
         elif jax.process_index() == 0 and (time.time() - self._said > 10 or done >= self._total):
             left = (time.time() - self._began) / max(done - self._start, 1) * (self._total - done)
-            print(f"{self._unit} {done}/{self._total}, {text}, {left / 60:.1f} min left", flush=True)
+            print(
+                f"{self._unit} {done}/{self._total}, {text}, {left / 60:.1f} min left", flush=True
+            )
             self._said = time.time()
 
     def close(self) -> None:
@@ -95,10 +113,12 @@ def image_grid(images: np.ndarray, columns: int, *, padding: int = 2) -> np.ndar
     n, h, w, _ = images.shape
     columns = min(columns, n)
     rows = -(-n // columns)
-    grid = np.full((rows * (h + padding) - padding, columns * (w + padding) - padding, 3), 255, np.uint8)
+    grid = np.full(
+        (rows * (h + padding) - padding, columns * (w + padding) - padding, 3), 255, np.uint8
+    )
     for i, image in enumerate(to_uint8(images)):
         y, x = (i // columns) * (h + padding), (i % columns) * (w + padding)
-        grid[y:y + h, x:x + w] = image
+        grid[y : y + h, x : x + w] = image
     return grid
 
 
@@ -112,13 +132,15 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) ->
         else:
             broken.append(word)
     if len(broken) > lines:
-        broken = [*broken[:lines - 1], broken[lines - 1] + " ..."]
+        broken = [*broken[: lines - 1], broken[lines - 1] + " ..."]
     return "\n".join(broken)
 
 
-def before_after_grid(before: np.ndarray, after: np.ndarray, prompts: list[str], *, columns: int = 4,
-                      side: int = 128) -> np.ndarray:
-    """A labelled picture: each cell shows one prompt's image before (left) and after (right), the prompt below.
+def before_after_grid(
+    before: np.ndarray, after: np.ndarray, prompts: list[str], *, columns: int = 4, side: int = 128
+) -> np.ndarray:
+    """A labelled picture: each cell shows one prompt's image before (left) and after (right), the
+    prompt below.
 
     Args:
       before, after: [N, H, W, 3] in [-1, 1], made from the same noise.
@@ -145,19 +167,35 @@ def before_after_grid(before: np.ndarray, after: np.ndarray, prompts: list[str],
         for offset, image in ((0, before[i]), (side + gap, after[i])):
             shown = Image.fromarray(to_uint8(image)).resize((side, side), Image.Resampling.LANCZOS)
             canvas.paste(shown, (x + offset, y))
-        draw.multiline_text((x + cell_w / 2, y + side + 5), _wrapped(prompt, cell_w, font, 2), fill="#222222",
-                            font=font, anchor="ma", align="center", spacing=2)
+        draw.multiline_text(
+            (x + cell_w / 2, y + side + 5),
+            _wrapped(prompt, cell_w, font, 2),
+            fill="#222222",
+            font=font,
+            anchor="ma",
+            align="center",
+            spacing=2,
+        )
     return np.asarray(canvas)
 
 
 def before_after_table(rows: list[tuple[str, float, float]]) -> str:
     """A Markdown table. Args: rows of (name, before, after)."""
     lines = ["| | before | after | change |", "|---|---|---|---|"]
-    lines += [f"| {name} | {before:.4f} | {after:.4f} | {after - before:+.4f} |" for name, before, after in rows]
+    lines += [
+        f"| {name} | {before:.4f} | {after:.4f} | {after - before:+.4f} |"
+        for name, before, after in rows
+    ]
     return "\n".join(lines)
 
 
 def conclusion_of(page: Path) -> str:
-    """The part of a written page from '## Conclusion' on, which people write and a new table must not lose."""
+    """The part of a written page from '## Conclusion' on, which people write and a new table must
+    not lose.
+    """
     text = page.read_text() if page.exists() else ""
-    return text[text.index("## Conclusion"):] if "## Conclusion" in text else "## Conclusion\n\nNot drawn yet.\n"
+    return (
+        text[text.index("## Conclusion") :]
+        if "## Conclusion" in text
+        else "## Conclusion\n\nNot drawn yet.\n"
+    )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where arrays live, and what crosses chips: a ('data', 'fsdp', 'context') mesh.
 
-The batch is split over data and fsdp, parameters and moments over fsdp and context, the rows of latents and images over
-context. What costs memory runs per device (`on_each`, a shard_map): each chip sees its part of the batch, and the layers
-call the functions below, which are the only collectives there are. XLA's own partitioner, left to itself, follows the
-weights' split instead of the batch's, and then a v5e:4x4 slice holds sixteen images' activations on every chip.
-Outside of `on_each`, on one device or under plain jit, all of these functions do nothing.
+The batch is split over data and fsdp, parameters and moments over fsdp and context, the rows of
+latents and images over context. What costs memory runs per device (`on_each`, a shard_map): each
+chip sees its part of the batch, and the layers call the functions below, which are the only
+collectives there are. XLA's own partitioner, left to itself, follows the weights' split instead of
+the batch's, and then a v5e:4x4 slice holds sixteen images' activations on every chip. Outside of
+`on_each`, on one device or under plain jit, all of these functions do nothing.
 """
 
 import functools
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from di_star_jax.config import (UserError, mesh_shape)
+from di_star_jax.config import UserError, mesh_shape
 
 AXES = ("data", "fsdp", "context")
 BATCH = ("data", "fsdp")  # split the first axis of prompts, noise, latents and images
@@ -48,12 +49,15 @@ def _spec(path: tuple, shape: tuple[int, ...], parts: int) -> PartitionSpec:
         return PartitionSpec()
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if not axes and math.prod(shape) > LARGE:
-        raise UserError(f"mesh.fsdp x mesh.context = {parts} divides no axis of "
-                        f"{jax.tree_util.keystr(path, simple=True, separator='.')} with shape {shape}; use a power of "
-                        "two, and mesh.data for the other devices")
+        raise UserError(
+            f"mesh.fsdp x mesh.context = {parts} divides no axis of "
+            f"{jax.tree_util.keystr(path, simple=True, separator='.')} with shape {shape}; use a power of "
+            "two, and mesh.data for the other devices"
+        )
     if not axes:
         return PartitionSpec()
-    # The first of three or more may be the depth of scanned blocks: split there, a block would live on one device.
+    # The first of three or more may be the depth of scanned blocks: split there, a block would live
+    # on one device.
     best = max(axes, key=lambda axis: (axis > 0 or len(shape) < 3, shape[axis], axis))
     return PartitionSpec(*((PARAMS if axis == best else None) for axis in range(len(shape))))
 
@@ -66,7 +70,8 @@ def params_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """
     parts = math.prod(mesh.shape[axis] for axis in PARAMS)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path, np.shape(leaf), parts)), tree)
+        lambda path, leaf: NamedSharding(mesh, _spec(path, np.shape(leaf), parts)), tree
+    )
 
 
 def params_spec(mesh: Mesh, tree: Any) -> Any:
@@ -91,11 +96,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def on_each(mesh: Mesh, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`fn` run by each device on its parts of the arguments; its results are parts too."""
-    # check_vma=False: gradients are summed by `sum_gradients`, once, and not wherever a small leaf is used.
+    # check_vma=False: gradients are summed by `sum_gradients`, once, and not wherever a small leaf
+    # is used.
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 # ---- inside `on_each` ----
+
 
 def size(*axes: str) -> int:
     """Devices along axes of the mesh that this code runs on each device of; 1 outside of `on_each`."""
@@ -110,14 +117,21 @@ def _gather(part, axis, dtype, stored):
 
 def _gather_bwd(axis, dtype, stored, _, grad):
     # Summed in float32: each device's share is rounded to the compute dtype, their sum need not be.
-    return (jax.lax.psum_scatter(grad.astype(jnp.float32), PARAMS, scatter_dimension=axis, tiled=True).astype(stored),)
+    return (
+        jax.lax.psum_scatter(
+            grad.astype(jnp.float32), PARAMS, scatter_dimension=axis, tiled=True
+        ).astype(stored),
+    )
 
 
-_gather.defvjp(lambda part, axis, dtype, stored: (_gather(part, axis, dtype, stored), None), _gather_bwd)
+_gather.defvjp(
+    lambda part, axis, dtype, stored: (_gather(part, axis, dtype, stored), None), _gather_bwd
+)
 
 
 def whole(part: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A parameter of a known full shape, gathered from the devices that share it, in the compute dtype.
+    """A parameter of a known full shape, gathered from the devices that share it, in the compute
+    dtype.
 
     Its gradient is that of the device's own part, summed over those devices.
     """
@@ -132,7 +146,9 @@ def sum_gradients(grads: Any, specs: Any) -> Any:
     """
     if size(*AXES) == 1:
         return grads
-    return jax.tree.map(lambda g, spec: jax.lax.psum(g, "data" if any(spec) else AXES), grads, specs)
+    return jax.tree.map(
+        lambda g, spec: jax.lax.psum(g, "data" if any(spec) else AXES), grads, specs
+    )
 
 
 def batch_sum(x: jax.Array) -> jax.Array:
@@ -156,7 +172,9 @@ _join.defvjp(lambda x: (_all(x), None), lambda _, grad: (_own(grad),))
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] that all devices of a context have -> [B, H / context, W, C], the device's own rows."""
+    """[B, H, W, C] that all devices of a context have -> [B, H / context, W, C], the device's own
+    rows.
+    """
     return _split(x) if size("context") > 1 else x
 
 
@@ -166,7 +184,9 @@ def join_rows(x: jax.Array) -> jax.Array:
 
 
 def all_rows(x: jax.Array) -> jax.Array:
-    """[B, N, ...] own tokens -> [B, N * context, ...] all of them; what follows differs from device to device."""
+    """[B, N, ...] own tokens -> [B, N * context, ...] all of them; what follows differs from device
+    to device.
+    """
     return _all(x) if size("context") > 1 else x
 
 
@@ -176,13 +196,17 @@ def mean_over_rows(x: jax.Array) -> jax.Array:
 
 
 def with_halo(x: jax.Array, above: int, below: int) -> jax.Array:
-    """[B, H, W, C] -> [B, above + H + below, W, C]: rows of the neighbouring devices, zeros at the picture's borders."""
+    """[B, H, W, C] -> [B, above + H + below, W, C]: rows of the neighbouring devices, zeros at the
+    picture's borders.
+    """
     n = size("context")
     if n == 1:
         return jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
     parts = [x]
     if above:
-        parts.insert(0, jax.lax.ppermute(x[:, -above:], "context", [(i, i + 1) for i in range(n - 1)]))
+        parts.insert(
+            0, jax.lax.ppermute(x[:, -above:], "context", [(i, i + 1) for i in range(n - 1)])
+        )
     if below:
         parts.append(jax.lax.ppermute(x[:, :below], "context", [(i + 1, i) for i in range(n - 1)]))
     return jnp.concatenate(parts, axis=1)

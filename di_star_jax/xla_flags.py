@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""XLA flags per platform, as others publish them: `LIBTPU_INIT_ARGS="$(python -m di_star_jax.xla_flags v5e)"`.
+"""XLA flags per platform, as others publish them:
 
-TPU flags belong in LIBTPU_INIT_ARGS, those of GPUs in XLA_FLAGS. A process whose XLA does not know a flag dies at
-start-up: libtpu 0.0.41 and jaxlib 0.10.1 compile with all of these; try again with each release, for flags come and go.
-What they bring on this network is not measured. This module does not import jax.
+`LIBTPU_INIT_ARGS="$(python -m di_star_jax.xla_flags v5e)"`.
+
+TPU flags belong in LIBTPU_INIT_ARGS, those of GPUs in XLA_FLAGS. A process whose XLA does not know
+a flag dies at start-up: libtpu 0.0.41 and jaxlib 0.10.1 compile with all of these; try again with
+each release, for flags come and go. What they bring on this network is not measured. This module
+does not import jax.
 """
 
 import sys
 
 from di_star_jax.config import UserError
 
-# MaxText's CF_FOR_ALL_GATHER (the next layer's parameters are gathered while this one computes), but for its fusions,
-# and DATA_PARALLEL_OVERLAP (sums of gradients over the data axis are pipelined over iterations).
+# MaxText's CF_FOR_ALL_GATHER (the next layer's parameters are gathered while this one computes),
+# but for its fusions, and DATA_PARALLEL_OVERLAP (sums of gradients over the data axis are pipelined
+# over iterations).
 _OVERLAP = (
     "--xla_tpu_overlap_compute_collective_tc=true",
     "--xla_enable_async_all_gather=true",
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
     "--xla_tpu_data_parallel_opt_different_sized_ops=true",
 )
-# The fusions of CF_FOR_ALL_GATHER. None of all-reduces: with the overlap they gave NaN on v6e (jax #38741).
+# The fusions of CF_FOR_ALL_GATHER. None of all-reduces: with the overlap they gave NaN on v6e (jax
+# #38741).
 _FUSE_ALL_GATHER = (
     "--xla_tpu_enable_async_collective_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
@@ -28,9 +33,11 @@ _FUSE_ALL_GATHER = (
 PRESETS: dict[str, tuple[str, ...]] = {
     # MaxText, maxtext_v5e_model_configs.py: the dense models.
     "v5e": _OVERLAP + _FUSE_ALL_GATHER,
-    # tpu-recipes, training/v5p/SDXL-MaxDiffusion: for this very UNet, in training. Less its async_collective_fusion
-    # flags: newer recipes beside it dropped theirs, for libtpu refuses them on a real v5p at start-up.
-    "v5p": _OVERLAP + (
+    # tpu-recipes, training/v5p/SDXL-MaxDiffusion: for this very UNet, in training. Less its
+    # async_collective_fusion flags: newer recipes beside it dropped theirs, for libtpu refuses them
+    # on a real v5p at start-up.
+    "v5p": _OVERLAP
+    + (
         "--xla_enable_async_reduce_scatter_fusion=true",  # gradients' reduce-scatters overlap too
         "--xla_enable_async_collective_permute=true",
         "--xla_tpu_enable_ag_backward_pipelining=true",
@@ -38,25 +45,34 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "--xla_tpu_enable_megacore_fusion=false",
         "--xla_tpu_megacore_fusion_allow_ags=false",
         "--xla_tpu_spmd_threshold_for_allgather_cse=1000000",
-        "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # never cut a matmul into a ring of small ones
+        # never cut a matmul into a ring of small ones
+        "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
     ),
-    # MaxText, dense models (Llama 3.1 8B), less its SparseCore and host offload: the former excludes the fusions.
-    "v6e": _OVERLAP + _FUSE_ALL_GATHER + (
-        "--xla_tpu_scoped_vmem_limit_kib=98304",  # DENSE_VMEM_LIMIT: larger tiles of matmuls and flash attention
-        # LAYOUT_FOR_ALL_REDUCE_SCATTER: gradients in the layout in which they are scattered, without a copy.
+    # MaxText, dense models (Llama 3.1 8B), less its SparseCore and host offload: the former
+    # excludes the fusions.
+    "v6e": _OVERLAP
+    + _FUSE_ALL_GATHER
+    + (
+        # DENSE_VMEM_LIMIT: larger tiles of matmuls and flash attention
+        "--xla_tpu_scoped_vmem_limit_kib=98304",
+        # LAYOUT_FOR_ALL_REDUCE_SCATTER: gradients in the layout in which they are scattered,
+        # without a copy.
         "--xla_tpu_use_minor_sharding_for_major_trivial_input=true",
         "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
         "--xla_tpu_assign_all_reduce_scatter_layout=true",
     ),
     # MaxText's a3 (H100) scripts; the H200 is the same chip with more memory.
     "h100": (
-        "--xla_gpu_enable_latency_hiding_scheduler=true",  # collectives run while matmuls do, and go first
+        # collectives run while matmuls do, and go first
+        "--xla_gpu_enable_latency_hiding_scheduler=true",
         "--xla_gpu_enable_highest_priority_async_stream=true",
         "--xla_gpu_enable_pipelined_all_gather=true",
         "--xla_gpu_enable_pipelined_reduce_scatter=true",
         "--xla_gpu_enable_pipelined_all_reduce=true",
-        "--xla_gpu_enable_while_loop_double_buffering=true",  # a scan's gathers hide behind the iteration before
-        "--xla_gpu_all_reduce_combine_threshold_bytes=1073741824",  # small collectives are joined up to so many bytes
+        # a scan's gathers hide behind the iteration before
+        "--xla_gpu_enable_while_loop_double_buffering=true",
+        # small collectives are joined up to so many bytes
+        "--xla_gpu_all_reduce_combine_threshold_bytes=1073741824",
         "--xla_gpu_all_gather_combine_threshold_bytes=134217728",
         "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728",
         "--xla_gpu_enable_triton_gemm=false",  # cuBLAS for every matmul
@@ -65,7 +81,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 def variable(platform: str) -> str:
-    """The value of LIBTPU_INIT_ARGS (TPUs) or XLA_FLAGS (GPUs), one line. Raises: UserError for an unknown platform."""
+    """The value of LIBTPU_INIT_ARGS (TPUs) or XLA_FLAGS (GPUs), one line.
+
+    Raises: UserError for an unknown platform.
+    """
     if platform not in PRESETS:
         raise UserError(f"got platform {platform!r}, expected {', '.join(PRESETS)}")
     return " ".join(PRESETS[platform])

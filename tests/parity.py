@@ -21,7 +21,10 @@ FORWARD, GRADIENT = 2e-5, 1e-4  # what is called equal
 
 @dataclasses.dataclass
 class Errors:
-    """Relative errors of the output, of the gradient with respect to the input, and to each chosen weight."""
+    """Relative errors of the output, of the gradient with respect to the input, and to each chosen
+    weight.
+    """
+
     forward: float
     input_gradient: float
     weight_gradients: dict[str, float]
@@ -47,7 +50,9 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def port(module: torch.nn.Module, config: dict, *, dtype=jnp.float32, remat: str = "none"):
     """(graphdef, params) of our port with a torch module's weights."""
     cls, settings = pipeline.model_class(config)
-    graphdef, tree = models.abstract(lambda rngs: cls(settings, rngs=rngs, dtype=dtype, remat=remat))
+    graphdef, tree = models.abstract(
+        lambda rngs: cls(settings, rngs=rngs, dtype=dtype, remat=remat)
+    )
     tensors = {name: p.detach().numpy() for name, p in module.state_dict().items()}
     return graphdef, weights.params_from_tensors(tensors, tree)
 
@@ -66,8 +71,11 @@ def to_nchw(x: np.ndarray) -> torch.Tensor:
     return torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
-def compare(module, theirs, config: dict, ours, x: np.ndarray, chosen: list[str], *, remat: str = "none") -> Errors:
-    """Compares an image-to-image function of a module: forward, and gradients of a random projection of it.
+def compare(
+    module, theirs, config: dict, ours, x: np.ndarray, chosen: list[str], *, remat: str = "none"
+) -> Errors:
+    """Compares an image-to-image function of a module: forward, and gradients of a random
+    projection of it.
 
     Args:
       module: torch. theirs: (x NCHW tensor) -> NCHW tensor, through `module`.
@@ -84,78 +92,140 @@ def compare(module, theirs, config: dict, ours, x: np.ndarray, chosen: list[str]
         y = ours(nnx.merge(graphdef, params), x)
         return jnp.sum(y * projection), y
 
-    (_, y), (params_grad, x_grad) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x)
+    (_, y), (params_grad, x_grad) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+        params, x
+    )
     gradients = weights.tensors_from_params(params_grad)
     named = dict(module.named_parameters())
-    return Errors(relative(y, to_nhwc(out)), relative(x_grad, to_nhwc(x_torch.grad)),
-                  {name: relative(gradients[name], named[name].grad.numpy()) for name in chosen})
+    return Errors(
+        relative(y, to_nhwc(out)),
+        relative(x_grad, to_nhwc(x_torch.grad)),
+        {name: relative(gradients[name], named[name].grad.numpy()) for name in chosen},
+    )
 
 
 # Small UNets with the block layouts of the real ones: heads of 64, the same depths.
 UNETS = {
     "SDXL": {
-        "_class_name": "UNet2DConditionModel", "sample_size": 32, "block_out_channels": [64, 128, 192],
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 32,
+        "block_out_channels": [64, 128, 192],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 2,
-        "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [1, 2, 3], "cross_attention_dim": 96,
-        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 16,
-        "projection_class_embeddings_input_dim": 6 * 16 + 40},
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [1, 2, 3],
+        "cross_attention_dim": 96,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": 6 * 16 + 40,
+    },
     "SD 1.5": {
-        "_class_name": "UNet2DConditionModel", "sample_size": 32, "block_out_channels": [32, 64, 96, 96],
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 32,
+        "block_out_channels": [32, 64, 96, 96],
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "layers_per_block": 2,
-        "attention_head_dim": 2, "cross_attention_dim": 48},
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 48,
+    },
 }
-VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 64, 64, 64], "layers_per_block": 2,
-       "norm_num_groups": 32, "scaling_factor": 0.13025, "down_block_types": ["DownEncoderBlock2D"] * 4,
-       "up_block_types": ["UpDecoderBlock2D"] * 4}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [32, 64, 64, 64],
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.13025,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 UNET_WEIGHTS = {
-    "SDXL": ["conv_in.weight", "mid_block.attentions.0.transformer_blocks.7.attn1.to_q.weight",
-             "up_blocks.1.resnets.2.conv1.weight"],
-    "SD 1.5": ["conv_in.weight", "down_blocks.2.attentions.1.proj_in.weight", "up_blocks.0.resnets.1.norm2.weight"],
+    "SDXL": [
+        "conv_in.weight",
+        "mid_block.attentions.0.transformer_blocks.7.attn1.to_q.weight",
+        "up_blocks.1.resnets.2.conv1.weight",
+    ],
+    "SD 1.5": [
+        "conv_in.weight",
+        "down_blocks.2.attentions.1.proj_in.weight",
+        "up_blocks.0.resnets.1.norm2.weight",
+    ],
 }
 
 
 def torch_unet(name: str):
     from diffusers import UNet2DConditionModel
+
     config = {k: v for k, v in UNETS[name].items() if k != "_class_name"}
     return randomise(UNet2DConditionModel(**config))
 
 
 def unet_inputs(name: str, batch: int, height: int, width: int) -> dict[str, np.ndarray]:
     rng, config = np.random.default_rng(0), UNETS[name]
-    values = {"x": rng.standard_normal((batch, height, width, 4)), "t": rng.integers(0, 1000, batch),
-              "context": rng.standard_normal((batch, 7, config["cross_attention_dim"]))}
+    values = {
+        "x": rng.standard_normal((batch, height, width, 4)),
+        "t": rng.integers(0, 1000, batch),
+        "context": rng.standard_normal((batch, 7, config["cross_attention_dim"])),
+    }
     if "addition_embed_type" in config:
-        values |= {"pooled": rng.standard_normal((batch, 40)), "time_ids": rng.integers(0, 1024, (batch, 6))}
+        values |= {
+            "pooled": rng.standard_normal((batch, 40)),
+            "time_ids": rng.integers(0, 1024, (batch, 6)),
+        }
     return {k: v.astype(np.int32 if k == "t" else np.float32) for k, v in values.items()}
 
 
 def unet_errors(name: str, batch: int, height: int, width: int, *, remat: str = "none") -> Errors:
     from di_star_jax.models.unet import Condition
+
     v = unet_inputs(name, batch, height, width)
     module = torch_unet(name)
-    added = {"text_embeds": torch.tensor(v["pooled"]), "time_ids": torch.tensor(v["time_ids"])} if "pooled" in v else None
+    added = (
+        {"text_embeds": torch.tensor(v["pooled"]), "time_ids": torch.tensor(v["time_ids"])}
+        if "pooled" in v
+        else None
+    )
 
     def theirs(x):
-        return module(x, torch.tensor(v["t"]), torch.tensor(v["context"]), added_cond_kwargs=added).sample
+        return module(
+            x, torch.tensor(v["t"]), torch.tensor(v["context"]), added_cond_kwargs=added
+        ).sample
 
     condition = Condition(v["context"], v.get("pooled"), v.get("time_ids"))
-    return compare(module, theirs, UNETS[name], lambda unet, x: unet(x, v["t"], condition), v["x"],
-                   UNET_WEIGHTS[name], remat=remat)
+    return compare(
+        module,
+        theirs,
+        UNETS[name],
+        lambda unet, x: unet(x, v["t"], condition),
+        v["x"],
+        UNET_WEIGHTS[name],
+        remat=remat,
+    )
 
 
 def torch_vae():
     from diffusers import AutoencoderKL
+
     return randomise(AutoencoderKL(**{k: v for k, v in VAE.items() if k != "_class_name"}))
 
 
 def vae_decoder_errors(batch: int, height: int, width: int) -> Errors:
     module = torch_vae()
     z = np.random.default_rng(0).standard_normal((batch, height, width, 4)).astype(np.float32)
-    return compare(module, lambda z: module.decode(z / 0.13025).sample, VAE, lambda vae, z: vae.decode(z), z,
-                   ["decoder.conv_in.weight", "decoder.mid_block.attentions.0.to_v.weight",
-                    "decoder.up_blocks.2.resnets.0.conv1.weight"])
+    return compare(
+        module,
+        lambda z: module.decode(z / 0.13025).sample,
+        VAE,
+        lambda vae, z: vae.decode(z),
+        z,
+        [
+            "decoder.conv_in.weight",
+            "decoder.mid_block.attentions.0.to_v.weight",
+            "decoder.up_blocks.2.resnets.0.conv1.weight",
+        ],
+    )
 
 
 def vae_encoder_errors(batch: int, height: int, width: int) -> Errors:
@@ -167,13 +237,25 @@ def vae_encoder_errors(batch: int, height: int, width: int) -> Errors:
         posterior = module.encode(image).latent_dist
         return 0.13025 * torch.cat([posterior.mean, posterior.std], dim=1)
 
-    return compare(module, theirs, VAE, lambda vae, x: jnp.concatenate(vae.encode(x), axis=-1), image,
-                   ["encoder.conv_in.weight", "encoder.down_blocks.1.downsamplers.0.conv.weight", "quant_conv.weight"])
+    return compare(
+        module,
+        theirs,
+        VAE,
+        lambda vae, x: jnp.concatenate(vae.encode(x), axis=-1),
+        image,
+        [
+            "encoder.conv_in.weight",
+            "encoder.down_blocks.1.downsamplers.0.conv.weight",
+            "quant_conv.weight",
+        ],
+    )
 
 
 def main() -> None:
     rows = {
-        "UNet2DConditionModel, SDXL layout (depths 1/2/10), 24x40, batch 3": unet_errors("SDXL", 3, 24, 40),
+        "UNet2DConditionModel, SDXL layout (depths 1/2/10), 24x40, batch 3": unet_errors(
+            "SDXL", 3, 24, 40
+        ),
         "UNet2DConditionModel, SD 1.5 layout, 24x40, batch 1": unet_errors("SD 1.5", 1, 24, 40),
         "AutoencoderKL, encoder, 48x80, batch 1": vae_encoder_errors(1, 48, 80),
         "AutoencoderKL, decoder, 6x10, batch 3": vae_decoder_errors(3, 6, 10),

@@ -20,8 +20,12 @@ def float64_attention(q, k, v, weight):
     p /= p.sum(-1, keepdims=True)
     dp = np.einsum("bnhd,bmhd->bhnm", weight, v)
     dlogits = p * (dp - (p * dp).sum(-1, keepdims=True)) * scale
-    return (np.einsum("bhnm,bmhd->bnhd", p, v), np.einsum("bhnm,bmhd->bnhd", dlogits, k),
-            np.einsum("bhnm,bnhd->bmhd", dlogits, q), np.einsum("bhnm,bnhd->bmhd", p, weight))
+    return (
+        np.einsum("bhnm,bmhd->bnhd", p, v),
+        np.einsum("bhnm,bmhd->bnhd", dlogits, k),
+        np.einsum("bhnm,bnhd->bmhd", dlogits, q),
+        np.einsum("bhnm,bnhd->bmhd", p, weight),
+    )
 
 
 PATHS = {
@@ -39,8 +43,10 @@ def test_every_kernel_equals_float64_with_its_gradients(path, n, m, d, monkeypat
         pytest.skip("cuDNN needs a GPU")
     monkeypatch.setattr(attention, "BLOCK", 64 * m)  # blocks of 64 queries
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, weight = (jax.random.normal(key, (2, size, 2, d), jnp.bfloat16)
-                       for key, size in zip(keys, (n, m, m, n)))
+    q, k, v, weight = (
+        jax.random.normal(key, (2, size, 2, d), jnp.bfloat16)
+        for key, size in zip(keys, (n, m, m, n))
+    )
     out, pull_back = jax.vjp(PATHS[path], q, k, v)
     for ours, exact in zip((out, *pull_back(weight)), float64_attention(q, k, v, weight)):
         assert ours.dtype == jnp.bfloat16
@@ -67,4 +73,6 @@ def test_the_choice_is_logged_once(caplog):
     with caplog.at_level("INFO", logger="di_star_jax"):
         for _ in range(2):
             attention.attention(q, q, q)
-    assert [record.getMessage() for record in caplog.records] == ["attention of 4 on 4 tokens, 2 heads of 8: xla"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention of 4 on 4 tokens, 2 heads of 8: xla"
+    ]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs against the known constants, the step compiled for a TPU slice, and what a measurement holds."""
+"""FLOPs against the known constants, the step compiled for a TPU slice, and what a measurement
+holds.
+"""
 
 import json
 import math
@@ -14,18 +16,26 @@ from test_config import load as load_config
 from test_step import CONFIGS
 from test_train import UNET
 
-from di_star_jax.cost import (compile as aot, flops, plan)
-from di_star_jax import (benchmark, sharding)
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax import benchmark, sharding
 from di_star_jax.config import UserError
+from di_star_jax.cost import compile as aot
+from di_star_jax.cost import flops, plan
 from di_star_jax.models import published
+from di_star_jax.pipelines import folder as pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """config.json files of a tiny SDXL whose self-attention is long enough for a flash kernel; no weights."""
+    """config.json files of a tiny SDXL whose self-attention is long enough for a flash kernel; no
+    weights.
+    """
     out = tmp_path_factory.mktemp("configs")
-    unet = {**UNET, "block_out_channels": [64], "projection_class_embeddings_input_dim": 64, "attention_head_dim": [1]}
+    unet = {
+        **UNET,
+        "block_out_channels": [64],
+        "projection_class_embeddings_input_dim": 64,
+        "attention_head_dim": [1],
+    }
     for name, config in {**CONFIGS, "unet": unet}.items():
         (out / name).mkdir()
         (out / name / "config.json").write_text(json.dumps(config))
@@ -34,17 +44,28 @@ def folder(tmp_path_factory):
 
 def tiny(folder, **changes):
     config = load_config("sdxl")
-    config.update_from_flattened_dict({
-        "weights.reference": str(folder), "weights.pickscore": str(folder / "reward"), "data.resolution": 64,
-        "data.batch_size": 4, "mesh.fsdp": 4, "eval.prompts": "", **changes})
+    config.update_from_flattened_dict(
+        {
+            "weights.reference": str(folder),
+            "weights.pickscore": str(folder / "reward"),
+            "data.resolution": 64,
+            "data.batch_size": 4,
+            "mesh.fsdp": 4,
+            "eval.prompts": "",
+            **changes,
+        }
+    )
     return config
 
 
 @pytest.mark.slow
 def test_flop_counts_are_the_known_constants():
     vae = pipeline.abstract_model(published.VAE_SDXL)
-    decode = flops.count(lambda p, x: nnx.merge(vae.graphdef, p).decode(x), vae.params,
-                         jax.ShapeDtypeStruct((1, 128, 128, 4), jnp.float32))
+    decode = flops.count(
+        lambda p, x: nnx.merge(vae.graphdef, p).decode(x),
+        vae.params,
+        jax.ShapeDtypeStruct((1, 128, 128, 4), jnp.float32),
+    )
     assert decode == pytest.approx(10.47e12, rel=1e-3)
     config = dry(**{"mesh.fsdp": 1, "data.batch_size": 1})
     assert aot.model_flop("train", config, jax.devices()[0]) == pytest.approx(102.9e12, rel=0.05)
@@ -53,7 +74,10 @@ def test_flop_counts_are_the_known_constants():
 @pytest.mark.slow
 def test_model_flop_do_not_depend_on_how_memory_is_saved(folder):
     plain = aot.model_flop("train", tiny(folder), jax.devices()[0])
-    saving = tiny(folder, **{"compute.loop_networks": False, "compute.remat_unet": "none", "data.batch_size": 8})
+    saving = tiny(
+        folder,
+        **{"compute.loop_networks": False, "compute.remat_unet": "none", "data.batch_size": 8},
+    )
     assert aot.model_flop("train", saving, jax.devices()[0]) == plain
 
 
@@ -65,8 +89,11 @@ def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(
     kinds = result["collectives"]
     assert kinds["all-gather"]["count"] > 0 and kinds["all-gather"]["bytes"] > 0
     memory = result["memory"]
-    state = plan.parameters(pipeline.abstract_model(json.loads((folder / "unet" / "config.json").read_text())).params)
-    # Two networks, their second moments and the average, a quarter of each large leaf on a chip; buffers are padded.
+    state = plan.parameters(
+        pipeline.abstract_model(json.loads((folder / "unet" / "config.json").read_text())).params
+    )
+    # Two networks, their second moments and the average, a quarter of each large leaf on a chip;
+    # buffers are padded.
     assert memory["aliased"] >= 5 * 4 * state / 4
     assert memory["peak"] < result["chip_gb"] * 1e9
     text = benchmark.report(result)
@@ -76,11 +103,17 @@ def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(
 
 def test_all_gathers_are_those_of_the_split_weights(folder):
     mesh = sharding.make_mesh(2, 4)
-    gathered = sharding.on_each(mesh, lambda w: sharding.whole(w, (512, 256), jnp.bfloat16).sum(keepdims=True),
-                                (PartitionSpec(sharding.PARAMS),), PartitionSpec())
+    gathered = sharding.on_each(
+        mesh,
+        lambda w: sharding.whole(w, (512, 256), jnp.bfloat16).sum(keepdims=True),
+        (PartitionSpec(sharding.PARAMS),),
+        PartitionSpec(),
+    )
     closed = jax.make_jaxpr(gathered)(jnp.ones((512, 256)))
-    assert dict(flops.collectives(closed)) == {("all-gather", "count"): 1,
-                                               ("all-gather", "bytes"): 512 * 256 * 2 * 3 // 4}
+    assert dict(flops.collectives(closed)) == {
+        ("all-gather", "count"): 1,
+        ("all-gather", "bytes"): 512 * 256 * 2 * 3 // 4,
+    }
 
 
 @pytest.mark.slow
@@ -88,7 +121,9 @@ def test_a_measurement_holds_times_settings_and_environment(folder):
     config = tiny(folder, **{"mesh.fsdp": 8, "data.batch_size": 8, "compute.dtype": "float32"})
     result = benchmark.run(config, "vae", name="tiny", topology="", versus="", repeats=3)
     assert len(result["samples"]) == 3 and result["ours"]["median_s"] > 0
-    assert result["ours"]["samples_per_s_per_device"] == pytest.approx(1 / result["ours"]["median_s"])
+    assert result["ours"]["samples_per_s_per_device"] == pytest.approx(
+        1 / result["ours"]["median_s"]
+    )
     assert result["environment"]["mesh"] == {"data": 1, "fsdp": 8, "context": 1}
     assert json.loads(json.dumps(result))["settings"]["remat_unet"] == "full"
     assert "mfu" not in result  # a CPU is not in the table
@@ -107,10 +142,18 @@ def test_a_missing_tpu_compiler_is_said_with_what_to_install(monkeypatch):
 
 
 def test_the_compilers_out_of_memory_becomes_what_to_do():
-    error = aot._too_large(RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm."),
-                           dry(), "TPU v5 lite")
+    error = aot._too_large(
+        RuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm."
+        ),
+        dry(),
+        "TPU v5 lite",
+    )
     assert isinstance(error, UserError)
-    assert "needs 21.5 GB a device, TPU v5 lite has 16.9; in this order raise compute.microbatches=1" in str(error)
+    assert (
+        "needs 21.5 GB a device, TPU v5 lite has 16.9; in this order raise compute.microbatches=1"
+        in str(error)
+    )
 
 
 def test_a_batch_that_a_device_cannot_hold_is_predicted_before_anything_is_loaded():
@@ -118,7 +161,9 @@ def test_a_batch_that_a_device_cannot_hold_is_predicted_before_anything_is_loade
         device_kind = "TPU v5 lite"
 
     plan.check_memory(dry(**{"data.batch_size": 16}), Device(), 16)
-    with pytest.raises(UserError, match="raise compute.microbatches=1, set compute.remat_unet='full'"):
+    with pytest.raises(
+        UserError, match="raise compute.microbatches=1, set compute.remat_unet='full'"
+    ):
         plan.check_memory(dry(**{"data.batch_size": 128}), Device(), 16)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from di_star_jax.storage import checkpoint
 from di_star_jax.config import UserError
+from di_star_jax.storage import checkpoint
 
 
 class State(NamedTuple):
@@ -25,16 +25,22 @@ class State(NamedTuple):
 
 
 def _params(seed: int, width: int = 4):
-    """Parameters with the int keys of module lists, more than ten of them: their order as strings is another."""
+    """Parameters with the int keys of module lists, more than ten of them: their order as strings
+    is another.
+    """
     keys = jax.random.split(jax.random.key(seed), 12)
-    return {"blocks": {i: {"kernel": jax.random.normal(key, (8, width))} for i, key in enumerate(keys)}}
+    return {
+        "blocks": {i: {"kernel": jax.random.normal(key, (8, width))} for i, key in enumerate(keys)}
+    }
 
 
 def _state(seed: int = 0, width: int = 4) -> State:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     generator = _params(seed, width)
     _, moments = optimizer.update(_params(seed + 9, width), optimizer.init(generator), generator)
-    return State(jnp.int32(7 + seed), generator, _params(seed + 1, width), _params(seed + 2, width), moments)
+    return State(
+        jnp.int32(7 + seed), generator, _params(seed + 1, width), _params(seed + 2, width), moments
+    )
 
 
 def _abstract(state):
@@ -77,7 +83,9 @@ def test_one_network_is_read_without_the_rest_of_the_state(saved):
         (saved / "7" / field).rename(saved.parent / field)
     checkpoints = checkpoint.existing(saved.parent)  # the workdir will do
     for name in ("generator", "ema"):
-        _assert_same(checkpoints.restore_item(7, name, _abstract(_params(0))), getattr(_state(), name))
+        _assert_same(
+            checkpoints.restore_item(7, name, _abstract(_params(0))), getattr(_state(), name)
+        )
 
 
 def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
@@ -101,7 +109,9 @@ def test_buffers_may_be_donated_while_they_are_being_written(tmp_path):
             x = step(x)
     checkpoints.wait()
     for i in range(4):
-        w = checkpoints.restore_item(i, "generator", {"w": jax.ShapeDtypeStruct(x.shape, x.dtype)})["w"]
+        w = checkpoints.restore_item(i, "generator", {"w": jax.ShapeDtypeStruct(x.shape, x.dtype)})[
+            "w"
+        ]
         assert (float(w.min()), float(w.max())) == (3 * i, 3 * i)
 
 
@@ -122,7 +132,9 @@ checkpoints.close()
 
 def test_a_state_saved_on_eight_devices_is_restored_on_one(tmp_path):
     # With conftest's XLA_FLAGS: the compiler's other levels round the state's numbers otherwise.
-    subprocess.run([sys.executable, "-c", SAVE_ON_8, str(tmp_path), os.path.dirname(__file__)], check=True)
+    subprocess.run(
+        [sys.executable, "-c", SAVE_ON_8, str(tmp_path), os.path.dirname(__file__)], check=True
+    )
     checkpoints = checkpoint.existing(tmp_path)
     state = checkpoints.restore(7, _abstract(_state()))
     _assert_same(state, _state())
@@ -147,7 +159,9 @@ def test_a_state_of_another_model_is_refused_with_the_first_ten_differences(save
     stranger = {"blocks": {0: {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)}}}
     message = _error(checkpoints.restore_item, 7, "ema", stranger)
     assert "1 arrays missing, 12 extra" in message and "missing ema/blocks/0/bias" in message
-    assert "has no 'reward', it has ['assistant'" in _error(checkpoints.restore_item, 7, "reward", stranger)
+    assert "has no 'reward', it has ['assistant'" in _error(
+        checkpoints.restore_item, 7, "reward", stranger
+    )
     assert "no checkpoint of step 9" in _error(checkpoints.restore, 9, _abstract(_state()))
 
 

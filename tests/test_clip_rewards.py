@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards that are a CLIP: from files in the published layouts against PyTorch, and several of them in one run."""
+"""Rewards that are a CLIP: from files in the published layouts against PyTorch, and several of them
+in one run.
+"""
 
 import collections
 import json
@@ -23,29 +25,32 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import (models, rewards, sharding, train)
-from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.prompts import files as prompts
-from di_star_jax.evaluation import scores as scoring
+from di_star_jax import models, rewards, sharding, train
 from di_star_jax.config import UserError
+from di_star_jax.evaluation import scores as scoring
 from di_star_jax.models import published
 from di_star_jax.models.clip import CLIPConfig
-from di_star_jax.rewards import (aesthetic, clipscore, hpsv2, hpsv2_legacy, pickscore, pixels)
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.prompts import files as prompts
+from di_star_jax.rewards import aesthetic, clipscore, hpsv2, hpsv2_legacy, pickscore, pixels
 from di_star_jax.rewards.views import VIEWS
-from di_star_jax.shapes.tokenizer import (END, make_word_tokenizer)
+from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 
 FORWARD, GRADIENT = 2e-5, 1e-4  # max|difference| / max|reference|
 EIGHT_BIT = 5e-4  # where a value halfway between two levels may be rounded the other way
 PROMPTS = ["a red cat", "a blue dog, red", "cat"]
 SIZE = 16  # of the tiny models' images
-# Height and width: a square; odd ones whose long side is cut off to a whole number; a crop with an odd excess, which
-# torchvision and transformers halve differently; an enlargement.
+# Height and width: a square; odd ones whose long side is cut off to a whole number; a crop with an
+# odd excess, which torchvision and transformers halve differently; an enlargement.
 SIZES = [(32, 32), (33, 47), (32, 39), (10, 14)]
-MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.48145466, 0.4578275, 0.40821073),
-                                                        (0.26862954, 0.26130258, 0.27577711)))
+MEAN, STD = (
+    torch.tensor(v).view(1, 3, 1, 1)
+    for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+)
 
 
 # open_clip, rewritten: attribute names are the checkpoint's.
+
 
 class Block(nn.Module):
     def __init__(self, tower):
@@ -53,8 +58,13 @@ class Block(nn.Module):
         width = tower.hidden_size
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, tower.num_attention_heads, batch_first=True)
-        self.mlp = nn.Sequential(collections.OrderedDict(
-            c_fc=nn.Linear(width, tower.intermediate_size), gelu=nn.GELU(), c_proj=nn.Linear(tower.intermediate_size, width)))
+        self.mlp = nn.Sequential(
+            collections.OrderedDict(
+                c_fc=nn.Linear(width, tower.intermediate_size),
+                gelu=nn.GELU(),
+                c_proj=nn.Linear(tower.intermediate_size, width),
+            )
+        )
 
     def forward(self, x, mask):
         h = self.ln_1(x)
@@ -79,13 +89,22 @@ class Visual(nn.Module):
         width, patch = tower.hidden_size, tower.patch_size
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
-        self.positional_embedding = nn.Parameter(torch.zeros(1 + (tower.image_size // patch) ** 2, width))
-        self.ln_pre, self.transformer, self.ln_post = nn.LayerNorm(width), Transformer(tower), nn.LayerNorm(width)
+        self.positional_embedding = nn.Parameter(
+            torch.zeros(1 + (tower.image_size // patch) ** 2, width)
+        )
+        self.ln_pre, self.transformer, self.ln_post = (
+            nn.LayerNorm(width),
+            Transformer(tower),
+            nn.LayerNorm(width),
+        )
         self.proj = nn.Parameter(torch.zeros(width, joint))
 
     def forward(self, x):
         x = self.conv1(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        x = (
+            torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
+            + self.positional_embedding
+        )
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
@@ -96,7 +115,9 @@ class OpenClip(nn.Module):
         text, joint = config.text_config, config.projection_dim
         self.visual = Visual(config.vision_config, joint)
         self.token_embedding = nn.Embedding(text.vocab_size, text.hidden_size)
-        self.positional_embedding = nn.Parameter(torch.zeros(text.max_position_embeddings, text.hidden_size))
+        self.positional_embedding = nn.Parameter(
+            torch.zeros(text.max_position_embeddings, text.hidden_size)
+        )
         self.transformer, self.ln_final = Transformer(text), nn.LayerNorm(text.hidden_size)
         self.text_projection = nn.Parameter(torch.zeros(text.hidden_size, joint))
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))
@@ -114,6 +135,7 @@ class OpenClip(nn.Module):
 
 # From images NCHW in [-1, 1] to what a network sees.
 
+
 def _outer(h, w, size):
     """Height and width of which the shorter is `size`."""
     return tuple(int(size * n / min(h, w)) for n in (h, w))
@@ -121,22 +143,28 @@ def _outer(h, w, size):
 
 def _normalised(x, size, half):
     top, left = (half(n - size) for n in x.shape[2:])
-    return (x[:, :, top:top + size, left:left + size] - MEAN) / STD
+    return (x[:, :, top : top + size, left : left + size] - MEAN) / STD
 
 
 def torchvision_view(images, size, *, antialias=True):
     """Resize(size, BICUBIC, antialias) of a tensor in [0, 1], CenterCrop(size), Normalize."""
     x = ((images + 1) / 2).clamp(0, 1)
-    x = functional.interpolate(x, _outer(*x.shape[2:], size), mode="bicubic", antialias=antialias, align_corners=False)
+    x = functional.interpolate(
+        x, _outer(*x.shape[2:], size), mode="bicubic", antialias=antialias, align_corners=False
+    )
     return _normalised(x, size, lambda rows: round(rows / 2.0))  # halves to the even neighbour
 
 
 def pillow_view(images, size):
-    """Pillow's resize without its rounding: width first, in range after each pass; transformers' crop."""
+    """Pillow's resize without its rounding: width first, in range after each pass; transformers'
+    crop.
+    """
     x = ((images + 1) / 2).clamp(0, 1)
     h, w = _outer(*x.shape[2:], size)
     for shape in ((x.shape[2], w), (h, w)):
-        x = functional.interpolate(x, shape, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        x = functional.interpolate(
+            x, shape, mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
     return _normalised(x, size, lambda rows: rows // 2)
 
 
@@ -165,16 +193,24 @@ def assert_equal(what, ours, theirs, limit):
 
 
 def images_of(h, w, batch=3):
-    """Float images, some values out of range, and 8-bit ones uint8: coarse patterns, with noise that overshoots."""
+    """Float images, some values out of range, and 8-bit ones uint8: coarse patterns, with noise
+    that overshoots.
+    """
     rng = np.random.default_rng(h * w)
-    coarse = rng.uniform(-1, 1, (batch, 4, 4, 3)).repeat(-(-h // 4), axis=1).repeat(-(-w // 4), axis=2)[:, :h, :w]
+    coarse = (
+        rng.uniform(-1, 1, (batch, 4, 4, 3))
+        .repeat(-(-h // 4), axis=1)
+        .repeat(-(-w // 4), axis=2)[:, :h, :w]
+    )
     images = np.float32(coarse + rng.uniform(-0.3, 0.3, coarse.shape))
     return images, np.uint8(np.clip((images + 1) * 127.5, 0, 255))
 
 
 def almost(levels):
     """8-bit images in [-1, 1], off by less than half of a level: what a file makes of them again."""
-    return np.float32(levels / 127.5 - 1 + np.random.default_rng(0).uniform(-0.4, 0.4, levels.shape) / 127.5)
+    return np.float32(
+        levels / 127.5 - 1 + np.random.default_rng(0).uniform(-0.4, 0.4, levels.shape) / 127.5
+    )
 
 
 def unit_nchw(levels):
@@ -184,21 +220,45 @@ def unit_nchw(levels):
 
 # Tiny models in the published layouts.
 
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """(folder, vocabulary's size)."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    return folder, make_word_tokenizer(["a", "red", "blue", "cat", "dog", "circle", "square"], folder, max_length=8,
-                                       pad_token=END)
+    return folder, make_word_tokenizer(
+        ["a", "red", "blue", "cat", "dog", "circle", "square"], folder, max_length=8, pad_token=END
+    )
 
 
 def tiny(vocab_size, act="gelu"):
-    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": act, "projection_dim": 12}
-    return {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 12,
-            "text_config": {**tower, "vocab_size": vocab_size, "hidden_size": 24, "intermediate_size": 56,
-                            "max_position_embeddings": 8, "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1,
-                            "pad_token_id": vocab_size - 1},
-            "vision_config": {**tower, "hidden_size": 32, "intermediate_size": 72, "image_size": SIZE, "patch_size": 4}}
+    tower = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_act": act,
+        "projection_dim": 12,
+    }
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": 12,
+        "text_config": {
+            **tower,
+            "vocab_size": vocab_size,
+            "hidden_size": 24,
+            "intermediate_size": 56,
+            "max_position_embeddings": 8,
+            "bos_token_id": vocab_size - 2,
+            "eos_token_id": vocab_size - 1,
+            "pad_token_id": vocab_size - 1,
+        },
+        "vision_config": {
+            **tower,
+            "hidden_size": 32,
+            "intermediate_size": 72,
+            "image_size": SIZE,
+            "patch_size": 4,
+        },
+    }
 
 
 def write_open_clip(folder, module, config):
@@ -209,15 +269,25 @@ def write_open_clip(folder, module, config):
 
 
 def transformers_clip(config):
-    config = {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
+    config = {
+        name: value for name, value in config.items() if name not in ("architectures", "model_type")
+    }
     return parity.randomise(transformers.CLIPModel(transformers.CLIPConfig(**config)))
 
 
 def head(width):
     """LAION's MLP, whose state dict has its keys."""
     linear, drop = nn.Linear, nn.Dropout
-    layers = nn.Sequential(linear(width, 1024), drop(0.2), linear(1024, 128), drop(0.2), linear(128, 64), drop(0.1),
-                           linear(64, 16), linear(16, 1))
+    layers = nn.Sequential(
+        linear(width, 1024),
+        drop(0.2),
+        linear(1024, 128),
+        drop(0.2),
+        linear(128, 64),
+        drop(0.1),
+        linear(64, 16),
+        linear(16, 1),
+    )
     return parity.randomise(nn.ModuleDict({"layers": layers}), seed=1)
 
 
@@ -244,10 +314,15 @@ def hps(tokenizer, tmp_path_factory):
     config = tiny(tokenizer[1])
     module = parity.randomise(OpenClip(config))
     folder = write_open_clip(tmp_path_factory.mktemp("hps"), module, config)
-    return (module, *(file.load(folder, tokenizer=tokenizer[0]) for file in (hpsv2, hpsv2_legacy)), folder)
+    return (
+        module,
+        *(file.load(folder, tokenizer=tokenizer[0]) for file in (hpsv2, hpsv2_legacy)),
+        folder,
+    )
 
 
 # HPSv2.
+
 
 @pytest.mark.parametrize("h, w", SIZES)
 def test_hpsv2_equals_open_clip_with_torchvisions_preprocessing(hps, h, w):
@@ -255,23 +330,35 @@ def test_hpsv2_equals_open_clip_with_torchvisions_preprocessing(hps, h, w):
     images, _ = images_of(h, w)
     texts = ours.tokenize(PROMPTS)
     ids = torch.from_numpy(texts).long()
-    expected, expected_gradient = with_gradient(lambda x: module(torchvision_view(x, SIZE), ids), images)
-    scores, gradient = jax.jit(lambda params, images: our_gradient(ours, params, images, texts))(ours.params, images)
+    expected, expected_gradient = with_gradient(
+        lambda x: module(torchvision_view(x, SIZE), ids), images
+    )
+    scores, gradient = jax.jit(lambda params, images: our_gradient(ours, params, images, texts))(
+        ours.params, images
+    )
     assert scores.shape == (3,) and scores.dtype == jnp.float32
     assert_equal("training", scores, expected, FORWARD)
     assert_equal("image gradient", gradient, expected_gradient, GRADIENT)
 
 
 @pytest.mark.parametrize("h, w", [(33, 47), (10, 14)])
-def test_hpsv2_is_evaluated_of_the_eight_bit_image_with_and_as_legacy_without_antialiasing(hps, h, w):
+def test_hpsv2_is_evaluated_of_the_eight_bit_image_with_and_as_legacy_without_antialiasing(
+    hps, h, w
+):
     module, ours, legacy, _ = hps
     _, levels = images_of(h, w)
     texts = ours.tokenize(PROMPTS)
     with torch.no_grad():
-        expected = [module(torchvision_view(unit_nchw(levels), SIZE, antialias=antialias),
-                           torch.from_numpy(texts).long()).numpy() for antialias in (True, False)]
-    found = jax.jit(lambda params, images: [reward.evaluate(params, images, texts) for reward in (ours, legacy)])(
-        ours.params, almost(levels))
+        expected = [
+            module(
+                torchvision_view(unit_nchw(levels), SIZE, antialias=antialias),
+                torch.from_numpy(texts).long(),
+            ).numpy()
+            for antialias in (True, False)
+        ]
+    found = jax.jit(
+        lambda params, images: [reward.evaluate(params, images, texts) for reward in (ours, legacy)]
+    )(ours.params, almost(levels))
     for what, a, b in zip(("antialiased", "not antialiased"), found, expected):
         assert_equal(what, a, b, FORWARD)
     assert np.abs(expected[0] - expected[1]).max() > 1e-3  # or this could not tell them apart
@@ -281,18 +368,25 @@ def test_hpsv2_is_evaluated_of_the_eight_bit_image_with_and_as_legacy_without_an
 def test_views_of_full_size_equal_torch_and_so_do_their_gradients(h, w):
     images, levels = images_of(h, w, batch=1)
     weight = np.random.default_rng(0).standard_normal((1, 224, 224, 3)).astype(np.float32)
-    for ours, theirs in ((pixels.tensor_pixels, torchvision_view), (pixels.clip_pixels, pillow_view)):
+    for ours, theirs in (
+        (pixels.tensor_pixels, torchvision_view),
+        (pixels.clip_pixels, pillow_view),
+    ):
         x = _nchw(images).requires_grad_()
         expected = theirs(x, 224)
         (expected * _nchw(weight)).sum().backward()
         view, pull_back = jax.vjp(lambda image, ours=ours: ours(image, size=224), images)
-        np.testing.assert_allclose(view, parity.to_nhwc(expected), atol=5e-5)  # torch computes weights in float32
+        np.testing.assert_allclose(
+            view, parity.to_nhwc(expected), atol=5e-5
+        )  # torch computes weights in float32
         gradient = parity.to_nhwc(x.grad)
         # A value that meets the range's end within rounding is clipped by one and not by the other.
         wrong = np.abs(pull_back(weight)[0] - gradient) > 1e-4 * np.abs(gradient).max()
         assert np.mean(wrong) < 1e-4
     aliased = torchvision_view(unit_nchw(levels), 224, antialias=False)
-    np.testing.assert_allclose(pixels.tensor_pixels_aliased(almost(levels), size=224), parity.to_nhwc(aliased), atol=5e-5)
+    np.testing.assert_allclose(
+        pixels.tensor_pixels_aliased(almost(levels), size=224), parity.to_nhwc(aliased), atol=5e-5
+    )
 
 
 def test_hpsv2_without_a_config_is_vit_h_14(tmp_path):
@@ -301,8 +395,11 @@ def test_hpsv2_without_a_config_is_vit_h_14(tmp_path):
 
 # CLIPScore and the aesthetic predictor.
 
+
 def _processed(levels):
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
+    )
     return processor([Image.fromarray(x) for x in levels], return_tensors="pt").pixel_values
 
 
@@ -313,11 +410,17 @@ def test_clipscore_equals_transformers_with_its_processor(tokenizer, tmp_path, a
     ours = clipscore.load(tmp_path, tokenizer=tokenizer[0])
     images, levels = images_of(h, w)
     texts = ours.tokenize(PROMPTS)
-    expected, expected_gradient = with_gradient(lambda x: cosine_score(reference, pillow_view(x, SIZE), texts), images)
+    expected, expected_gradient = with_gradient(
+        lambda x: cosine_score(reference, pillow_view(x, SIZE), texts), images
+    )
     with torch.no_grad():
         evaluated = cosine_score(reference, _processed(levels), texts).numpy()
-    run = jax.jit(lambda params, images, eight_bit: (*our_gradient(ours, params, images, texts),
-                                                     ours.evaluate(params, eight_bit, texts)))
+    run = jax.jit(
+        lambda params, images, eight_bit: (
+            *our_gradient(ours, params, images, texts),
+            ours.evaluate(params, eight_bit, texts),
+        )
+    )
     scores, gradient, ours_evaluated = run(ours.params, images, almost(levels))
     assert scores.shape == ours_evaluated.shape == (3,)
     assert_equal("training", scores, expected, FORWARD)
@@ -334,13 +437,22 @@ def open_clip_tensors(reference):
             theirs, block = f"{tower}encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
             for kind in ("weight", "bias"):
                 tensors[f"{block}attn.in_proj_{kind}"] = torch.cat(
-                    [state[f"{theirs}self_attn.{part}_proj.{kind}"] for part in ("q", "k", "v")])
-                for name, old in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"),
-                                  ("ln_2", "layer_norm2"), ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
+                    [state[f"{theirs}self_attn.{part}_proj.{kind}"] for part in ("q", "k", "v")]
+                )
+                for name, old in (
+                    ("attn.out_proj", "self_attn.out_proj"),
+                    ("ln_1", "layer_norm1"),
+                    ("ln_2", "layer_norm2"),
+                    ("mlp.c_fc", "mlp.fc1"),
+                    ("mlp.c_proj", "mlp.fc2"),
+                ):
                     tensors[f"{block}{name}.{kind}"] = state[f"{theirs}{old}.{kind}"]
     for kind in ("weight", "bias"):
-        for name, old in (("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm"),
-                          ("ln_final", "text_model.final_layer_norm")):
+        for name, old in (
+            ("visual.ln_pre", "vision_model.pre_layrnorm"),
+            ("visual.ln_post", "vision_model.post_layernorm"),
+            ("ln_final", "text_model.final_layer_norm"),
+        ):
             tensors[f"{name}.{kind}"] = state[f"{old}.{kind}"]
     images, words = "vision_model.embeddings.", "text_model.embeddings."
     return tensors | {
@@ -350,7 +462,9 @@ def open_clip_tensors(reference):
         "visual.proj": state["visual_projection.weight"].T.contiguous(),
         "token_embedding.weight": state[f"{words}token_embedding.weight"],
         "positional_embedding": state[f"{words}position_embedding.weight"],
-        "text_projection": state["text_projection.weight"].T.contiguous(), "logit_scale": state["logit_scale"]}
+        "text_projection": state["text_projection.weight"].T.contiguous(),
+        "logit_scale": state["logit_scale"],
+    }
 
 
 def test_open_clips_names_and_transformers_names_load_the_same_parameters(tokenizer, tmp_path):
@@ -360,7 +474,10 @@ def test_open_clips_names_and_transformers_names_load_the_same_parameters(tokeni
     module = OpenClip(config)
     module.load_state_dict(open_clip_tensors(reference))
     write_open_clip(tmp_path / "open_clip", module, config)
-    one, other = (clipscore.load(tmp_path / name, tokenizer=tokenizer[0]).params for name in ("transformers", "open_clip"))
+    one, other = (
+        clipscore.load(tmp_path / name, tokenizer=tokenizer[0]).params
+        for name in ("transformers", "open_clip")
+    )
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -369,7 +486,9 @@ def test_the_aesthetic_score_equals_a_clip_and_laions_mlp(tokenizer, tmp_path):
     ours = aesthetic.load(write_aesthetic(tmp_path, reference, mlp), tokenizer=Path("none"))
     images, levels = images_of(24, 40)
     texts = ours.tokenize(PROMPTS)
-    expected, expected_gradient = with_gradient(lambda x: aesthetic_score(reference, mlp, pillow_view(x, SIZE)), images)
+    expected, expected_gradient = with_gradient(
+        lambda x: aesthetic_score(reference, mlp, pillow_view(x, SIZE)), images
+    )
     with torch.no_grad():
         evaluated = aesthetic_score(reference, mlp, _processed(levels)).numpy()
 
@@ -387,16 +506,26 @@ def test_the_aesthetic_score_equals_a_clip_and_laions_mlp(tokenizer, tmp_path):
 
 
 def test_clipscores_name_is_that_of_its_model():
-    names = [clipscore.model_name(config) for config in (published.CLIP_B32, published.CLIP_L14, published.CLIP_G14,
-                                                         published.PICKSCORE, tiny(100))]
+    names = [
+        clipscore.model_name(config)
+        for config in (
+            published.CLIP_B32,
+            published.CLIP_L14,
+            published.CLIP_G14,
+            published.PICKSCORE,
+            tiny(100),
+        )
+    ]
     assert names == ["ViT-B/32", "ViT-L/14", "ViT-g/14", "ViT-H/14", "ViT-32/4"]
 
 
 def test_half_precision_is_of_the_towers_and_never_of_the_score(tokenizer, hps, tmp_path):
     options = {"tokenizer": tokenizer[0], "dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     write_aesthetic(tmp_path, transformers_clip(tiny(tokenizer[1])), head(12))
-    for ours, half in ((hpsv2.load(hps[3], **options), lambda params: params),
-                       (aesthetic.load(tmp_path, **options), lambda params: params["clip"])):
+    for ours, half in (
+        (hpsv2.load(hps[3], **options), lambda params: params),
+        (aesthetic.load(tmp_path, **options), lambda params: params["clip"]),
+    ):
         images, texts = jnp.zeros((2, SIZE, SIZE, 3)), ours.tokenize(PROMPTS[:2])
         assert {x.dtype for x in jax.tree.leaves(half(ours.params))} == {jnp.dtype(jnp.bfloat16)}
         scores = jax.eval_shape(ours.reward, ours.params, images, texts)
@@ -406,11 +535,14 @@ def test_half_precision_is_of_the_towers_and_never_of_the_score(tokenizer, hps, 
 
 # Several devices.
 
+
 def test_scores_and_gradients_on_eight_devices_equal_those_on_one(hps, tokenizer, monkeypatch):
     _, ours, _, folder = hps
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
     mesh = sharding.make_mesh(2, 2, 2)
-    split = hpsv2.load(folder, tokenizer=tokenizer[0], shardings=lambda tree: sharding.params_sharding(mesh, tree))
+    split = hpsv2.load(
+        folder, tokenizer=tokenizer[0], shardings=lambda tree: sharding.params_sharding(mesh, tree)
+    )
     assert split.params["visual_projection"]["kernel"].addressable_shards[0].data.shape == (8, 12)
     images, levels = images_of(24, 40, batch=8)
     captions = [*PROMPTS, *PROMPTS, *PROMPTS[:2]]
@@ -420,14 +552,25 @@ def test_scores_and_gradients_on_eight_devices_equal_those_on_one(hps, tokenizer
         scores, pull_back = jax.vjp(lambda images: ours.reward(params, images, texts), images)
         return scores, pull_back(jnp.ones_like(scores))[0]
 
-    spread = sharding.on_each(mesh, per_image, (sharding.params_spec(mesh, split.params), batch, batch), batch)
+    spread = sharding.on_each(
+        mesh, per_image, (sharding.params_spec(mesh, split.params), batch, batch), batch
+    )
     found = jax.jit(spread)(split.params, images, texts)
-    *expected, evaluated = jax.jit(lambda params: (*per_image(params, images, texts), ours.evaluate(
-        params, levels.astype(np.float32) / 127.5 - 1, texts)))(ours.params)
+    *expected, evaluated = jax.jit(
+        lambda params: (
+            *per_image(params, images, texts),
+            ours.evaluate(params, levels.astype(np.float32) / 127.5 - 1, texts),
+        )
+    )(ours.params)
     for name, a, b in zip(("scores", "gradient"), found, expected):
         assert_equal(f"{name} on eight devices", a, b, GRADIENT)
     shots = [scoring.Shot(i, 0, text, Path()) for i, text in enumerate(captions)]
-    assert_equal("by_reward", scoring.by_reward(split, mesh, 8)(shots[:7], levels[:7]), evaluated[:7], FORWARD)
+    assert_equal(
+        "by_reward",
+        scoring.by_reward(split, mesh, 8)(shots[:7], levels[:7]),
+        evaluated[:7],
+        FORWARD,
+    )
 
 
 # Several rewards in one run.
@@ -437,39 +580,67 @@ SCALES = {"pickscore": 100.0, "hpsv21": 50.0, "imagereward": -2.0, "aesthetic": 
 
 @pytest.fixture(scope="module")
 def mixture(tokenizer, tmp_path_factory):
-    """(config with changed fields, Frozen of a config) over a tiny VAE and four rewards; other models are shapes."""
+    """(config with changed fields, Frozen of a config) over a tiny VAE and four rewards; other
+    models are shapes.
+    """
     folder = tmp_path_factory.mktemp("mixture")
     config = tiny(tokenizer[1])
     transformers_clip(config).save_pretrained(folder / "pickscore")
     write_open_clip(folder / "hps", parity.randomise(OpenClip(config), seed=3), config)
     write_aesthetic(folder / "aesthetic", transformers_clip(config), head(12))
-    test_blip._write(folder / "imagereward", test_blip._published_tensors(test_blip._randomise(
-        test_blip.TorchImageReward(test_blip.CONFIG, test_blip.VISION))))
+    test_blip._write(
+        folder / "imagereward",
+        test_blip._published_tensors(
+            test_blip._randomise(test_blip.TorchImageReward(test_blip.CONFIG, test_blip.VISION))
+        ),
+    )
     fields = {f"reward.{name}": scale for name, scale in SCALES.items()} | {
-        f"weights.{name}": str(folder / place) for name, place in (
-            ("pickscore", "pickscore"), ("hpsv21", "hps"), ("aesthetic", "aesthetic"), ("imagereward", "imagereward"))}
+        f"weights.{name}": str(folder / place)
+        for name, place in (
+            ("pickscore", "pickscore"),
+            ("hpsv21", "hps"),
+            ("aesthetic", "aesthetic"),
+            ("imagereward", "imagereward"),
+        )
+    }
     fields |= {"eval.metrics": ("pickscore", "aesthetic"), "decode.resolution": 8}
-    parts = {name: pipeline.abstract_model(CONFIGS[name]) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}
+    parts = {
+        name: pipeline.abstract_model(CONFIGS[name])
+        for name in ("unet", "text_encoder", "text_encoder_2", "vae")
+    }
     cls, settings = pipeline.model_class(CONFIGS["vae"])
-    parts["vae"] = parts["vae"]._replace(params=models.init(lambda rngs: cls(settings, rngs=rngs), seed=0)[1])
+    parts["vae"] = parts["vae"]._replace(
+        params=models.init(lambda rngs: cls(settings, rngs=rngs), seed=0)[1]
+    )
     loaded = {}
 
     def assemble(config):
         sources = rewards.sources_of(config)
         for name in sources.keys() - loaded.keys():
             loaded.update(rewards.load_rewards({name: sources[name]}, str(tokenizer[0])))
-        frozen = train.assemble(config, parts, {name: loaded[name] for name in sources}, SCHEDULE, tokenizers={},
-                                folder=folder)
+        frozen = train.assemble(
+            config,
+            parts,
+            {name: loaded[name] for name in sources},
+            SCHEDULE,
+            tokenizers={},
+            folder=folder,
+        )
         return frozen._replace(params={name: frozen.params[name] for name in ("vae", "rewards")})
 
     return lambda **changes: config_for(folder, **{**fields, **changes}), assemble
 
 
 def mixed(frozen):
-    """jitted (params, x0, token_ids, crop) -> (total [B], each by name, gradient of the totals weighted by 1, 2, ...)."""
+    """jitted (params, x0, token_ids, crop) -> (total [B], each by name, gradient of the totals
+    weighted by 1, 2, ...).
+    """
+
     @jax.jit
     def run(params, x0, token_ids, crop):
-        total, pull_back, each = jax.vjp(lambda x0: frozen.networks.reward(params, x0, token_ids, crop), x0, has_aux=True)
+        total, pull_back, each = jax.vjp(
+            lambda x0: frozen.networks.reward(params, x0, token_ids, crop), x0, has_aux=True
+        )
         return total, each, pull_back(jnp.arange(1.0, 1 + len(total)))[0]
 
     return run
@@ -478,16 +649,23 @@ def mixed(frozen):
 def mixture_inputs(frozen):
     x0 = 0.5 * jax.random.normal(jax.random.key(0), (4, *frozen.latent_shape))
     texts = ["a red circle", "a blue square", "square", "a red cat and a blue dog"]
-    return x0, prompts.token_batch(texts, frozen.tokenizers), jax.random.uniform(jax.random.key(1), (4, 2))
+    return (
+        x0,
+        prompts.token_batch(texts, frozen.tokenizers),
+        jax.random.uniform(jax.random.key(1), (4, 2)),
+    )
 
 
 def one_by_one(frozen, view, crop, token_ids):
     """jitted (params, x0) -> each reward [B] by name, of all decoded views at once."""
+
     @jax.jit
     def run(params, x0):
         image = frozen.decode(params, VIEWS[view](x0, crop, 4))  # 8 pixels of a VAE that halves
-        return {name: reward.reward(params["rewards"][name], image, token_ids[name])
-                for name, reward in frozen.rewards.items()}
+        return {
+            name: reward.reward(params["rewards"][name], image, token_ids[name])
+            for name, reward in frozen.rewards.items()
+        }
 
     return run
 
@@ -514,8 +692,12 @@ def test_the_rewards_of_a_run_add_up_by_their_scales_and_are_each_returned(mixtu
     np.testing.assert_allclose(total, weighted(expected), rtol=1e-4)
     # Along its own gradient the sum rises by the gradient's length.
     length = jnp.sqrt((gradient**2).sum())
-    above, below = (weighted(alone(frozen.params, x0 + h * gradient / length)) for h in (0.01, -0.01))
-    np.testing.assert_allclose(((above - below) / 0.02 * jnp.arange(1.0, 5.0)).sum(), length, rtol=0.01)
+    above, below = (
+        weighted(alone(frozen.params, x0 + h * gradient / length)) for h in (0.01, -0.01)
+    )
+    np.testing.assert_allclose(
+        ((above - below) / 0.02 * jnp.arange(1.0, 5.0)).sum(), length, rtol=0.01
+    )
 
 
 def test_several_rewards_of_a_smaller_picture_are_those_of_the_latents_resized(mixture):
@@ -524,13 +706,20 @@ def test_several_rewards_of_a_smaller_picture_are_those_of_the_latents_resized(m
     x0, token_ids, crop = mixture_inputs(frozen)
     total, each = jax.jit(frozen.networks.reward)(frozen.params, x0, token_ids, crop)
     expected = one_by_one(frozen, "resized", crop, token_ids)(frozen.params, x0)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), each, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), each, expected
+    )
     np.testing.assert_allclose(total, weighted(expected), rtol=1e-4)
 
 
 def test_a_reward_of_scale_zero_leaves_no_trace_in_the_gradient(mixture):
     config, assemble = mixture
-    only = {"reward.pickscore": 0.0, "reward.hpsv21": 0.0, "reward.imagereward": 0.0, "eval.metrics": ("aesthetic",)}
+    only = {
+        "reward.pickscore": 0.0,
+        "reward.hpsv21": 0.0,
+        "reward.imagereward": 0.0,
+        "eval.metrics": ("aesthetic",),
+    }
     frozen = assemble(config(**only))
     total, each, gradient = mixed(frozen)(frozen.params, *mixture_inputs(frozen))
     assert set(each) == {"aesthetic"} and np.ptp(each["aesthetic"]) > 0
@@ -556,11 +745,16 @@ def test_the_readmes_own_reward_gives_the_latents_a_gradient(mixture, monkeypatc
     np.testing.assert_allclose(each["brightness"], image.mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(total, 5.0 * each["brightness"], rtol=1e-5)
     length = jnp.sqrt((gradient**2).sum())
-    above, below = (run(frozen.params, x0 + h * gradient / length, *others)[0] for h in (0.02, -0.02))
-    np.testing.assert_allclose(((above - below) / 0.04 * jnp.arange(1.0, 5.0)).sum(), length, rtol=0.02)
+    above, below = (
+        run(frozen.params, x0 + h * gradient / length, *others)[0] for h in (0.02, -0.02)
+    )
+    np.testing.assert_allclose(
+        ((above - below) / 0.04 * jnp.arange(1.0, 5.0)).sum(), length, rtol=0.02
+    )
 
 
 # Bad input.
+
 
 def _refused(load, *args, **kw):
     with pytest.raises(UserError) as error:
@@ -569,38 +763,68 @@ def _refused(load, *args, **kw):
     return str(error.value)
 
 
-@pytest.mark.parametrize("name, wanted", [
-    ("pickscore", "yuvalkirstain/PickScore_v1"), ("hpsv2", "HPS_v2_compressed.pt (2.0)"),
-    ("hpsv21", "HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2"), ("clipscore", "openai/clip-vit-base-patch32"),
-    ("clipscore_l14", "openai/clip-vit-large-patch14"), ("aesthetic", "improved-aesthetic-predictor")])
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("pickscore", "yuvalkirstain/PickScore_v1"),
+        ("hpsv2", "HPS_v2_compressed.pt (2.0)"),
+        ("hpsv21", "HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2"),
+        ("clipscore", "openai/clip-vit-base-patch32"),
+        ("clipscore_l14", "openai/clip-vit-large-patch14"),
+        ("aesthetic", "improved-aesthetic-predictor"),
+    ],
+)
 def test_a_missing_folder_or_file_is_named_with_its_source(tokenizer, tmp_path, name, wanted):
     message = _refused(rewards.load_rewards, {name: str(tmp_path / "none")}, str(tokenizer[0]))
     assert f"no folder {tmp_path / 'none'} for {name}" in message and wanted in message
     (tmp_path / "config.json").write_text(json.dumps(tiny(tokenizer[1])))
     torch.save({"state_dict": {}}, tmp_path / "pytorch_model.bin")  # a pickle is no weights
     message = _refused(rewards.load_rewards, {name: str(tmp_path)}, str(tokenizer[0]))
-    assert str(tmp_path) in message and "model.safetensors" in message and wanted.split(" of ")[0].split("-")[0] in message
+    assert (
+        str(tmp_path) in message
+        and "model.safetensors" in message
+        and wanted.split(" of ")[0].split("-")[0] in message
+    )
 
 
-def test_an_aesthetic_folder_says_what_of_its_two_files_is_missing_or_does_not_fit(tokenizer, tmp_path):
+def test_an_aesthetic_folder_says_what_of_its_two_files_is_missing_or_does_not_fit(
+    tokenizer, tmp_path
+):
     reference = transformers_clip(tiny(tokenizer[1]))
     reference.save_pretrained(tmp_path)
     load = lambda: aesthetic.load(tmp_path, tokenizer=tokenizer[0])
     message = _refused(load)
-    assert f"lacks {aesthetic.HEAD} (converted once" in message and "model.safetensors" not in message
+    assert (
+        f"lacks {aesthetic.HEAD} (converted once" in message and "model.safetensors" not in message
+    )
     safetensors.torch.save_file(head(10).state_dict(), tmp_path / aesthetic.HEAD)
     assert "layers.0.weight is [1024, 10], expected [1024, 12]" in _refused(load)
     (tmp_path / "model.safetensors").unlink()
     message = _refused(load)
-    assert "lacks model.safetensors (of openai/clip-vit-large-patch14" in message and "converted" not in message
+    assert (
+        "lacks model.safetensors (of openai/clip-vit-large-patch14" in message
+        and "converted" not in message
+    )
 
 
-@pytest.mark.parametrize("file", [pickscore, clipscore, hpsv2, aesthetic], ids=lambda file: file.__name__.split(".")[-1])
-@pytest.mark.parametrize("config, message", [
-    ({"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}, "holds a CLIPTextModel, expected a CLIPModel"),
-    ({"_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, expected a CLIPModel"),
-    ({"architectures": ["BlipModel"]}, "describes BlipModel, expected one of"),
-    ({"architectures": ["CLIPModel"], "model_type": "siglip"}, "model_type='siglip', expected 'clip'")])
+@pytest.mark.parametrize(
+    "file", [pickscore, clipscore, hpsv2, aesthetic], ids=lambda file: file.__name__.split(".")[-1]
+)
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"},
+            "holds a CLIPTextModel, expected a CLIPModel",
+        ),
+        ({"_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, expected a CLIPModel"),
+        ({"architectures": ["BlipModel"]}, "describes BlipModel, expected one of"),
+        (
+            {"architectures": ["CLIPModel"], "model_type": "siglip"},
+            "model_type='siglip', expected 'clip'",
+        ),
+    ],
+)
 def test_another_kind_of_model_is_refused_in_one_line(tokenizer, tmp_path, file, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     for name in ("model.safetensors", aesthetic.HEAD):
@@ -620,6 +844,7 @@ def test_another_metrics_weights_are_refused_in_one_line(tokenizer, hps, tmp_pat
 
 # Full size.
 
+
 def count(tree):
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
@@ -634,10 +859,17 @@ def full_scores(ours, size=1024):
     return [jax.eval_shape(run, ours.params, images, texts) for run in (ours.reward, ours.evaluate)]
 
 
-@pytest.mark.parametrize("file, config, expected", [
-    (pickscore, published.PICKSCORE, 986_109_441), (hpsv2, published.PICKSCORE, 986_109_441),
-    (hpsv2_legacy, published.PICKSCORE, 986_109_441), (clipscore, published.CLIP_B32, 151_277_313),
-    (clipscore, published.CLIP_L14, 427_616_513), (clipscore, published.CLIP_G14, 1_366_678_273)])
+@pytest.mark.parametrize(
+    "file, config, expected",
+    [
+        (pickscore, published.PICKSCORE, 986_109_441),
+        (hpsv2, published.PICKSCORE, 986_109_441),
+        (hpsv2_legacy, published.PICKSCORE, 986_109_441),
+        (clipscore, published.CLIP_B32, 151_277_313),
+        (clipscore, published.CLIP_L14, 427_616_513),
+        (clipscore, published.CLIP_G14, 1_366_678_273),
+    ],
+)
 def test_full_size_models_have_the_published_parameter_counts_and_score(file, config, expected):
     with torch.device("meta"):
         assert parameters(OpenClip(config)) == expected
@@ -647,7 +879,9 @@ def test_full_size_models_have_the_published_parameter_counts_and_score(file, co
 
 
 def test_the_full_size_aesthetic_predictor_has_the_published_parameter_counts_and_scores():
-    config = transformers.CLIPVisionConfig(**published.CLIP_L14["vision_config"], projection_dim=768)
+    config = transformers.CLIPVisionConfig(
+        **published.CLIP_L14["vision_config"], projection_dim=768
+    )
     with torch.device("meta"):
         tower = transformers.CLIPVisionModelWithProjection(config)
     mlp = head(768)
@@ -671,7 +905,9 @@ def test_full_size_hpsv2_equals_open_clip(tokenizer, tmp_path):
     safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
     images, ids = full_inputs()
     with torch.no_grad():
-        expected = module(torchvision_view(_nchw(images), 224), torch.from_numpy(ids).long()).numpy()
+        expected = module(
+            torchvision_view(_nchw(images), 224), torch.from_numpy(ids).long()
+        ).numpy()
     del module
     ours = hpsv2.load(tmp_path, tokenizer=tokenizer[0])
     scores = jax.jit(ours.reward)(ours.params, images, ids)
@@ -691,6 +927,8 @@ def test_full_size_clipscore_and_aesthetic_equal_transformers(tokenizer, tmp_pat
         beauty = aesthetic_score(reference, mlp, views).numpy()
     for file, expected in ((clipscore, cosine), (aesthetic, beauty)):
         ours = file.load(tmp_path, tokenizer=tokenizer[0])
-        scores = jax.jit(ours.reward)(ours.params, images, ids if file is clipscore else ours.tokenize(["a"]))
+        scores = jax.jit(ours.reward)(
+            ours.params, images, ids if file is clipscore else ours.tokenize(["a"])
+        )
         print(f"{file.__name__}, full size: {scores} against {expected}")
         np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)

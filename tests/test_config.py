@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax.config import (UserError, check, check_workdir, fields, generator_timesteps, planned_devices, suggest)
-from di_star_jax.objectives import (OBJECTIVES, OUTSIDE)
+from di_star_jax.config import (
+    UserError,
+    check,
+    check_workdir,
+    fields,
+    generator_timesteps,
+    planned_devices,
+    suggest,
+)
+from di_star_jax.objectives import OBJECTIVES, OUTSIDE
 from di_star_jax.rewards import REWARDS
 
 ROOT = Path(__file__).parent.parent
@@ -46,19 +54,39 @@ def test_every_preset_passes_the_checks(name):
     for preset in presets(name):
         config = load(name, preset)
         config.dry_run = True
-        check(config, 16 if name == "sdxl" else 4, objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
+        check(
+            config,
+            16 if name == "sdxl" else 4,
+            objectives=OBJECTIVES,
+            outside=OUTSIDE,
+            rewards=REWARDS,
+        )
 
 
-@pytest.mark.parametrize("preset, objective, omega, alpha_cfg, reward", [
-    ("kl_0_0", "kl", 1.0, 0.0, 0.0), ("kl_0_7.5", "kl", 7.5, 0.0, 0.0), ("kl_100_7.5", "kl", 7.5, 0.0, 100.0),
-    ("outside_100_7.5", "di_star_outside", 1.0, 7.5, 100.0), ("inside_0_0", "di_star", 1.0, 0.0, 0.0),
-    ("inside_0_7.5", "di_star", 7.5, 0.0, 0.0), ("inside_1_7.5", "di_star", 7.5, 0.0, 1.0),
-    ("inside_10_7.5", "di_star", 7.5, 0.0, 10.0), ("inside_100_4.5", "di_star", 4.5, 0.0, 100.0),
-    ("inside_100_7.5", "di_star", 7.5, 0.0, 100.0)])
+@pytest.mark.parametrize(
+    "preset, objective, omega, alpha_cfg, reward",
+    [
+        ("kl_0_0", "kl", 1.0, 0.0, 0.0),
+        ("kl_0_7.5", "kl", 7.5, 0.0, 0.0),
+        ("kl_100_7.5", "kl", 7.5, 0.0, 100.0),
+        ("outside_100_7.5", "di_star_outside", 1.0, 7.5, 100.0),
+        ("inside_0_0", "di_star", 1.0, 0.0, 0.0),
+        ("inside_0_7.5", "di_star", 7.5, 0.0, 0.0),
+        ("inside_1_7.5", "di_star", 7.5, 0.0, 1.0),
+        ("inside_10_7.5", "di_star", 7.5, 0.0, 10.0),
+        ("inside_100_4.5", "di_star", 4.5, 0.0, 100.0),
+        ("inside_100_7.5", "di_star", 7.5, 0.0, 100.0),
+    ],
+)
 def test_rows_of_table_2_have_its_scales(preset, objective, omega, alpha_cfg, reward):
     row = load("sdxl", preset)
     c = row.objective
-    assert (c.name, c.omega, c.alpha_cfg, row.reward.pickscore) == (objective, omega, alpha_cfg, reward)
+    assert (c.name, c.omega, c.alpha_cfg, row.reward.pickscore) == (
+        objective,
+        omega,
+        alpha_cfg,
+        reward,
+    )
 
 
 def test_a_few_step_generator_without_times_has_those_of_dmd2():
@@ -67,72 +95,194 @@ def test_a_few_step_generator_without_times_has_those_of_dmd2():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown preset 'nothing', expected one of di_star, di_star_l2"):
+    with pytest.raises(
+        UserError, match="unknown preset 'nothing', expected one of di_star, di_star_l2"
+    ):
         load("sdxl", "nothing")
 
 
-@pytest.mark.parametrize("changes, devices, message", [
-    ({"data.batch_size": 6, "mesh.fsdp": 4}, 4, r"data.batch_size=6 .*4 devices.*use 4 or 8"),
-    ({"data.batch_size": 24, "mesh.fsdp": 8}, 16, r"data.batch_size=24 .*16 devices of mesh data=2 x fsdp=8; use 16 or 32"),
-    ({"mesh.fsdp": 16}, 12, r"fsdp=16 does not make up the 12 devices"),
-    ({"mesh.data": 3, "mesh.fsdp": 2}, 8, r"data=3 x fsdp=2 does not make up the 8 devices.*fsdp to 1 or 2 or 4 or 8"),
-    ({"mesh.fsdp": 0}, 8, r"mesh.fsdp=0, expected 1 or more"),
-    ({"mesh.data": -2}, 8, r"mesh.data=-2, expected 1 or more"),
-    ({"mesh.fsdp": -1}, 8, r"mesh.data=-1 and mesh.fsdp=-1: expected one of them at most"),
-    ({"data.resolution": 1000}, 16, r"1000 is not a multiple of 64; use 1024"),
-    ({"mesh.context": -1}, 16, r"mesh.context=-1, expected 1 or more"),
-    ({"mesh.context": 3, "mesh.fsdp": 4}, 16, r"x context=3 does not make up the 16 devices"),
-    ({"mesh.context": 64, "mesh.fsdp": 1, "data.batch_size": 1}, 64, r"mesh.context=64 does not divide the rows of data"),
-    ({"mesh.context": 2, "mesh.fsdp": 8, "data.batch_size": 12}, 16, r"by the 8 groups of 2 devices.*use 8 or 16"),
-    ({"compute.microbatches": 3}, 16, r"compute.microbatches=3 does not divide the 8 images of a device; use 1 or 2"),
-    ({"compute.attention": "flash"}, 16, r"compute.attention='flash', expected one of 'auto', 'splash'"),
-    ({"compute.remat_vae": "some"}, 16, r"compute.remat_vae='some', expected one of 'none', 'dots', 'full'"),
-    ({"assistant.sharing": "x_t"}, 16, r"compute.loop_networks=True with assistant.sharing='x_t'"),
-    ({"decode.slice": 3}, 16, r"decode.slice=3 does not divide the 8 images"),
-    ({"decode.view": "half"}, 16, r"decode.view='half', expected one of 'full', 'resized', 'crop'"),
-    ({"decode.view": "crop", "decode.resolution": 2048}, 16, r"decode.resolution=2048 is more than data.resolution=1024"),
-    ({"objective.name": "distar"}, 16, r"objective.name='distar', expected one of 'di_star', .*did you mean di_star"),
-    ({"objective.huber_c": 0.0}, 16, r"objective.huber_c=0.0, expected more than 0"),
-    ({"reward.pickscore": float("inf")}, 16, r"reward.pickscore=inf, expected a number; 100 is the paper's"),
-    ({"eval.metrics": ("pikscore",)}, 16, r"eval.metrics='pikscore', expected one of .*did you mean pickscore\?"),
-    ({"eval_every": -1}, 16, r"eval_every=-1, expected 0 or more"),
-    ({"objective.t_max": 1000}, 16, r"objective.t_min=20, objective.t_max=1000, expected 0 <= t_min <= t_max <= 999"),
-    ({"assistant.t_min": 500, "assistant.t_max": 400}, 16, r"assistant.t_min=500"),
-    ({"generator.timesteps": (-1,)}, 16, r"generator.timesteps=\(-1,\), expected falling numbers in 0..999"),
-    ({"generator.steps": 2, "generator.timesteps": (499, 999)}, 16, r"\(499, 999\), expected falling numbers"),
-    ({"generator.steps": 4, "generator.timesteps": (399,)}, 16, r"are 1, but generator.steps=4; give as many, or \(\)"),
-    ({"generator.steps": 200}, 16, r"generator.steps=200, expected 1 to 100"),
-    ({"objective.name": "di_star_outside"}, 16, r"guidance outside, but objective.omega=7.5 is inside; set .*omega=1"),
-    ({"objective.alpha_cfg": 7.5}, 16, r"alpha_cfg=7.5 is guidance outside, which objective.name='di_star' does not"),
-    ({"objective.alpha_cfg": -1.0}, 16, r"objective.alpha_cfg=-1.0, expected 0 or more"),
-    ({"objective.omega": -1.0}, 16, r"objective.omega=-1.0, expected 0 or more"),
-    ({"objective.weighting": "none"}, 16, r"objective.weighting='none', expected one of 'eps', 'score', 'x0'"),
-    ({"objective.reduction": "max"}, 16, r"objective.reduction='max', expected one of 'sum', 'mean'"),
-    ({"assistant.sharing": "x_t", "assistant.updates": 5, "compute.loop_networks": False}, 16, r"assistant.updates=5 with assistant.sharing='x_t'"),
-    ({"assistant.t_max": 1000}, 16, r"assistant.t_max=1000, expected 0 <= t_min <= t_max <= 999"),
-    ({"compute.dtype": "float16"}, 16, r"compute.dtype='float16', in which SDXL's VAE overflows; use 'bfloat16'"),
-    ({"compute.dtype": "half"}, 16, r"compute.dtype='half', expected one of 'bfloat16', 'float32'"),
-    ({"optim.b2": 1.0}, 16, r"optim.b2=1.0, expected a number in \[0, 1\)"),
-    ({"objective.omega": float("nan")}, 16, r"objective.omega=nan, expected 0 or more"),
-    ({"eval.num_per_prompt": 1}, 16, r"eval.num_per_prompt=1, expected 2 or more"),
-    ({"eval.prompts": "some.txt", "eval.batch_size": 20}, 16, r"eval.batch_size=20 .*use 16 or 32"),
-    ({"train.save_every": 0}, 16, r"train.save_every=0, expected more than 0"),
-    ({"dry_run": False, "data.prompts": "nowhere.txt"}, 16, r"data.prompts=nowhere.txt: no such file"),
-])
+@pytest.mark.parametrize(
+    "changes, devices, message",
+    [
+        ({"data.batch_size": 6, "mesh.fsdp": 4}, 4, r"data.batch_size=6 .*4 devices.*use 4 or 8"),
+        (
+            {"data.batch_size": 24, "mesh.fsdp": 8},
+            16,
+            r"data.batch_size=24 .*16 devices of mesh data=2 x fsdp=8; use 16 or 32",
+        ),
+        ({"mesh.fsdp": 16}, 12, r"fsdp=16 does not make up the 12 devices"),
+        (
+            {"mesh.data": 3, "mesh.fsdp": 2},
+            8,
+            r"data=3 x fsdp=2 does not make up the 8 devices.*fsdp to 1 or 2 or 4 or 8",
+        ),
+        ({"mesh.fsdp": 0}, 8, r"mesh.fsdp=0, expected 1 or more"),
+        ({"mesh.data": -2}, 8, r"mesh.data=-2, expected 1 or more"),
+        ({"mesh.fsdp": -1}, 8, r"mesh.data=-1 and mesh.fsdp=-1: expected one of them at most"),
+        ({"data.resolution": 1000}, 16, r"1000 is not a multiple of 64; use 1024"),
+        ({"mesh.context": -1}, 16, r"mesh.context=-1, expected 1 or more"),
+        ({"mesh.context": 3, "mesh.fsdp": 4}, 16, r"x context=3 does not make up the 16 devices"),
+        (
+            {"mesh.context": 64, "mesh.fsdp": 1, "data.batch_size": 1},
+            64,
+            r"mesh.context=64 does not divide the rows of data",
+        ),
+        (
+            {"mesh.context": 2, "mesh.fsdp": 8, "data.batch_size": 12},
+            16,
+            r"by the 8 groups of 2 devices.*use 8 or 16",
+        ),
+        (
+            {"compute.microbatches": 3},
+            16,
+            r"compute.microbatches=3 does not divide the 8 images of a device; use 1 or 2",
+        ),
+        (
+            {"compute.attention": "flash"},
+            16,
+            r"compute.attention='flash', expected one of 'auto', 'splash'",
+        ),
+        (
+            {"compute.remat_vae": "some"},
+            16,
+            r"compute.remat_vae='some', expected one of 'none', 'dots', 'full'",
+        ),
+        (
+            {"assistant.sharing": "x_t"},
+            16,
+            r"compute.loop_networks=True with assistant.sharing='x_t'",
+        ),
+        ({"decode.slice": 3}, 16, r"decode.slice=3 does not divide the 8 images"),
+        (
+            {"decode.view": "half"},
+            16,
+            r"decode.view='half', expected one of 'full', 'resized', 'crop'",
+        ),
+        (
+            {"decode.view": "crop", "decode.resolution": 2048},
+            16,
+            r"decode.resolution=2048 is more than data.resolution=1024",
+        ),
+        (
+            {"objective.name": "distar"},
+            16,
+            r"objective.name='distar', expected one of 'di_star', .*did you mean di_star",
+        ),
+        ({"objective.huber_c": 0.0}, 16, r"objective.huber_c=0.0, expected more than 0"),
+        (
+            {"reward.pickscore": float("inf")},
+            16,
+            r"reward.pickscore=inf, expected a number; 100 is the paper's",
+        ),
+        (
+            {"eval.metrics": ("pikscore",)},
+            16,
+            r"eval.metrics='pikscore', expected one of .*did you mean pickscore\?",
+        ),
+        ({"eval_every": -1}, 16, r"eval_every=-1, expected 0 or more"),
+        (
+            {"objective.t_max": 1000},
+            16,
+            r"objective.t_min=20, objective.t_max=1000, expected 0 <= t_min <= t_max <= 999",
+        ),
+        ({"assistant.t_min": 500, "assistant.t_max": 400}, 16, r"assistant.t_min=500"),
+        (
+            {"generator.timesteps": (-1,)},
+            16,
+            r"generator.timesteps=\(-1,\), expected falling numbers in 0..999",
+        ),
+        (
+            {"generator.steps": 2, "generator.timesteps": (499, 999)},
+            16,
+            r"\(499, 999\), expected falling numbers",
+        ),
+        (
+            {"generator.steps": 4, "generator.timesteps": (399,)},
+            16,
+            r"are 1, but generator.steps=4; give as many, or \(\)",
+        ),
+        ({"generator.steps": 200}, 16, r"generator.steps=200, expected 1 to 100"),
+        (
+            {"objective.name": "di_star_outside"},
+            16,
+            r"guidance outside, but objective.omega=7.5 is inside; set .*omega=1",
+        ),
+        (
+            {"objective.alpha_cfg": 7.5},
+            16,
+            r"alpha_cfg=7.5 is guidance outside, which objective.name='di_star' does not",
+        ),
+        ({"objective.alpha_cfg": -1.0}, 16, r"objective.alpha_cfg=-1.0, expected 0 or more"),
+        ({"objective.omega": -1.0}, 16, r"objective.omega=-1.0, expected 0 or more"),
+        (
+            {"objective.weighting": "none"},
+            16,
+            r"objective.weighting='none', expected one of 'eps', 'score', 'x0'",
+        ),
+        (
+            {"objective.reduction": "max"},
+            16,
+            r"objective.reduction='max', expected one of 'sum', 'mean'",
+        ),
+        (
+            {"assistant.sharing": "x_t", "assistant.updates": 5, "compute.loop_networks": False},
+            16,
+            r"assistant.updates=5 with assistant.sharing='x_t'",
+        ),
+        (
+            {"assistant.t_max": 1000},
+            16,
+            r"assistant.t_max=1000, expected 0 <= t_min <= t_max <= 999",
+        ),
+        (
+            {"compute.dtype": "float16"},
+            16,
+            r"compute.dtype='float16', in which SDXL's VAE overflows; use 'bfloat16'",
+        ),
+        (
+            {"compute.dtype": "half"},
+            16,
+            r"compute.dtype='half', expected one of 'bfloat16', 'float32'",
+        ),
+        ({"optim.b2": 1.0}, 16, r"optim.b2=1.0, expected a number in \[0, 1\)"),
+        ({"objective.omega": float("nan")}, 16, r"objective.omega=nan, expected 0 or more"),
+        ({"eval.num_per_prompt": 1}, 16, r"eval.num_per_prompt=1, expected 2 or more"),
+        (
+            {"eval.prompts": "some.txt", "eval.batch_size": 20},
+            16,
+            r"eval.batch_size=20 .*use 16 or 32",
+        ),
+        ({"train.save_every": 0}, 16, r"train.save_every=0, expected more than 0"),
+        (
+            {"dry_run": False, "data.prompts": "nowhere.txt"},
+            16,
+            r"data.prompts=nowhere.txt: no such file",
+        ),
+    ],
+)
 def test_a_config_that_cannot_run_is_refused_in_one_line(changes, devices, message):
     with pytest.raises(UserError, match=message) as error:
         check(dry(**changes), devices, objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", load("sdxl").weights.generator, "/no/where", "a/b/c"])
-def test_a_missing_weights_folder_is_refused_before_the_network_is_asked(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name", ["./nowhere", load("sdxl").weights.generator, "/no/where", "a/b/c"]
+)
+def test_a_missing_weights_folder_is_refused_before_the_network_is_asked(
+    tmp_path, monkeypatch, name
+):
     monkeypatch.chdir(tmp_path)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     with pytest.raises(UserError, match=f"weights.generator={name}: no such folder"):
-        check(dry(**{"dry_run": False, "data.prompts": str(prompts), "weights.generator": name}), 16,
-              objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
+        check(
+            dry(**{"dry_run": False, "data.prompts": str(prompts), "weights.generator": name}),
+            16,
+            objectives=OBJECTIVES,
+            outside=OUTSIDE,
+            rewards=REWARDS,
+        )
 
 
 def test_a_dry_run_is_for_this_machine_only_where_the_mesh_fits_it():
@@ -142,12 +292,15 @@ def test_a_dry_run_is_for_this_machine_only_where_the_mesh_fits_it():
     assert planned_devices(dry(**{"mesh.data": 4, "mesh.fsdp": -1}), 1) == 4
 
 
-@pytest.mark.parametrize("name, message", [
-    ("", "no --workdir"),
-    ("gs://bucket/run", "expected a folder; mount the bucket"),
-    ("file", "file is a file, expected a folder"),
-    ("file/run", "file is a file, expected a folder"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("", "no --workdir"),
+        ("gs://bucket/run", "expected a folder; mount the bucket"),
+        ("file", "file is a file, expected a folder"),
+        ("file/run", "file is a file, expected a folder"),
+    ],
+)
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -161,12 +314,19 @@ def test_suggestions_search_full_dotted_names():
     known = list(fields(load("sdxl")))
     assert suggest("trian.steps", known) == ", did you mean train.steps?"
     assert suggest("batch_size", known) == ", did you mean data.batch_size?"
-    assert suggest("optimizer.b3", known) in (", did you mean optim.b1?", ", did you mean optim.b2?")
+    assert suggest("optimizer.b3", known) in (
+        ", did you mean optim.b1?",
+        ", did you mean optim.b2?",
+    )
     assert suggest("asistant.t_min", known) == ", did you mean assistant.t_min?"
     assert suggest("zzz", known) == ""
 
 
 def test_readme_explains_every_field_with_its_default():
-    table = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE))
+    table = dict(
+        re.findall(r"^\| `([\w.]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    )
     for name, value in fields(load("sdxl")).items():
-        assert table.get(name) == f"`{value!r}`", f"README has {table.get(name)} for {name}, the config {value!r}"
+        assert table.get(name) == f"`{value!r}`", (
+            f"README has {table.get(name)} for {name}, the config {value!r}"
+        )

@@ -17,15 +17,21 @@ import torch
 import transformers
 from flax import nnx
 
-from di_star_jax.storage import (checkpoint, weights)
-from di_star_jax import (convert, diffusion, samplers)
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax import convert, diffusion, samplers
 from di_star_jax.config import UserError
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.storage import checkpoint, weights
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-TEXT = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
-            max_position_embeddings=77)
+TEXT = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    projection_dim=16,
+    max_position_embeddings=77,
+)
 
 
 def _tokenizer(folder: Path) -> transformers.CLIPTokenizer:
@@ -35,26 +41,56 @@ def _tokenizer(folder: Path) -> transformers.CLIPTokenizer:
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    return transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
 
 
 def _pipeline(tmp: Path) -> diffusers.StableDiffusionXLPipeline:
     torch.manual_seed(0)
     tokenizer = _tokenizer(tmp / "vocabulary")
-    text = transformers.CLIPTextConfig(vocab_size=54, bos_token_id=52, eos_token_id=53, pad_token_id=53, **TEXT)
+    text = transformers.CLIPTextConfig(
+        vocab_size=54, bos_token_id=52, eos_token_id=53, pad_token_id=53, **TEXT
+    )
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=32, layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
+        sample_size=8,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    )
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16, scaling_factor=0.13025)
-    scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                                 steps_offset=1, timestep_spacing="leading")
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.13025,
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
     return diffusers.StableDiffusionXLPipeline(
-        vae, transformers.CLIPTextModel(text), transformers.CLIPTextModelWithProjection(text), tokenizer, tokenizer,
-        unet, scheduler)
+        vae,
+        transformers.CLIPTextModel(text),
+        transformers.CLIPTextModelWithProjection(text),
+        tokenizer,
+        tokenizer,
+        unet,
+        scheduler,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +106,10 @@ def workdir(reference):
     """A run with a checkpoint at step 30, whose networks are 1, 2 and 3 times the reference's UNet."""
     config = weights.read_config(reference, "unet")
     params = weights.load(reference / "unet", pipeline.abstract_model(config).params)
-    state = {name: jax.tree.map(lambda x: np.float32(n) * x, params)
-             for n, name in enumerate(("generator", "ema", "assistant"), start=1)}
+    state = {
+        name: jax.tree.map(lambda x: np.float32(n) * x, params)
+        for n, name in enumerate(("generator", "ema", "assistant"), start=1)
+    }
     checkpoints = checkpoint.Checkpoints(reference.parent / "run" / checkpoint.FOLDER, keep=1)
     checkpoints.save(30, state, {"unet_config": config, "reference": str(reference)})
     checkpoints.close()
@@ -96,11 +134,18 @@ def _error(call, *args, **kw) -> str:
     return str(caught.value)
 
 
-def test_the_command_converts_a_pipeline_to_orbax_and_back_without_a_changed_byte(reference, tmp_path):
+def test_the_command_converts_a_pipeline_to_orbax_and_back_without_a_changed_byte(
+    reference, tmp_path
+):
     there = _run("--to=orbax", f"--input={reference}", f"--output={tmp_path / 'orbax'}")
     assert there.returncode == 0, there.stderr
     checkpoints = checkpoint.existing(tmp_path / "orbax")
-    assert set(checkpoints.metadata(0)["configs"]) == {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert set(checkpoints.metadata(0)["configs"]) == {
+        "unet",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+    }
     for name in ("vae", "text_encoder_2"):
         model = pipeline.abstract_model(weights.read_config(reference, name))
         restored = checkpoints.restore_item(0, name, model.params)
@@ -110,11 +155,16 @@ def test_the_command_converts_a_pipeline_to_orbax_and_back_without_a_changed_byt
     names = [str(path.relative_to(reference)) for path in reference.rglob("*") if path.is_file()]
     assert len(names) > 12
     _, changed, missing = filecmp.cmpfiles(reference, tmp_path / "back", names, shallow=False)
-    assert missing == [] and set(changed) <= {n for n in names if n.endswith(".json")}, (changed, missing)
+    assert missing == [] and set(changed) <= {n for n in names if n.endswith(".json")}, (
+        changed,
+        missing,
+    )
 
 
 @pytest.mark.parametrize("which, times", [("generator", 1), ("ema", 2), ("assistant", 3)])
-def test_each_network_of_a_run_becomes_a_pipeline_that_diffusers_loads(reference, workdir, tmp_path, which, times):
+def test_each_network_of_a_run_becomes_a_pipeline_that_diffusers_loads(
+    reference, workdir, tmp_path, which, times
+):
     _export(workdir, which, tmp_path / "out")
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
     original = diffusers.UNet2DConditionModel.from_pretrained(reference / "unet").state_dict()
@@ -122,7 +172,10 @@ def test_each_network_of_a_run_becomes_a_pipeline_that_diffusers_loads(reference
         assert torch.equal(tensor, times * original[name]), name
     expected = diffusers.EulerDiscreteScheduler if which == "assistant" else diffusers.LCMScheduler
     assert type(pipe.scheduler) is expected
-    assert (pipe.scheduler.config.beta_end, pipe.scheduler.config.beta_schedule) == (0.012, "scaled_linear")
+    assert (pipe.scheduler.config.beta_end, pipe.scheduler.config.beta_schedule) == (
+        0.012,
+        "scaled_linear",
+    )
 
 
 def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_path):
@@ -131,45 +184,79 @@ def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_p
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a b c", "z"]
     noise = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    theirs = pipe(prompts, latents=noise, timesteps=[399], guidance_scale=0.0, height=16, width=16,
-                  output_type="np").images
+    theirs = pipe(
+        prompts,
+        latents=noise,
+        timesteps=[399],
+        guidance_scale=0.0,
+        height=16,
+        width=16,
+        output_type="np",
+    ).images
 
-    parts = {name: pipeline.load_model(tmp_path / "out" / name) for name in ("unet", "vae", *TEXT_ENCODERS)}
-    ids = {name: np.array(getattr(pipe, name)(prompts, padding="max_length", truncation=True)["input_ids"])
-           for name in ("tokenizer", "tokenizer_2")}
-    schedule = diffusion.schedule_from_json(weights.read_config(tmp_path / "out", "scheduler", "scheduler_config.json"))
+    parts = {
+        name: pipeline.load_model(tmp_path / "out" / name)
+        for name in ("unet", "vae", *TEXT_ENCODERS)
+    }
+    ids = {
+        name: np.array(
+            getattr(pipe, name)(prompts, padding="max_length", truncation=True)["input_ids"]
+        )
+        for name in ("tokenizer", "tokenizer_2")
+    }
+    schedule = diffusion.schedule_from_json(
+        weights.read_config(tmp_path / "out", "scheduler", "scheduler_config.json")
+    )
     graphs = {name: part.graphdef for name, part in parts.items()}
 
     @jax.jit
     def sample(params, ids, z):
         condition, _ = pipeline.encode_text(graphs, params, ids, 16)
         unet, vae = (nnx.merge(graphs[name], params[name]) for name in ("unet", "vae"))
-        return vae.decode(samplers.one_step(lambda x, t: unet(x, t, condition), z, np.array([399]), schedule))
+        return vae.decode(
+            samplers.one_step(lambda x, t: unet(x, t, condition), z, np.array([399]), schedule)
+        )
 
-    images = sample({name: part.params for name, part in parts.items()}, ids, noise.numpy().transpose(0, 2, 3, 1))
+    images = sample(
+        {name: part.params for name, part in parts.items()},
+        ids,
+        noise.numpy().transpose(0, 2, 3, 1),
+    )
     ours = np.clip(np.asarray(images) / 2 + 0.5, 0, 1)
     assert theirs.std() > 0.02, "not a flat image"
     assert np.abs(np.round(255 * ours) - np.round(255 * theirs)).max() <= 1, "2 are allowed"
 
 
-def test_a_reference_in_half_precision_files_gives_a_pipeline_that_needs_no_variant(reference, workdir, tmp_path):
+def test_a_reference_in_half_precision_files_gives_a_pipeline_that_needs_no_variant(
+    reference, workdir, tmp_path
+):
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(reference, dtype=torch.float16)
     pipe.save_pretrained(tmp_path / "half", variant="fp16")
     shutil.rmtree(tmp_path / "half" / "vae")
     pipe.vae.save_pretrained(tmp_path / "half" / "vae", variant="fp16", max_shard_size="10KB")
     assert len(list((tmp_path / "half" / "vae").glob("*.fp16-*.safetensors"))) > 1
-    _export(workdir, "generator", tmp_path / "out", reference=str(tmp_path / "half"), dtype="float16")
+    _export(
+        workdir, "generator", tmp_path / "out", reference=str(tmp_path / "half"), dtype="float16"
+    )
     assert not [path for path in (tmp_path / "out").rglob("*") if "fp16" in path.name]
-    again = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    again = diffusers.StableDiffusionXLPipeline.from_pretrained(
+        tmp_path / "out", dtype=torch.float16
+    )
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        for (name, a), b in zip(getattr(pipe, part).state_dict().items(), getattr(again, part).state_dict().values()):
+        for (name, a), b in zip(
+            getattr(pipe, part).state_dict().items(), getattr(again, part).state_dict().values()
+        ):
             assert torch.equal(a, b), (part, name)
 
 
 def test_a_single_unet_goes_to_orbax_and_back(reference, tmp_path):
     convert.to_orbax(reference / "unet", tmp_path / "orbax")
-    _export(tmp_path / "orbax" / "0", "unet", tmp_path / "back")  # one checkpoint's own folder will do
-    assert (tmp_path / "back" / Path(UNET_FILE).name).read_bytes() == (reference / UNET_FILE).read_bytes()
+    _export(
+        tmp_path / "orbax" / "0", "unet", tmp_path / "back"
+    )  # one checkpoint's own folder will do
+    assert (tmp_path / "back" / Path(UNET_FILE).name).read_bytes() == (
+        reference / UNET_FILE
+    ).read_bytes()
     convert.to_orbax(reference / "vae", tmp_path / "vae")
     assert "expected one with a UNet" in _error(_export, tmp_path / "vae", "unet", tmp_path / "x")
 
@@ -191,19 +278,27 @@ def test_wrong_input_is_one_line_and_leaves_nothing(reference, workdir, tmp_path
     assert "no folder" in _error(_export, workdir, "ema", output, reference=str(tmp_path / "moved"))
     copy = shutil.copytree(reference, tmp_path / "copy")
     shutil.rmtree(copy / "text_encoder_2")
-    assert "the reference has no folder" in _error(_export, workdir, "ema", output, reference=str(copy))
-    shutil.move(copy / "vae" / "diffusion_pytorch_model.safetensors", copy / "vae" / "diffusion_pytorch_model.bin")
+    assert "the reference has no folder" in _error(
+        _export, workdir, "ema", output, reference=str(copy)
+    )
+    shutil.move(
+        copy / "vae" / "diffusion_pytorch_model.safetensors",
+        copy / "vae" / "diffusion_pytorch_model.bin",
+    )
     assert "is a pickle" in _error(convert.to_orbax, copy / "vae", output)
     assert os.listdir(tmp_path) == ["copy"]
     assert "is not empty" in _error(convert.to_orbax, reference, copy)
     assert "is no model folder" in _error(_export, workdir, "ema", tmp_path)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--to=orbax", "--input=nobody/nothing", "--output=out"], ["nobody/nothing", "Hub"]),
-    (["--to=orbax", "--input=./nowhere", "--output=out"], ["no folder ./nowhere"]),
-    (["--to=torch", "--input=a", "--output=b"], ["torch", "orbax|diffusers"]),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--to=orbax", "--input=nobody/nothing", "--output=out"], ["nobody/nothing", "Hub"]),
+        (["--to=orbax", "--input=./nowhere", "--output=out"], ["no folder ./nowhere"]),
+        (["--to=torch", "--input=a", "--output=b"], ["torch", "orbax|diffusers"]),
+    ],
+)
 def test_wrong_flags_end_with_one_line_and_exit_code_two(flags, words, tmp_path):
     run = _run(*flags)
     assert run.returncode == 2 and run.stdout == ""

@@ -7,19 +7,30 @@ import pytest
 from di_star_jax import diffusion
 from di_star_jax.config import UserError
 
-SDXL = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SDXL = dict(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 SCHEDULE = diffusion.make_schedule(**SDXL)
 
 
-@pytest.mark.parametrize("t, alpha, sigma", [
-    (0, 0.99957491, 0.02915476), (20, 0.99061312, 0.13669542), (399, 0.65275291, 0.75757088),
-    (625, 0.37117251, 0.92856393), (980, 0.07644464, 0.99707383), (999, 0.06826491, 0.99766723)])
+@pytest.mark.parametrize(
+    "t, alpha, sigma",
+    [
+        (0, 0.99957491, 0.02915476),
+        (20, 0.99061312, 0.13669542),
+        (399, 0.65275291, 0.75757088),
+        (625, 0.37117251, 0.92856393),
+        (980, 0.07644464, 0.99707383),
+        (999, 0.06826491, 0.99766723),
+    ],
+)
 def test_sdxl_schedule_has_the_known_constants(t, alpha, sigma):
     np.testing.assert_allclose([SCHEDULE.alpha[t], SCHEDULE.sigma[t]], [alpha, sigma], rtol=1e-6)
 
 
 def test_schedule_equals_diffusers():
     from diffusers import DDPMScheduler
+
     expected = DDPMScheduler(**SDXL).alphas_cumprod.double().sqrt().numpy()
     np.testing.assert_allclose(SCHEDULE.alpha, expected, rtol=2e-5)
 
@@ -32,7 +43,9 @@ def test_eps_x0_and_score_turn_into_each_other():
     np.testing.assert_allclose(diffusion.eps_to_x0(x_t, eps, alpha_t, sigma_t), x0, atol=1e-5)
     score = diffusion.eps_to_score(eps, sigma_t)
     np.testing.assert_allclose(diffusion.score_to_eps(score, sigma_t), eps, rtol=1e-5)
-    residual = -(x_t - diffusion.per_sample(alpha_t, x0) * x0) / diffusion.per_sample(sigma_t, x0) ** 2
+    residual = (
+        -(x_t - diffusion.per_sample(alpha_t, x0) * x0) / diffusion.per_sample(sigma_t, x0) ** 2
+    )
     np.testing.assert_allclose(score, residual, rtol=1e-2, atol=1e-3)
 
 

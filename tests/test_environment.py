@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""jaxlib releases that compute wrongly on CPU are excluded in setup.py; this tells when one slips in."""
+"""jaxlib releases that compute wrongly on CPU are excluded in setup.py; this tells when one slips
+in.
+"""
 
 import os
 import subprocess
 import sys
-
 
 REDUCTION = """
 import jax, jax.numpy as jnp, numpy as np
@@ -19,14 +20,20 @@ np.testing.assert_allclose(f(matrix, vector), expected, rtol=1e-4)
 
 
 def test_jit_equals_eager_on_the_reduction_that_broke_jaxlib_0_10_2():
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # as users run it, not as tests do
-    done = subprocess.run([sys.executable, "-c", REDUCTION], capture_output=True, text=True, timeout=120, env=env)
+    env = {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    }  # as users run it, not as tests do
+    done = subprocess.run(
+        [sys.executable, "-c", REDUCTION], capture_output=True, text=True, timeout=120, env=env
+    )
     assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_training_imports_neither_torch_nor_tensorflow_nor_diffusers():
-    code = ("import sys, di_star_jax.train, di_star_jax.shapes.pretrain, tensorflow_datasets, transformers; "
-            "from transformers import CLIPTokenizer; "
-            "print([m for m in ('torch', 'tensorflow', 'diffusers') if m in sys.modules])")
+    code = (
+        "import sys, di_star_jax.train, di_star_jax.shapes.pretrain, tensorflow_datasets, transformers; "
+        "from transformers import CLIPTokenizer; "
+        "print([m for m in ('torch', 'tensorflow', 'diffusers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr

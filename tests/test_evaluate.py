@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that evaluates: a generator on tiny random weights, folders of images with known answers, bad input."""
+"""The command that evaluates: a generator on tiny random weights, folders of images with known
+answers, bad input.
+"""
 
 import json
 import os
@@ -22,14 +24,20 @@ from PIL import Image
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax.storage import (checkpoint, weights)
-from di_star_jax import (config, evaluate, log as metrics, models, rewards, sharding)
-from di_star_jax.evaluation import (drawn as drawing, scores as scoring)
+from di_star_jax import config, evaluate, models, rewards, sharding
+from di_star_jax import log as metrics
+from di_star_jax.evaluation import drawn as drawing
+from di_star_jax.evaluation import scores as scoring
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards.reward import Reward
+from di_star_jax.storage import checkpoint, weights
 
-CAPTIONS = [f"a {colour} {kind}{more}" for colour in ("red", "blue") for kind in ("circle", "square")
-            for more in ("", " a", " red", " blue")][:12]
+CAPTIONS = [
+    f"a {colour} {kind}{more}"
+    for colour in ("red", "blue")
+    for kind in ("circle", "square")
+    for more in ("", " a", " red", " blue")
+][:12]
 FILES = ("results.json", "scores.parquet", "table.md", "page.html")
 SHAPES = ROOT / "di_star_jax" / "shapes" / "checkpoint"
 
@@ -67,6 +75,7 @@ def command(capsys, monkeypatch):
             except SystemExit as stop:
                 code = stop.code
         return code, *capsys.readouterr()
+
     return run
 
 
@@ -96,17 +105,36 @@ def workdir(folder, tmp_path_factory):
     """What a run of two steps would leave, which made all weights larger by a tenth."""
     out = tmp_path_factory.mktemp("run")
     store = checkpoint.Checkpoints(out / checkpoint.FOLDER, keep=1)
-    store.save(2, {"ema": trained(folder)}, {
-        "unet_config": UNET, "reference": str(folder), "generator_timesteps": [399],
-        "initial": str(folder / "generator"), "trained_on": {"pickscore": 100.0},
-        "weights": {"pickscore": str(folder / "reward"), "reward_tokenizer": str(folder / "tokenizer")}})
+    store.save(
+        2,
+        {"ema": trained(folder)},
+        {
+            "unet_config": UNET,
+            "reference": str(folder),
+            "generator_timesteps": [399],
+            "initial": str(folder / "generator"),
+            "trained_on": {"pickscore": 100.0},
+            "weights": {
+                "pickscore": str(folder / "reward"),
+                "reward_tokenizer": str(folder / "tokenizer"),
+            },
+        },
+    )
     store.close()
     return out
 
 
 def arguments_for(workdir, folder, out, **changes):
-    given = {"checkpoint": workdir, "prompts": folder / "prompts.txt", "metrics": "pickscore,saturation,diversity",
-             "samples": 2, "features": "pickscore", "batch_size": 8, "out": out, **changes}
+    given = {
+        "checkpoint": workdir,
+        "prompts": folder / "prompts.txt",
+        "metrics": "pickscore,saturation,diversity",
+        "samples": 2,
+        "features": "pickscore",
+        "batch_size": 8,
+        "out": out,
+        **changes,
+    }
     return [f"--{name}={value}" for name, value in given.items()]
 
 
@@ -123,8 +151,10 @@ def straight(folder, workdir, tmp_path_factory):
 
 def results_of(out):
     """results.json, read as strictly as JSON is defined."""
+
     def refuse(text):
         raise AssertionError(f"{text} is no JSON")
+
     return json.loads((out / "results.json").read_text(), parse_constant=refuse)
 
 
@@ -146,22 +176,29 @@ def pictures(out):
 
 # A generator.
 
+
 def test_an_evaluation_of_a_run_leaves_results_scores_table_and_page(straight, folder):
     found, scores = results_of(straight), columns_of(straight, samples=2)
     for name in ("pickscore", "saturation", "diversity"):
         means = scores[name].mean(axis=1)
         assert np.isclose(found["metrics"][name]["mean"], means.mean(), rtol=1e-12, atol=0)
-        assert np.isclose(found["metrics"][name]["stderr"], means.std(ddof=1) / np.sqrt(12), rtol=1e-9, atol=0)
+        assert np.isclose(
+            found["metrics"][name]["stderr"], means.std(ddof=1) / np.sqrt(12), rtol=1e-9, atol=0
+        )
         counts = [found["metrics"][name][key] for key in ("prompts", "images", "left_out")]
         assert counts == [12, 24, 0], name
     assert scores["prompt"][:, 1].tolist() == CAPTIONS and scores["sample"][0].tolist() == [0, 1]
     saturation = [[_saturation(straight / file) for file in files] for files in scores["file"]]
     assert np.allclose(scores["saturation"], saturation, rtol=1e-6, atol=0)
-    assert (scores["diversity"][:, 0] == scores["diversity"][:, 1]).all() and len(set(scores["pickscore"].flat)) == 24
+    assert (scores["diversity"][:, 0] == scores["diversity"][:, 1]).all() and len(
+        set(scores["pickscore"].flat)
+    ) == 24
     table = (straight / "table.md").read_text()
-    assert f"| {found['metrics']['pickscore']['mean']:.4f} ± " in table and "| PickScore † |" in table
+    assert (
+        f"| {found['metrics']['pickscore']['mean']:.4f} ± " in table and "| PickScore † |" in table
+    )
     page = (straight / "page.html").read_text()
-    assert page.count("data:image/png;base64,") == 24 and "src=\"http" not in page
+    assert page.count("data:image/png;base64,") == 24 and 'src="http' not in page
 
 
 def _saturation(file):
@@ -169,18 +206,34 @@ def _saturation(file):
     return np.mean(1 - rgb.min(axis=-1) / rgb.max(axis=-1))
 
 
-def test_results_say_what_drew_the_images_and_nothing_that_does_not_apply(straight, folder, workdir):
+def test_results_say_what_drew_the_images_and_nothing_that_does_not_apply(
+    straight, folder, workdir
+):
     found = results_of(straight)
     settings = found["settings"]
-    assert (settings["sampler"], settings["timesteps"], settings["guidance_scale"]) == ("few_step", [399], 1.0)
-    assert (settings["resolution"], settings["which"], settings["checkpoint_step"]) == (16, "ema", 2)
+    assert (settings["sampler"], settings["timesteps"], settings["guidance_scale"]) == (
+        "few_step",
+        [399],
+        1.0,
+    )
+    assert (settings["resolution"], settings["which"], settings["checkpoint_step"]) == (
+        16,
+        "ema",
+        2,
+    )
     assert not {"steps", "timestep", "images_digest"} & settings.keys()
     assert settings["unet_sha256"] == scoring.params_digest(trained(folder))
     reward = pipeline.load_model(folder / "reward").params
     assert settings["metrics"]["pickscore"] == {
-        "weights": str(folder / "reward"), "sha256": scoring.params_digest(reward), "tokenizer": str(folder / "tokenizer")}
+        "weights": str(folder / "reward"),
+        "sha256": scoring.params_digest(reward),
+        "tokenizer": str(folder / "tokenizer"),
+    }
     assert len(settings["vae_and_text_sha256"]) == 64
-    assert settings["trained_on"] == {"pickscore": 100.0} and found["metrics"]["pickscore"]["trained_on"]
+    assert (
+        settings["trained_on"] == {"pickscore": 100.0}
+        and found["metrics"]["pickscore"]["trained_on"]
+    )
     assert found["made"]["jax"] == jax.__version__ and found["made"]["date"].startswith("20")
     assert found["name"] == f"{workdir.name} (ema)"
     cost = found["cost"]
@@ -188,34 +241,61 @@ def test_results_say_what_drew_the_images_and_nothing_that_does_not_apply(straig
     assert 0 < cost["seconds_per_image"] < 10 and cost["peak_memory_gb"] > 0
 
 
-def test_a_pipeline_is_drawn_with_the_sampler_that_is_asked_for_and_has_no_which(command, folder, tmp_path):
+def test_a_pipeline_is_drawn_with_the_sampler_that_is_asked_for_and_has_no_which(
+    command, folder, tmp_path
+):
     out = tmp_path / "out"
-    code, _, stderr = command(*arguments_for(folder, folder, out, sampler="ddim", steps=3, guidance_scale=2,
-                                             num_prompts=4, which="initial", metrics="contrast"))
+    code, _, stderr = command(
+        *arguments_for(
+            folder,
+            folder,
+            out,
+            sampler="ddim",
+            steps=3,
+            guidance_scale=2,
+            num_prompts=4,
+            which="initial",
+            metrics="contrast",
+        )
+    )
     assert code == 0, stderr
     settings = results_of(out)["settings"]
-    assert (settings["sampler"], len(settings["timesteps"]), settings["guidance_scale"]) == ("ddim", 3, 2.0)
+    assert (settings["sampler"], len(settings["timesteps"]), settings["guidance_scale"]) == (
+        "ddim",
+        3,
+        2.0,
+    )
     assert "which" not in settings and settings["prompts"]["count"] == 4
     assert results_of(out)["name"] == folder.name and results_of(out)["cost"]["steps"] == 3
 
 
 @pytest.mark.slow
 def test_one_device_and_split_parameters_give_the_images_and_numbers_of_eight_devices(
-        command, straight, folder, workdir, tmp_path, monkeypatch):
+    command, straight, folder, workdir, tmp_path, monkeypatch
+):
     monkeypatch.setattr(sharding, "SMALL", 64)  # so that tiny weights are split too
     split = tmp_path / "split"
     assert command(*arguments_for(workdir, folder, split, fsdp=2))[0] == 0
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda data, fsdp: make_mesh(1, 1, devices=jax.devices()[:1]))
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda data, fsdp: make_mesh(1, 1, devices=jax.devices()[:1])
+    )
     one = tmp_path / "one"
     assert command(*arguments_for(workdir, folder, one))[0] == 0
     assert results_of(one)["cost"]["device"] == "1 x cpu"
     for out in (split, one):
-        apart = [np.abs(np.int16(Image.open(straight / "images" / name)) - Image.open(out / "images" / name))
-                 for name in pictures(straight)]
+        apart = [
+            np.abs(
+                np.int16(Image.open(straight / "images" / name)) - Image.open(out / "images" / name)
+            )
+            for name in pictures(straight)
+        ]
         assert np.max(apart) <= 1 and np.mean(apart) < 0.01
         assert same_numbers(out, straight, tolerance=1e-3)
-        assert results_of(out)["settings"]["unet_sha256"] == results_of(straight)["settings"]["unet_sha256"]
+        assert (
+            results_of(out)["settings"]["unet_sha256"]
+            == results_of(straight)["settings"]["unet_sha256"]
+        )
 
 
 def test_noise_depends_on_seed_row_and_sample_alone_and_few_step_begins_with_the_same():
@@ -231,6 +311,7 @@ def test_noise_depends_on_seed_row_and_sample_alone_and_few_step_begins_with_the
 
 # Stopped and continued.
 
+
 class Stopped(BaseException):
     """As if killed."""
 
@@ -241,14 +322,18 @@ def stop_after(calls, function):
             raise Stopped
         calls[0] -= 1
         return function(*arguments, **named)
+
     return stopping
 
 
-@pytest.mark.parametrize("module, name, calls", [
-    (metrics, "save_png", 11), (scoring.Scores, "add", 8), (scoring, "_padded", 7)],
-    ids=["drawing", "scoring", "embedding"])
+@pytest.mark.parametrize(
+    "module, name, calls",
+    [(metrics, "save_png", 11), (scoring.Scores, "add", 8), (scoring, "_padded", 7)],
+    ids=["drawing", "scoring", "embedding"],
+)
 def test_an_evaluation_that_was_stopped_continues_to_the_same_results(
-        command, straight, folder, workdir, tmp_path, monkeypatch, module, name, calls):
+    command, straight, folder, workdir, tmp_path, monkeypatch, module, name, calls
+):
     out = tmp_path / "out"
     if module is not metrics:  # as if drawn a moment ago
         shutil.copytree(straight, out, ignore=shutil.ignore_patterns("scores", *FILES))
@@ -264,39 +349,65 @@ def test_an_evaluation_that_was_stopped_continues_to_the_same_results(
     assert pictures(out) == pictures(straight)
     assert same_numbers(out, straight)
     assert len(kept) == (11 if module is metrics else 24)
-    assert f"drawing {24 - len(kept)} images" in stdout if module is metrics else "drawing" not in stdout
-    assert f"{'features' if name == '_padded' else 'pickscore'} 24/24" not in stdout or module is metrics
+    assert (
+        f"drawing {24 - len(kept)} images" in stdout
+        if module is metrics
+        else "drawing" not in stdout
+    )
+    assert (
+        f"{'features' if name == '_padded' else 'pickscore'} 24/24" not in stdout
+        or module is metrics
+    )
 
 
 def test_a_finished_evaluation_run_again_with_more_metrics_draws_and_scores_only_what_is_new(
-        command, straight, folder, workdir, tmp_path):
+    command, straight, folder, workdir, tmp_path
+):
     out = tmp_path / "out"
     shutil.copytree(straight, out)
-    more = arguments_for(workdir, folder, out, metrics="pickscore,contrast,frechet", reference=straight / "images")
+    more = arguments_for(
+        workdir, folder, out, metrics="pickscore,contrast,frechet", reference=straight / "images"
+    )
     code, stdout, stderr = command(*more)
     assert code == 0, stderr
-    assert "contrast 24/24" in stdout and "drawing" not in stdout and "pickscore 24/24" not in stdout
+    assert (
+        "contrast 24/24" in stdout and "drawing" not in stdout and "pickscore 24/24" not in stdout
+    )
     ours, before = results_of(out), results_of(straight)
     assert list(ours["metrics"]) == ["pickscore", "contrast", "frechet"]
-    assert ours["metrics"]["pickscore"] == before["metrics"]["pickscore"] and ours["cost"] == before["cost"]
+    assert (
+        ours["metrics"]["pickscore"] == before["metrics"]["pickscore"]
+        and ours["cost"] == before["cost"]
+    )
     assert abs(ours["metrics"]["frechet"]["mean"]) < 1e-6  # of the images to themselves
     again = arguments_for(workdir, folder, out, metrics="frechet", reference=folder)
     code, _, stderr = command(*again)
     assert code == 2 and "holds 0 images" in stderr
     shutil.copytree(straight / "images", tmp_path / "others")
-    code, _, stderr = command(*arguments_for(workdir, folder, out, metrics="frechet", reference=tmp_path / "others"))
-    assert code == 2 and "holds scores of frechet with reference=" in stderr and stderr.count("\n") == 1
+    code, _, stderr = command(
+        *arguments_for(workdir, folder, out, metrics="frechet", reference=tmp_path / "others")
+    )
+    assert (
+        code == 2
+        and "holds scores of frechet with reference=" in stderr
+        and stderr.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"samples": 3}, "with samples=2, this one has 3; give another --out"),
-    ({"seed": 1}, "with seed=0, this one has 1"),
-    ({"num_prompts": 3}, "with prompts=prompts.txt, 12 of digest"),
-    ({"which": "initial"}, "with which='ema', this one has 'initial'"),
-    ({"resolution": 64}, "with resolution=None, this one has 64"),
-    ({"checkpoint": "FOLDER"}, "with checkpoint="),
-])
-def test_a_folder_with_an_evaluation_of_other_settings_is_refused(command, straight, folder, workdir, changes, message):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"samples": 3}, "with samples=2, this one has 3; give another --out"),
+        ({"seed": 1}, "with seed=0, this one has 1"),
+        ({"num_prompts": 3}, "with prompts=prompts.txt, 12 of digest"),
+        ({"which": "initial"}, "with which='ema', this one has 'initial'"),
+        ({"resolution": 64}, "with resolution=None, this one has 64"),
+        ({"checkpoint": "FOLDER"}, "with checkpoint="),
+    ],
+)
+def test_a_folder_with_an_evaluation_of_other_settings_is_refused(
+    command, straight, folder, workdir, changes, message
+):
     changes = {name: folder if value == "FOLDER" else value for name, value in changes.items()}
     before = (straight / "settings.json").read_bytes()
     code, _, stderr = command(*arguments_for(workdir, folder, straight, **changes))
@@ -307,14 +418,28 @@ def test_a_folder_with_an_evaluation_of_other_settings_is_refused(command, strai
 def test_images_of_other_weights_under_the_same_path_are_not_mixed(command, folder, tmp_path):
     source, out = tmp_path / "pipeline", tmp_path / "out"
     shutil.copytree(folder, source)
-    given = arguments_for(source, folder, out, sampler="few_step", num_prompts=4, metrics="pickscore",
-                          weights=f"pickscore={source}/reward", tokenizer=folder / "tokenizer")
+    given = arguments_for(
+        source,
+        folder,
+        out,
+        sampler="few_step",
+        num_prompts=4,
+        metrics="pickscore",
+        weights=f"pickscore={source}/reward",
+        tokenizer=folder / "tokenizer",
+    )
     assert command(*given)[0] == 0
     shutil.rmtree(source / "reward")
-    weights.save(source / "reward", pipeline.load_model(folder / "reward").params | {"logit_scale": jnp.zeros(())},
-                 config=weights.read_config(folder / "reward"), file_name="model.safetensors")
+    weights.save(
+        source / "reward",
+        pipeline.load_model(folder / "reward").params | {"logit_scale": jnp.zeros(())},
+        config=weights.read_config(folder / "reward"),
+        file_name="model.safetensors",
+    )
     code, _, stderr = command(*given)
-    assert code == 2 and "holds scores of pickscore with sha256=" in stderr and stderr.count("\n") == 1
+    assert (
+        code == 2 and "holds scores of pickscore with sha256=" in stderr and stderr.count("\n") == 1
+    )
     shutil.rmtree(source / "reward")
     shutil.copytree(folder / "reward", source / "reward")
     shutil.rmtree(source / "unet")
@@ -322,33 +447,60 @@ def test_images_of_other_weights_under_the_same_path_are_not_mixed(command, fold
     assert command(*given)[0] == 0  # nothing is drawn
     (out / "images" / "00002_1.png").unlink()
     code, _, stderr = command(*given)
-    assert code == 2 and "holds images drawn with unet_sha256=" in stderr and stderr.count("\n") == 1
+    assert (
+        code == 2 and "holds images drawn with unet_sha256=" in stderr and stderr.count("\n") == 1
+    )
 
 
-def test_a_checkpoint_that_was_mistyped_can_be_mended_in_the_same_folder(command, folder, workdir, tmp_path):
+def test_a_checkpoint_that_was_mistyped_can_be_mended_in_the_same_folder(
+    command, folder, workdir, tmp_path
+):
     out = tmp_path / "out"
     wrong = arguments_for(tmp_path / "nowhere", folder, out, metrics="saturation", num_prompts=4)
     assert command(*wrong)[0] == 2
-    code, _, stderr = command(*arguments_for(workdir, folder, out, metrics="saturation", num_prompts=4))
+    code, _, stderr = command(
+        *arguments_for(workdir, folder, out, metrics="saturation", num_prompts=4)
+    )
     assert code == 0, stderr
 
 
 @pytest.mark.slow
 def test_killed_while_it_draws_and_while_it_scores_it_continues_to_the_same_results(tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join((SHAPES / "prompts_held_out.txt").read_text().splitlines(keepends=True)[:6]))
+    prompts.write_text(
+        "".join((SHAPES / "prompts_held_out.txt").read_text().splitlines(keepends=True)[:6])
+    )
 
     def start(out):
-        given = [f"--checkpoint={SHAPES}", "--sampler=dpm_solver_pp", "--steps=20", f"--prompts={prompts}",
-                 "--samples=4", "--metrics=saturation,pickscore,diversity", f"--weights=pickscore={SHAPES}/reward",
-                 f"--tokenizer={SHAPES}/tokenizer", "--features=pickscore", "--batch_size=2", f"--out={out}"]
+        given = [
+            f"--checkpoint={SHAPES}",
+            "--sampler=dpm_solver_pp",
+            "--steps=20",
+            f"--prompts={prompts}",
+            "--samples=4",
+            "--metrics=saturation,pickscore,diversity",
+            f"--weights=pickscore={SHAPES}/reward",
+            f"--tokenizer={SHAPES}/tokenizer",
+            "--features=pickscore",
+            "--batch_size=2",
+            f"--out={out}",
+        ]
         env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen([sys.executable, "-m", "di_star_jax.evaluate", *given], cwd=ROOT, env=env,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "di_star_jax.evaluate", *given],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def kill_when(out, pattern, count):
         process = start(out)
-        while process.poll() is None and sum(file.stat().st_size > 0 for file in out.glob(pattern)) < count:
+        while (
+            process.poll() is None
+            and sum(file.stat().st_size > 0 for file in out.glob(pattern)) < count
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
@@ -365,12 +517,21 @@ def test_killed_while_it_draws_and_while_it_scores_it_continues_to_the_same_resu
 
 # Images that others made, with known answers.
 
+
 def brightness(scale=1.0):
     """A reward without a network: the mean of all values, [-1, 1]."""
+
     def load(folder, *, tokenizer, shardings):
         score = lambda params, images, prompts: params["scale"] * images.mean(axis=(1, 2, 3))
         params = jax.device_put({"scale": jnp.array(scale)})
-        return Reward(params, score, score, lambda texts: np.zeros(len(texts)), jax.ShapeDtypeStruct((1,), np.float32))
+        return Reward(
+            params,
+            score,
+            score,
+            lambda texts: np.zeros(len(texts)),
+            jax.ShapeDtypeStruct((1,), np.float32),
+        )
+
     return types.SimpleNamespace(load=load)
 
 
@@ -378,7 +539,9 @@ def brightness(scale=1.0):
 def bright(monkeypatch):
     """The metric "bright", printed times 100, and hpsv21 replaced by the same."""
     for name, label in (("bright", "Brightness"), ("hpsv21", "HPSv2.1")):
-        monkeypatch.setitem(rewards.REWARDS, name, rewards.Entry(brightness(), label, factor=100.0, digits=2))
+        monkeypatch.setitem(
+            rewards.REWARDS, name, rewards.Entry(brightness(), label, factor=100.0, digits=2)
+        )
     monkeypatch.setattr(scoring, "PER_IMAGE", (*rewards.REWARDS, *scoring.ON_IMAGES))
 
 
@@ -398,11 +561,20 @@ def images_and_prompts(tmp_path, levels, name="images", prompts=None):
     for i, level in enumerate(levels):
         write_image(tmp_path / name / f"{i}.png", level)
     file = tmp_path / "prompts.txt"
-    file.write_text("".join(f"{text}\n" for text in prompts or [f"prompt {i}" for i in range(len(levels))]))
-    return [f"--images={tmp_path / name}", f"--prompts={file}", f"--tokenizer={SHAPES / 'tokenizer'}", "--batch_size=8"]
+    file.write_text(
+        "".join(f"{text}\n" for text in prompts or [f"prompt {i}" for i in range(len(levels))])
+    )
+    return [
+        f"--images={tmp_path / name}",
+        f"--prompts={file}",
+        f"--tokenizer={SHAPES / 'tokenizer'}",
+        "--batch_size=8",
+    ]
 
 
-def test_images_are_taken_in_the_order_of_their_numbers_whatever_their_size_and_mode(command, bright, tmp_path):
+def test_images_are_taken_in_the_order_of_their_numbers_whatever_their_size_and_mode(
+    command, bright, tmp_path
+):
     given = images_and_prompts(tmp_path, range(0, 120, 10))  # 2.png before 10.png
     for i, mode, size in ((1, "L", (16, 16)), (2, "RGBA", (24, 16)), (5, "RGB", (16, 40))):
         write_image(tmp_path / "images" / f"{i}.png", 10 * i, size, mode)
@@ -412,19 +584,38 @@ def test_images_are_taken_in_the_order_of_their_numbers_whatever_their_size_and_
     out = tmp_path / "out"
     code, _, stderr = command(*given, "--metrics=bright,contrast", f"--out={out}")
     assert code == 0, stderr
-    assert np.allclose(columns_of(out, 1)["bright"][:, 0], printed(np.arange(0, 120, 10)), rtol=0, atol=1e-3)
+    assert np.allclose(
+        columns_of(out, 1)["bright"][:, 0], printed(np.arange(0, 120, 10)), rtol=0, atol=1e-3
+    )
     found = results_of(out)
-    assert np.isclose(found["metrics"]["bright"]["mean"], printed(55.0), rtol=1e-4) and found["name"] == "images"
-    assert found["settings"]["noise"] is None and "sampler" not in found["settings"] and found["broken"] == []
-    assert found["cost"] == {"seconds_per_image": None, "timed_batches": 0, "peak_memory_gb": None, "steps": None}
+    assert (
+        np.isclose(found["metrics"]["bright"]["mean"], printed(55.0), rtol=1e-4)
+        and found["name"] == "images"
+    )
+    assert (
+        found["settings"]["noise"] is None
+        and "sampler" not in found["settings"]
+        and found["broken"] == []
+    )
+    assert found["cost"] == {
+        "seconds_per_image": None,
+        "timed_batches": 0,
+        "peak_memory_gb": None,
+        "steps": None,
+    }
 
 
-def test_a_broken_image_is_listed_and_left_out_and_counts_again_once_it_is_mended(command, bright, tmp_path):
-    given = [*images_and_prompts(tmp_path, [0, 50, 100, 150, 200, 250], prompts=["a", "b", "c"]), "--samples=2"]
+def test_a_broken_image_is_listed_and_left_out_and_counts_again_once_it_is_mended(
+    command, bright, tmp_path
+):
+    given = [
+        *images_and_prompts(tmp_path, [0, 50, 100, 150, 200, 250], prompts=["a", "b", "c"]),
+        "--samples=2",
+    ]
     whole = np.asarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3)), np.uint8)
     Image.fromarray(whole).save(tmp_path / "images" / "1.png")
     data = (tmp_path / "images" / "1.png").read_bytes()
-    (tmp_path / "images" / "1.png").write_bytes(data[:len(data) // 2])  # its header can be read
+    (tmp_path / "images" / "1.png").write_bytes(data[: len(data) // 2])  # its header can be read
     for i in (4, 5):
         (tmp_path / "images" / f"{i}.png").write_text("a text")
     out = tmp_path / "out"
@@ -436,35 +627,53 @@ def test_a_broken_image_is_listed_and_left_out_and_counts_again_once_it_is_mende
     assert "3 images cannot be read and are left out" in (out / "table.md").read_text()
     summary = found["metrics"]["bright"]
     assert [summary[key] for key in ("prompts", "images", "left_out")] == [2, 3, 3]
-    assert np.isclose(summary["mean"], (printed(0) + (printed(100) + printed(150)) / 2) / 2, rtol=1e-4)
+    assert np.isclose(
+        summary["mean"], (printed(0) + (printed(100) + printed(150)) / 2) / 2, rtol=1e-4
+    )
     assert np.isnan(columns_of(out, 2)["bright"][[0, 2, 2], [1, 0, 1]]).all()
     kept = (out / "scores" / "bright.jsonl").read_text()
     assert command(*given, "--metrics=bright,saturation", f"--out={out}")[0] == 0
     assert (out / "scores" / "bright.jsonl").read_text() == kept
 
 
-def test_only_one_prompt_has_no_standard_error_and_no_interval_and_is_valid_json(command, bright, tmp_path):
+def test_only_one_prompt_has_no_standard_error_and_no_interval_and_is_valid_json(
+    command, bright, tmp_path
+):
     given = images_and_prompts(tmp_path, [100])
     assert command(*given, "--metrics=bright", f"--out={tmp_path}/base")[0] == 0
-    code, _, stderr = command(*given, "--metrics=bright", f"--baseline={tmp_path}/base", f"--out={tmp_path}/out")
+    code, _, stderr = command(
+        *given, "--metrics=bright", f"--baseline={tmp_path}/base", f"--out={tmp_path}/out"
+    )
     assert code == 0, stderr
     found = results_of(tmp_path / "out")
     assert found["metrics"]["bright"]["stderr"] is None
     assert np.isclose(found["metrics"]["bright"]["mean"], printed(100), rtol=1e-4)
     compared = found["comparison"]["metrics"]["bright"]
     assert (compared["difference"], compared["low"], compared["win_rate"]) == (0.0, None, 0.5)
-    assert '"comparison": {}' in (tmp_path / "out" / "page.html").read_text()  # its bars need an interval
+    assert (
+        '"comparison": {}' in (tmp_path / "out" / "page.html").read_text()
+    )  # its bars need an interval
 
 
-def test_a_json_of_prompt_to_files_and_duplicate_prompts_are_taken_at_their_word(command, bright, tmp_path):
+def test_a_json_of_prompt_to_files_and_duplicate_prompts_are_taken_at_their_word(
+    command, bright, tmp_path
+):
     given = images_and_prompts(tmp_path, [0, 100, 200], prompts=["a cat", "a dog", "a cat"])
     mapping = tmp_path / "list.json"
-    mapping.write_text(json.dumps({"a dog": ["images/2.png"], "a cat": "images/1.png", "a bird": "images/0.png"}))
+    mapping.write_text(
+        json.dumps({"a dog": ["images/2.png"], "a cat": "images/1.png", "a bird": "images/0.png"})
+    )
     given[0] = f"--images={mapping}"
     code, _, stderr = command(*given, "--metrics=bright", f"--out={tmp_path}/out")
     assert code == 0, stderr
-    assert np.allclose(columns_of(tmp_path / "out", 1)["bright"][:, 0], printed(np.array([100, 200, 100])), atol=1e-4)
-    mapping.write_text(json.dumps(["images/1.png", ["images/2.png"], "images/0.png"]))  # in the prompts' order
+    assert np.allclose(
+        columns_of(tmp_path / "out", 1)["bright"][:, 0],
+        printed(np.array([100, 200, 100])),
+        atol=1e-4,
+    )
+    mapping.write_text(
+        json.dumps(["images/1.png", ["images/2.png"], "images/0.png"])
+    )  # in the prompts' order
     assert command(*given, "--metrics=bright", f"--out={tmp_path}/listed")[0] == 0
     found = columns_of(tmp_path / "listed", 1)["bright"][:, 0]
     assert np.allclose(found, printed(np.array([100, 200, 0])), atol=1e-4)
@@ -473,8 +682,12 @@ def test_a_json_of_prompt_to_files_and_duplicate_prompts_are_taken_at_their_word
 def test_of_a_folder_with_all_images_the_first_prompts_can_be_taken(command, bright, tmp_path):
     given = images_and_prompts(tmp_path, [0, 100, 200, 250])
     assert command(*given, "--metrics=bright", "--num_prompts=2", f"--out={tmp_path}/out")[0] == 0
-    assert np.isclose(results_of(tmp_path / "out")["metrics"]["bright"]["mean"], printed(50), rtol=1e-4)
-    code, _, stderr = command(*given, "--metrics=bright", "--num_prompts=3", "--samples=2", f"--out={tmp_path}/other")
+    assert np.isclose(
+        results_of(tmp_path / "out")["metrics"]["bright"]["mean"], printed(50), rtol=1e-4
+    )
+    code, _, stderr = command(
+        *given, "--metrics=bright", "--num_prompts=3", "--samples=2", f"--out={tmp_path}/other"
+    )
     assert code == 2 and "holds 4 images, expected 6 for 3 prompts with --samples=2" in stderr
 
 
@@ -490,45 +703,77 @@ def test_categories_of_the_users_own_file_have_their_table(command, bright, tmp_
     assert "| animal | 2 | -21.57 ± " in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_the_hpsv2_benchmark_has_its_four_styles_their_average_and_the_published_rows(command, bright, tmp_path):
+def test_the_hpsv2_benchmark_has_its_four_styles_their_average_and_the_published_rows(
+    command, bright, tmp_path
+):
     styles = ("anime", "concept-art", "paintings", "photo")
     for s, style in enumerate(styles):
         (tmp_path / "benchmark").mkdir(exist_ok=True)
-        (tmp_path / "benchmark" / f"{style}.json").write_text(json.dumps([f"{style} {i}" for i in range(3)]))
+        (tmp_path / "benchmark" / f"{style}.json").write_text(
+            json.dumps([f"{style} {i}" for i in range(3)])
+        )
         for i in range(3):
-            write_image(tmp_path / "images" / style / f"{i:05d}.jpg", 128 + 40 * s - 40 * (s == 3) + 10 * i)
+            write_image(
+                tmp_path / "images" / style / f"{i:05d}.jpg", 128 + 40 * s - 40 * (s == 3) + 10 * i
+            )
     code, _, stderr = command(
-        f"--images={tmp_path}/images", "--prompts=hpsv2", f"--prompts_file={tmp_path}/benchmark", "--metrics=hpsv21",
-        "--weights=hpsv21=", f"--tokenizer={SHAPES / 'tokenizer'}", "--batch_size=8", "--name=ours",
-        f"--out={tmp_path}/out")
+        f"--images={tmp_path}/images",
+        "--prompts=hpsv2",
+        f"--prompts_file={tmp_path}/benchmark",
+        "--metrics=hpsv21",
+        "--weights=hpsv21=",
+        f"--tokenizer={SHAPES / 'tokenizer'}",
+        "--batch_size=8",
+        "--name=ours",
+        f"--out={tmp_path}/out",
+    )
     assert code == 0, stderr
     levels = np.array([138, 178, 218, 218])
     found, table = results_of(tmp_path / "out"), (tmp_path / "out" / "table.md").read_text()
     for style, level in zip(styles, levels):
-        assert np.isclose(found["groups"]["style"][style]["hpsv21"]["mean"], printed(level), atol=0.5)  # JPEG
-    line = next(line for line in table.splitlines() if line.startswith("| ours |") and line.count("±") == 5)
-    assert np.allclose([float(cell.split()[0]) for cell in line.split("|")[2:-1]],
-                       [*printed(levels), printed(levels).mean()], atol=0.5)
+        assert np.isclose(
+            found["groups"]["style"][style]["hpsv21"]["mean"], printed(level), atol=0.5
+        )  # JPEG
+    line = next(
+        line for line in table.splitlines() if line.startswith("| ours |") and line.count("±") == 5
+    )
+    assert np.allclose(
+        [float(cell.split()[0]) for cell in line.split("|")[2:-1]],
+        [*printed(levels), printed(levels).mean()],
+        atol=0.5,
+    )
     assert "| HPSv2.1 | anime | concept-art | paintings | photo | average |" in table
     assert "| *DI* long, published* | *33.22* | *31.67* | *31.25* | *28.62* | *31.19* |" in table
     assert "holds 12 prompts, the HPSv2 benchmark 3,200" in table
-    assert "| *SDXL-base, published* | 50 | 111.00 |  | *29.05* |" in table and "another protocol" in table
+    assert (
+        "| *SDXL-base, published* | 50 | 111.00 |  | *29.05* |" in table
+        and "another protocol" in table
+    )
 
 
 # Two evaluations.
+
 
 def test_a_baseline_is_compared_prompt_by_prompt(command, bright, tmp_path):
     base, ours = [100, 100, 100, 100, 40], [110, 90, 130, 100, 250]
     given = images_and_prompts(tmp_path, base, "base")
     assert command(*given, "--metrics=bright,saturation", f"--out={tmp_path}/before")[0] == 0
     given = images_and_prompts(tmp_path, ours, "ours")
-    code, stdout, stderr = command(*given, "--metrics=contrast,bright", f"--baseline={tmp_path}/before",
-                                   "--trained_on=bright", f"--out={tmp_path}/after")
+    code, stdout, stderr = command(
+        *given,
+        "--metrics=contrast,bright",
+        f"--baseline={tmp_path}/before",
+        "--trained_on=bright",
+        f"--out={tmp_path}/after",
+    )
     assert code == 0, stderr
     found = results_of(tmp_path / "after")["comparison"]
     assert list(found["metrics"]) == ["bright"] and found["same_noise"] is False
     compared, differences = found["metrics"]["bright"], (np.array(ours) - base) / 1.275
-    assert np.isclose(compared["difference"], differences.mean(), atol=1e-4) and compared["win_rate"] == 0.7
+    assert (
+        np.isclose(compared["difference"], differences.mean(), atol=1e-4)
+        and compared["win_rate"] == 0.7
+    )
     assert compared["low"] < compared["difference"] < compared["high"] and compared["prompts"] == 5
     low, high = (f"{compared[key]:+.2f}" for key in ("low", "high"))
     cell = f"{differences.mean():+.2f} [{low}, {high}], 70.0 %"
@@ -537,9 +782,13 @@ def test_a_baseline_is_compared_prompt_by_prompt(command, bright, tmp_path):
     assert (tmp_path / "after" / "page.html").read_text().count("data:image/png;base64,") == 10
 
 
-def test_two_networks_of_one_run_are_compared_on_the_same_noise(command, straight, folder, workdir, tmp_path):
+def test_two_networks_of_one_run_are_compared_on_the_same_noise(
+    command, straight, folder, workdir, tmp_path
+):
     out = tmp_path / "initial"
-    code, _, stderr = command(*arguments_for(workdir, folder, out, which="initial", baseline=straight))
+    code, _, stderr = command(
+        *arguments_for(workdir, folder, out, which="initial", baseline=straight)
+    )
     assert code == 0, stderr
     found, scores, before = results_of(out), columns_of(out, 2), columns_of(straight, 2)
     assert found["comparison"]["same_noise"] and found["name"] == f"{workdir.name} (initial)"
@@ -555,23 +804,35 @@ def test_two_networks_of_one_run_are_compared_on_the_same_noise(command, straigh
 
 # Frechet distances.
 
+
 def test_statistics_of_a_reference_serve_in_place_of_its_folder(command, folder, tmp_path):
     rng = np.random.default_rng(0)
     for name in ("images", "reference"):
         (tmp_path / name).mkdir()
         for i in range(6):
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / name / f"{i}.png")
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(
+                tmp_path / name / f"{i}.png"
+            )
     (tmp_path / "reference" / "6.png").write_text("broken")
     (tmp_path / "prompts.txt").write_text("a\nb\nc\nd\ne\nf\n")
-    given = [f"--images={tmp_path}/images", f"--prompts={tmp_path}/prompts.txt", "--metrics=frechet", "--batch_size=8",
-             "--features=clipscore", f"--weights=clipscore={folder}/reward", f"--tokenizer={folder}/tokenizer"]
+    given = [
+        f"--images={tmp_path}/images",
+        f"--prompts={tmp_path}/prompts.txt",
+        "--metrics=frechet",
+        "--batch_size=8",
+        "--features=clipscore",
+        f"--weights=clipscore={folder}/reward",
+        f"--tokenizer={folder}/tokenizer",
+    ]
     assert command(*given, f"--reference={tmp_path}/reference", f"--out={tmp_path}/out")[0] == 0
     found = results_of(tmp_path / "out")["metrics"]["frechet"]
     assert "6 images against 6 of" in found["note"] and "1 more not readable" in found["note"]
     assert found["mean"] > 0 and found["stderr"] is None
-    npz, = (tmp_path / "out" / "scores").glob("reference_*.npz")
+    (npz,) = (tmp_path / "out" / "scores").glob("reference_*.npz")
     assert command(*given, f"--reference={npz}", f"--out={tmp_path}/again")[0] == 0
-    assert np.isclose(results_of(tmp_path / "again")["metrics"]["frechet"]["mean"], found["mean"], rtol=1e-9)
+    assert np.isclose(
+        results_of(tmp_path / "again")["metrics"]["frechet"]["mean"], found["mean"], rtol=1e-9
+    )
 
 
 @pytest.fixture
@@ -595,50 +856,85 @@ def cleanfid(monkeypatch):
     return calls
 
 
-def test_clean_fid_takes_its_own_statistics_by_name_and_says_which_it_does_not_have(command, cleanfid, tmp_path):
+def test_clean_fid_takes_its_own_statistics_by_name_and_says_which_it_does_not_have(
+    command, cleanfid, tmp_path
+):
     given = [*images_and_prompts(tmp_path, range(0, 30, 10)), "--reference=cleanfid:coco"]
     assert command(*given, "--metrics=fid", f"--out={tmp_path}/out")[0] == 0
-    assert cleanfid[0][1:] == (None, {"mode": "clean", "model_name": "inception_v3", "dataset_name": "coco",
-                                      "dataset_split": "custom"})
+    assert cleanfid[0][1:] == (
+        None,
+        {
+            "mode": "clean",
+            "model_name": "inception_v3",
+            "dataset_name": "coco",
+            "dataset_split": "custom",
+        },
+    )
     assert "against its statistics coco" in results_of(tmp_path / "out")["metrics"]["fid"]["note"]
     code, _, stderr = command(*given, "--metrics=clip_fid", f"--out={tmp_path}/other")
     assert code == 2 and "clean-fid has no statistics 'coco' for clip_fid; make them" in stderr
 
 
-def test_clip_fid_without_the_package_that_clean_fid_needs_is_refused_at_once(command, cleanfid, monkeypatch, tmp_path):
+def test_clip_fid_without_the_package_that_clean_fid_needs_is_refused_at_once(
+    command, cleanfid, monkeypatch, tmp_path
+):
     monkeypatch.setitem(sys.modules, "clip", None)
-    given = [*images_and_prompts(tmp_path, range(0, 30, 10)), "--reference=cleanfid:coco", "--metrics=clip_fid"]
+    given = [
+        *images_and_prompts(tmp_path, range(0, 30, 10)),
+        "--reference=cleanfid:coco",
+        "--metrics=clip_fid",
+    ]
     code, _, stderr = command(*given, f"--out={tmp_path}/out")
     assert code == 2 and "clip_fid needs OpenAI's CLIP package" in stderr
 
 
-def test_clean_fid_is_given_the_readable_images_in_a_folder_and_asked_once(command, cleanfid, tmp_path):
+def test_clean_fid_is_given_the_readable_images_in_a_folder_and_asked_once(
+    command, cleanfid, tmp_path
+):
     given = images_and_prompts(tmp_path, range(0, 110, 10))
     (tmp_path / "images" / "1.png").write_text("broken")
     images_and_prompts(tmp_path, range(4), "reference")
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(11)))
-    given = [*given, "--metrics=fid,clip_fid", f"--reference={tmp_path}/reference", f"--out={tmp_path}/out"]
+    given = [
+        *given,
+        "--metrics=fid,clip_fid",
+        f"--reference={tmp_path}/reference",
+        f"--out={tmp_path}/out",
+    ]
     code, _, stderr = command(*given)
     assert code == 0, stderr
     files = [str(tmp_path / "images" / f"{i}.png") for i in range(11) if i != 1]
     reference = str(tmp_path / "reference")
-    assert cleanfid == [(files, reference, {"mode": "clean", "model_name": "inception_v3"}),
-                        (files, reference, {"mode": "clean", "model_name": "clip_vit_b_32"})]
+    assert cleanfid == [
+        (files, reference, {"mode": "clean", "model_name": "inception_v3"}),
+        (files, reference, {"mode": "clean", "model_name": "clip_vit_b_32"}),
+    ]
     found = results_of(tmp_path / "out")["metrics"]
-    assert found["fid"]["mean"] == 12.5 and "resized to 299 bicubic, antialiased, not rounded; 10 images (.png) against 4 of" in found["fid"]["note"]
+    assert (
+        found["fid"]["mean"] == 12.5
+        and "resized to 299 bicubic, antialiased, not rounded; 10 images (.png) against 4 of"
+        in found["fid"]["note"]
+    )
     assert "clip_vit_b_32" in found["clip_fid"]["note"] and found["fid"]["left_out"] == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["prompts", "scores"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == [
+        "prompts",
+        "scores",
+    ]
     assert command(*given)[0] == 0 and len(cleanfid) == 2
 
 
 # Bad input.
+
 
 @pytest.fixture
 def compilations():
     """Names of what was compiled."""
     found = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: found.append(name) if name == "/jax/core/compile/backend_compile_duration" else None)
+        lambda name, *_, **__: (
+            found.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+        )
+    )
     return found
 
 
@@ -648,34 +944,76 @@ BAD = {
     "unknown metric": (["--metrics=picscore"], "--metrics=picscore, expected some of pickscore"),
     "no metric": (["--metrics="], "--metrics is empty"),
     "unknown set": (["--prompts=partti"], "did you mean parti?"),
-    "set without its file": (["--prompts=parti"], "PartiPrompts.tsv of google-research/parti on GitHub; add"),
+    "set without its file": (
+        ["--prompts=parti"],
+        "PartiPrompts.tsv of google-research/parti on GitHub; add",
+    ),
     "no prompt file": (["--prompts=TMP/none.txt"], "no prompt file"),
     "empty prompts": (["--prompts=TMP/empty.txt"], "is empty"),
     "blank prompts": (["--prompts=TMP/blank.txt"], "holds no prompts"),
     "too few images": (["--images=TMP/two"], "holds 2 images, expected 3 for 3 prompts"),
     "no folder": (["--images=TMP/none"], "is no folder"),
     "all broken": (["--images=TMP/broken"], "none of the 3 images can be read"),
-    "JSON without a prompt": (["--images=TMP/others.json"], "has no images for 3 of the 3 prompts, the first is"),
-    "JSON of a list": (["--images=TMP/list.json"], "lists 0 entries, expected one for each of the 3 prompts"),
+    "JSON without a prompt": (
+        ["--images=TMP/others.json"],
+        "has no images for 3 of the 3 prompts, the first is",
+    ),
+    "JSON of a list": (
+        ["--images=TMP/list.json"],
+        "lists 0 entries, expected one for each of the 3 prompts",
+    ),
     "no JSON": (["--images=TMP/no.json"], "is not readable as JSON"),
     "JSON with a wrong path": (["--images=TMP/paths.json"], "names 1 files that are not there"),
-    "JSON with two for one": (["--images=TMP/pairs.json"], "expected 1 file name(s); set --samples"),
-    "hpsv2 without weights": (["--metrics=hpsv2"], "HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2 on the Hub"),
-    "aesthetic without weights": (["--metrics=aesthetic"], "sac+logos+ava1-l14-linearMSE.safetensors (converted once"),
-    "imagereward without weights": (["--metrics=imagereward"], "ImageReward.pt of THUDM/ImageReward on the Hub"),
-    "a UNet as metric": (["--metrics=pickscore", "--weights=pickscore=SHAPES/unet"], "holds a UNet2DConditionModel"),
-    "a UNet as features": (["--metrics=frechet", "--reference=TMP/images", "--features=hpsv2",
-                            "--weights=hpsv2=SHAPES/unet"], "holds a UNet2DConditionModel"),
+    "JSON with two for one": (
+        ["--images=TMP/pairs.json"],
+        "expected 1 file name(s); set --samples",
+    ),
+    "hpsv2 without weights": (
+        ["--metrics=hpsv2"],
+        "HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2 on the Hub",
+    ),
+    "aesthetic without weights": (
+        ["--metrics=aesthetic"],
+        "sac+logos+ava1-l14-linearMSE.safetensors (converted once",
+    ),
+    "imagereward without weights": (
+        ["--metrics=imagereward"],
+        "ImageReward.pt of THUDM/ImageReward on the Hub",
+    ),
+    "a UNet as metric": (
+        ["--metrics=pickscore", "--weights=pickscore=SHAPES/unet"],
+        "holds a UNet2DConditionModel",
+    ),
+    "a UNet as features": (
+        [
+            "--metrics=frechet",
+            "--reference=TMP/images",
+            "--features=hpsv2",
+            "--weights=hpsv2=SHAPES/unet",
+        ],
+        "holds a UNet2DConditionModel",
+    ),
     "weights of nothing": (["--weights=pikscore=x"], "expected METRIC=FOLDER"),
     "unknown features": (["--features=clip"], "--features=clip, expected one of"),
     "unknown reward": (["--trained_on=clip"], "--trained_on=clip, expected one of"),
     "no reference": (["--metrics=frechet"], "--metrics=frechet without --reference"),
-    "reference that is not there": (["--metrics=frechet", "--reference=TMP/none"], "does not exist"),
-    "reference without images": (["--metrics=frechet", "--reference=TMP/empty"], "holds 0 images, expected 2 or more"),
-    "broken statistics": (["--metrics=frechet", "--reference=TMP/empty.txt", "--features=pickscore"],
-                          "not readable as .npz"),
+    "reference that is not there": (
+        ["--metrics=frechet", "--reference=TMP/none"],
+        "does not exist",
+    ),
+    "reference without images": (
+        ["--metrics=frechet", "--reference=TMP/empty"],
+        "holds 0 images, expected 2 or more",
+    ),
+    "broken statistics": (
+        ["--metrics=frechet", "--reference=TMP/empty.txt", "--features=pickscore"],
+        "not readable as .npz",
+    ),
     "fid without clean-fid": (["--metrics=fid", "--reference=TMP/images"], "needs clean-fid"),
-    "fid of a file": (["--metrics=fid", "--reference=TMP/empty.txt"], "fid takes a folder of images"),
+    "fid of a file": (
+        ["--metrics=fid", "--reference=TMP/empty.txt"],
+        "fid takes a folder of images",
+    ),
     "diversity of one": (["--metrics=diversity"], "--samples=1, expected 2 or more"),
     "no caption for the oracle": (["--metrics=oracle"], "cannot read the caption 'prompt 0'"),
     "batch that is not divisible": (["--batch_size=9"], "not divisible by the 8 devices; use 16"),
@@ -686,7 +1024,10 @@ BAD = {
     "out with other things": (["--out=TMP/two"], "holds other things than an evaluation"),
     "checkpoint of nothing": (["--images=", "--checkpoint=TMP/empty"], "no checkpoint in"),
     "checkpoint that is not there": (["--images=", "--checkpoint=TMP/none"], "no folder"),
-    "wrong resolution": (["--images=", "--checkpoint=SHAPES", "--resolution=65"], "not a multiple of 64"),
+    "wrong resolution": (
+        ["--images=", "--checkpoint=SHAPES", "--resolution=65"],
+        "not a multiple of 64",
+    ),
     "unknown sampler": (["--sampler=heun"], "ddim|dpm_solver_pp|euler|few_step"),
     "surplus": (["more"], "got 'more', expected flags only"),
     "unknown flag": (["--imagse=x"], "imagse"),
@@ -695,7 +1036,8 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_with_one_line_and_exit_code_2_before_anything_compiles(
-        command, tmp_path, compilations, monkeypatch, name):
+    command, tmp_path, compilations, monkeypatch, name
+):
     monkeypatch.setitem(sys.modules, "cleanfid", None)
     arguments, message = BAD[name]
     given = images_and_prompts(tmp_path, [0, 100, 200])
@@ -706,14 +1048,29 @@ def test_bad_input_ends_with_one_line_and_exit_code_2_before_anything_compiles(
     for i in range(3):
         (tmp_path / "broken" / f"{i}.png").write_text("a text")
     texts = [f"prompt {i}" for i in range(3)]
-    for file, content in (("empty.txt", ""), ("blank.txt", "\n\n"), ("no.json", "{"), ("list.json", "[]"),
-                          ("others.json", '{"a": "images/0.png"}'),
-                          ("paths.json", json.dumps({text: f"images/{7 * i}.png" for i, text in enumerate(texts[:2])}
-                                                    | {texts[2]: "images/2.png"})),
-                          ("pairs.json", json.dumps({text: ["images/0.png", "images/1.png"] for text in texts}))):
+    for file, content in (
+        ("empty.txt", ""),
+        ("blank.txt", "\n\n"),
+        ("no.json", "{"),
+        ("list.json", "[]"),
+        ("others.json", '{"a": "images/0.png"}'),
+        (
+            "paths.json",
+            json.dumps(
+                {text: f"images/{7 * i}.png" for i, text in enumerate(texts[:2])}
+                | {texts[2]: "images/2.png"}
+            ),
+        ),
+        ("pairs.json", json.dumps({text: ["images/0.png", "images/1.png"] for text in texts})),
+    ):
         (tmp_path / file).write_text(content)
-    given = [*given, "--metrics=saturation", f"--weights=pickscore={SHAPES}/reward", f"--out={tmp_path}/out",
-             *(text.replace("TMP", str(tmp_path)).replace("SHAPES", str(SHAPES)) for text in arguments)]
+    given = [
+        *given,
+        "--metrics=saturation",
+        f"--weights=pickscore={SHAPES}/reward",
+        f"--out={tmp_path}/out",
+        *(text.replace("TMP", str(tmp_path)).replace("SHAPES", str(SHAPES)) for text in arguments),
+    ]
     if "--images=" in given:
         given = [text for text in given if not text.startswith("--images")]
     code, _, stderr = command(*given)
@@ -722,13 +1079,17 @@ def test_bad_input_ends_with_one_line_and_exit_code_2_before_anything_compiles(
     assert not compilations
 
 
-@pytest.mark.parametrize("change, message", [
-    (["--num_prompts=2"], "has other prompts (prompts.txt, 3 of digest"),
-    (["--samples=2", "--num_prompts=1"], "has other prompts"),
-    ([], "has bright by other weights"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--num_prompts=2"], "has other prompts (prompts.txt, 3 of digest"),
+        (["--samples=2", "--num_prompts=1"], "has other prompts"),
+        ([], "has bright by other weights"),
+    ],
+)
 def test_a_baseline_of_other_prompts_or_weights_is_refused_before_anything_is_scored(
-        command, bright, monkeypatch, tmp_path, change, message):
+    command, bright, monkeypatch, tmp_path, change, message
+):
     given = images_and_prompts(tmp_path, [0, 100, 200])
     assert command(*given, "--metrics=bright", f"--out={tmp_path}/before")[0] == 0
     if not change:
@@ -736,14 +1097,34 @@ def test_a_baseline_of_other_prompts_or_weights_is_refused_before_anything_is_sc
     write_image(tmp_path / "images" / "0.png", 1)
     if "--samples=2" in change:
         (tmp_path / "images" / "2.png").unlink()
-    code, _, stderr = command(*given, "--metrics=bright", *change, f"--baseline={tmp_path}/before",
-                              f"--out={tmp_path}/after")
+    code, _, stderr = command(
+        *given,
+        "--metrics=bright",
+        *change,
+        f"--baseline={tmp_path}/before",
+        f"--out={tmp_path}/after",
+    )
     assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
     assert not (tmp_path / "after" / "scores" / "bright.jsonl").exists()
 
 
 def test_an_error_as_a_user_meets_it_is_one_line_without_traceback(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "di_star_jax.evaluate", "--images=x", "--prompts=parti",
-                           f"--out={tmp_path}/out"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: --prompts=parti needs PartiPrompts")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "di_star_jax.evaluate",
+            "--images=x",
+            "--prompts=parti",
+            f"--out={tmp_path}/out",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: --prompts=parti needs PartiPrompts"
+    )
     assert done.stderr.count("\n") == 1

@@ -14,11 +14,12 @@ import pytest
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax.storage import checkpoint
+from di_star_jax import sharding, step, train
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax import (sharding, step, train)
+from di_star_jax.storage import checkpoint
 
-# A run of two steps as `main` makes it, that notes how many prompts this process tokenises at a time.
+# A run of two steps as `main` makes it, that notes how many prompts this process tokenises at a
+# time.
 RUN = """
 import json, os, pathlib, sys
 from di_star_jax import main, prompts, train
@@ -50,13 +51,25 @@ multihost_utils.sync_global_devices("never")
 
 def start(script, arguments, *, devices, port=None, index=None):
     env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-                         "--xla_llvm_disable_expensive_passes=true"}
+    env |= {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true",
+    }
     if port:
-        env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+        env |= {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def free_port():
@@ -71,8 +84,10 @@ def runs(tmp_path_factory):
     folder = write_pipeline(tmp_path_factory.mktemp("pipeline"))
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     port = free_port()
-    for processes in ([start(RUN, (folder, two), devices=4, port=port, index=i) for i in range(2)],
-                      [start(RUN, (folder, one), devices=8)]):
+    for processes in (
+        [start(RUN, (folder, two), devices=4, port=port, index=i) for i in range(2)],
+        [start(RUN, (folder, one), devices=8)],
+    ):
         for process in processes:
             out, _ = process.communicate(timeout=500)
             assert process.returncode == 0, out[-3000:]
@@ -81,8 +96,22 @@ def runs(tmp_path_factory):
 
 def state_of(workdir, mesh):
     unet = pipeline.abstract_model(UNET)
-    abstract = train.abstract_state(unet, 2 * (step.adamw(
-        1e-4, lr_warmup_steps=10, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0),), mesh)
+    abstract = train.abstract_state(
+        unet,
+        2
+        * (
+            step.adamw(
+                1e-4,
+                lr_warmup_steps=10,
+                b1=0.0,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.01,
+                clip_norm=10.0,
+            ),
+        ),
+        mesh,
+    )
     store = checkpoint.existing(workdir)
     state = store.restore(store.latest_step(), abstract)
     store.close()
@@ -94,7 +123,9 @@ def test_two_processes_make_the_step_of_one_and_their_checkpoint_restores_anywhe
     meshes = [sharding.make_mesh(1, 1, devices=jax.devices()[:1]), sharding.make_mesh(2, 2, 2)]
     states = [state_of(workdir, mesh) for workdir, mesh in zip(runs, meshes)]
     assert int(states[0].step) == 2
-    start_of = pipeline.load_model(runs[0] / "diffusers" / "unet").params  # the average of after the step
+    start_of = pipeline.load_model(
+        runs[0] / "diffusers" / "unet"
+    ).params  # the average of after the step
     for a, b in zip(*(jax.tree.leaves(state) for state in states)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
     for a, b in zip(jax.tree.leaves(states[0].ema), jax.tree.leaves(start_of)):

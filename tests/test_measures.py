@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import linalg, stats
 
-from di_star_jax.evaluation import measures
 from di_star_jax.config import UserError
+from di_star_jax.evaluation import measures
 
 NAN = np.nan
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a NaN is meant, and never 0 / 0
@@ -27,6 +27,7 @@ def correlated(rng, n, d, shift=0.0):
 
 
 # FeatureStatistics
+
 
 @pytest.mark.parametrize("sizes", [[500], [1, 499], [0, 7, 0, 250, 243], [1] * 500])
 def test_statistics_of_batches_are_those_of_all_rows(sizes):
@@ -88,7 +89,8 @@ def test_a_pytorch_fid_file_serves_as_reference_but_cannot_grow(tmp_path):
     found = measures.FeatureStatistics.load(tmp_path / "a.npz", "tiny, 299 px")
     assert found.count is None
     assert measures.frechet_distance(found, statistics(y)) == pytest.approx(
-        measures.frechet_distance(statistics(x), statistics(y)), rel=1e-12)
+        measures.frechet_distance(statistics(x), statistics(y)), rel=1e-12
+    )
     for refused in (lambda: found.update(x), lambda: statistics(x).merge(found)):
         with pytest.raises(UserError, match="cannot grow"):
             refused()
@@ -108,20 +110,28 @@ def npy():
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "not readable as .npz"),
-    (b"", "not readable as .npz"),
-    (b"some text", "not readable as .npz"),
-    (npy(), "not readable as .npz"),
-    (npz(mu=np.zeros(3), sigma=np.eye(3))[:-40], "not readable as .npz"),
-    (npz(mu=np.array([None, 1], dtype=object), sigma=np.eye(2)), "not readable as .npz"),
-    (npz(), "holds nothing, expected mu"),
-    (npz(mean=np.zeros(3), cov=np.eye(3)), r"holds mean \[3\], cov \[3, 3\], expected mu"),
-    (npz(mu=np.zeros(3), sigma=np.eye(4)), r"holds mu \[3\], sigma \[4, 4\], expected mu"),
-    (npz(mu=np.zeros(3), sigma=np.full((3, 3), NAN)), "NaN or infinite"),
-    (npz(mu=np.zeros(3), sigma=np.eye(3), features="CLIP, 224 px"), "is of 'CLIP, 224 px', expected 'tiny, 299 px'"),
-])
-def test_a_file_that_is_no_statistics_of_these_features_is_refused_in_one_line(tmp_path, content, message):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "not readable as .npz"),
+        (b"", "not readable as .npz"),
+        (b"some text", "not readable as .npz"),
+        (npy(), "not readable as .npz"),
+        (npz(mu=np.zeros(3), sigma=np.eye(3))[:-40], "not readable as .npz"),
+        (npz(mu=np.array([None, 1], dtype=object), sigma=np.eye(2)), "not readable as .npz"),
+        (npz(), "holds nothing, expected mu"),
+        (npz(mean=np.zeros(3), cov=np.eye(3)), r"holds mean \[3\], cov \[3, 3\], expected mu"),
+        (npz(mu=np.zeros(3), sigma=np.eye(4)), r"holds mu \[3\], sigma \[4, 4\], expected mu"),
+        (npz(mu=np.zeros(3), sigma=np.full((3, 3), NAN)), "NaN or infinite"),
+        (
+            npz(mu=np.zeros(3), sigma=np.eye(3), features="CLIP, 224 px"),
+            "is of 'CLIP, 224 px', expected 'tiny, 299 px'",
+        ),
+    ],
+)
+def test_a_file_that_is_no_statistics_of_these_features_is_refused_in_one_line(
+    tmp_path, content, message
+):
     if content is not None:
         (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -141,29 +151,43 @@ def test_statistics_that_do_not_belong_together_are_refused():
 
 # frechet_distance
 
+
 def with_sqrtm(x, y):
     cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = linalg.sqrtm(cov_x @ cov_y).real
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x + cov_y - 2.0 * root)
 
 
-@pytest.mark.parametrize("d, n, m", [(2, 50, 30), (16, 500, 100), (128, 400, 2000), (512, 1200, 900)])
+@pytest.mark.parametrize(
+    "d, n, m", [(2, 50, 30), (16, 500, 100), (128, 400, 2000), (512, 1200, 900)]
+)
 def test_frechet_distance_equals_its_definition_with_sqrtm(d, n, m):
     rng = np.random.default_rng(d)
     x, y = correlated(rng, n, d), correlated(rng, m, d, shift=0.1)
-    assert measures.frechet_distance(statistics(x), statistics(y)) == pytest.approx(with_sqrtm(x, y), rel=1e-9)
+    assert measures.frechet_distance(statistics(x), statistics(y)) == pytest.approx(
+        with_sqrtm(x, y), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("d, n, m", [(64, 20, 30), (256, 100, 50), (64, 20, 200)])
 def test_frechet_distance_with_fewer_images_than_dimensions(d, n, m):
-    # tr (C_x C_y)^(1/2) is the sum of singular values of X Y^T for centred X, Y: no covariance, no root of zero.
+    # tr (C_x C_y)^(1/2) is the sum of singular values of X Y^T for centred X, Y: no covariance, no
+    # root of zero.
     rng = np.random.default_rng(d + m)
     x, y = correlated(rng, n, d), correlated(rng, m, d, shift=0.1)
     centred_x, centred_y = (x - x.mean(0)) / (n - 1) ** 0.5, (y - y.mean(0)) / (m - 1) ** 0.5
-    expected = (((x.mean(0) - y.mean(0)) ** 2).sum() + (centred_x**2).sum() + (centred_y**2).sum()
-                - 2.0 * linalg.svdvals(centred_x @ centred_y.T).sum())
-    assert measures.frechet_distance(statistics(x), statistics(y)) == pytest.approx(expected, rel=1e-6)
-    assert measures.frechet_distance(statistics(x), statistics(y)) == pytest.approx(with_sqrtm(x, y), rel=1e-5)
+    expected = (
+        ((x.mean(0) - y.mean(0)) ** 2).sum()
+        + (centred_x**2).sum()
+        + (centred_y**2).sum()
+        - 2.0 * linalg.svdvals(centred_x @ centred_y.T).sum()
+    )
+    assert measures.frechet_distance(statistics(x), statistics(y)) == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert measures.frechet_distance(statistics(x), statistics(y)) == pytest.approx(
+        with_sqrtm(x, y), rel=1e-5
+    )
 
 
 def test_frechet_distance_of_nearly_equal_sets():
@@ -171,7 +195,8 @@ def test_frechet_distance_of_nearly_equal_sets():
     x = correlated(rng, 1000, 64)
     noisy = x + 1e-2 * rng.standard_normal(x.shape)
     assert measures.frechet_distance(statistics(x), statistics(noisy)) == pytest.approx(
-        with_sqrtm(x, noisy), rel=1e-6)
+        with_sqrtm(x, noisy), rel=1e-6
+    )
     assert 0.0 <= measures.frechet_distance(statistics(x), statistics(x[::-1])) < 1e-9
     few = x[:10]  # rank 9 of 64
     assert 0.0 <= measures.frechet_distance(statistics(few), statistics(few)) < 1e-6
@@ -180,20 +205,26 @@ def test_frechet_distance_of_nearly_equal_sets():
 def test_frechet_distance_of_equal_covariances_is_the_squared_distance_of_the_means():
     x = correlated(np.random.default_rng(10), 200, 8)
     shift = np.arange(8) / 10.0
-    assert measures.frechet_distance(statistics(x), statistics(x + shift)) == pytest.approx((shift**2).sum(), rel=1e-9)
+    assert measures.frechet_distance(statistics(x), statistics(x + shift)) == pytest.approx(
+        (shift**2).sum(), rel=1e-9
+    )
 
 
 def test_frechet_distance_in_one_dimension_and_of_scaled_sets():
     x, y = np.random.default_rng(11).standard_normal((2, 300, 1)) * [[[2.0]], [[0.5]]]
     expected = (x.mean() - y.mean()) ** 2 + (x.std(ddof=1) - y.std(ddof=1)) ** 2
-    assert measures.frechet_distance(statistics(x), statistics(y)) == pytest.approx(expected, rel=1e-9)
+    assert measures.frechet_distance(statistics(x), statistics(y)) == pytest.approx(
+        expected, rel=1e-9
+    )
     z = correlated(np.random.default_rng(12), 300, 8)
     z -= z.mean(0)
     assert measures.frechet_distance(statistics(z), statistics(3.0 * z)) == pytest.approx(
-        4.0 * np.trace(np.cov(z, rowvar=False)), rel=1e-9)
+        4.0 * np.trace(np.cov(z, rowvar=False)), rel=1e-9
+    )
 
 
 # summary, by_group
+
 
 def test_summary_is_a_mean_of_prompt_means_with_its_error_over_prompts():
     found = measures.summary([[1.0, 3.0], [4.0, NAN], [NAN, NAN], [6.0, 6.0]])
@@ -205,13 +236,20 @@ def test_summary_is_a_mean_of_prompt_means_with_its_error_over_prompts():
 
 def test_copies_of_an_image_do_not_shrink_the_standard_error():
     values = np.random.default_rng(13).standard_normal((40, 1))
-    assert measures.summary(np.repeat(values, 8, axis=1)).stderr == pytest.approx(measures.summary(values).stderr)
+    assert measures.summary(np.repeat(values, 8, axis=1)).stderr == pytest.approx(
+        measures.summary(values).stderr
+    )
 
 
 def test_summary_of_one_prompt_and_of_none():
     one = measures.summary([[1.0, 2.0]])
     assert one.mean == 1.5 and np.isnan(one.stderr) and one[2:] == (1, 2, 0)
-    for values, left_out in ((np.full((2, 3), NAN), 6), (np.zeros((0, 4)), 0), (np.zeros((2, 0)), 0), ([], 0)):
+    for values, left_out in (
+        (np.full((2, 3), NAN), 6),
+        (np.zeros((0, 4)), 0),
+        (np.zeros((2, 0)), 0),
+        ([], 0),
+    ):
         none = measures.summary(values)
         assert np.isnan(none.mean) and np.isnan(none.stderr) and none[2:] == (0, 0, left_out)
 
@@ -228,6 +266,7 @@ def test_categories_are_summed_up_one_by_one_in_order_of_appearance():
 
 # paired
 
+
 def test_paired_counts_wins_ties_and_pairs_that_are_readable_on_both_sides():
     a = np.array([[1.0, 3.0], [0.0, NAN], [2.0, 2.0], [NAN, 5.0], [0.0, 1.0]])
     b = np.array([[0.0, 0.0], [5.0, 1.0], [1.0, 3.0], [0.0, NAN], [1.0, 1.0]])
@@ -241,22 +280,37 @@ def test_paired_is_antisymmetric_and_reproducible():
     a, b = np.random.default_rng(15).standard_normal((2, 100, 2))
     found, mirrored = measures.paired(a, b, seed=1), measures.paired(b, a, seed=1)
     assert found == measures.paired(a, b, seed=1) != measures.paired(a, b, seed=2)
-    np.testing.assert_allclose([mirrored.difference, mirrored.low, mirrored.high, mirrored.win_rate],
-                               [-found.difference, -found.high, -found.low, 1.0 - found.win_rate], rtol=1e-9)
+    np.testing.assert_allclose(
+        [mirrored.difference, mirrored.low, mirrored.high, mirrored.win_rate],
+        [-found.difference, -found.high, -found.low, 1.0 - found.win_rate],
+        rtol=1e-9,
+    )
 
 
 def test_bootstrap_interval_is_that_of_scipy_and_of_the_normal_law():
     difference = np.random.default_rng(16).normal(0.1, 1.0, 400)
     found = measures.paired(difference, np.zeros(400))
-    scipy_interval = stats.bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile",
-                                     rng=np.random.default_rng(0), batch=1000).confidence_interval
+    scipy_interval = stats.bootstrap(
+        (difference,),
+        np.mean,
+        n_resamples=10_000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+        batch=1000,
+    ).confidence_interval
     error = difference.std() / 20.0
     np.testing.assert_allclose([found.low, found.high], scipy_interval, atol=0.1 * error)
-    np.testing.assert_allclose([found.low, found.high], difference.mean() + np.array([-1.96, 1.96]) * error,
-                               atol=0.1 * error)
+    np.testing.assert_allclose(
+        [found.low, found.high],
+        difference.mean() + np.array([-1.96, 1.96]) * error,
+        atol=0.1 * error,
+    )
     wins = (difference > 0).mean()
-    np.testing.assert_allclose([found.win_low, found.win_high],
-                               wins + np.array([-1.96, 1.96]) * (wins * (1 - wins)) ** 0.5 / 20.0, atol=0.005)
+    np.testing.assert_allclose(
+        [found.win_low, found.win_high],
+        wins + np.array([-1.96, 1.96]) * (wins * (1 - wins)) ** 0.5 / 20.0,
+        atol=0.005,
+    )
 
 
 def test_bootstrap_interval_covers_the_truth_19_times_of_20():
@@ -264,7 +318,9 @@ def test_bootstrap_interval_covers_the_truth_19_times_of_20():
     covered = 0
     for seed in range(400):
         prompt = rng.normal(0.3, 1.0, (60, 1))  # common to the four samples of a prompt
-        found = measures.paired(prompt + rng.normal(0.0, 0.3, (60, 4)), np.zeros((60, 4)), seed=seed, resamples=500)
+        found = measures.paired(
+            prompt + rng.normal(0.0, 0.3, (60, 4)), np.zeros((60, 4)), seed=seed, resamples=500
+        )
         covered += found.low <= 0.3 <= found.high
     assert 0.91 <= covered / 400 <= 0.97
 
@@ -295,13 +351,22 @@ def test_paired_refuses_different_shapes_and_has_no_interval_of_one_prompt():
 
 # saturation, contrast, diversity
 
+
 def flat(*rgb):
     return np.broadcast_to(np.array(rgb, np.float32) * 2 - 1, (4, 6, 3))
 
 
 def test_saturation_of_gray_is_0_of_pure_colours_1_and_of_a_known_mixture_its_formula():
-    images = np.stack([flat(0.5, 0.5, 0.5), flat(0, 0, 0), flat(1, 1, 1), flat(1, 0, 0), flat(0, 0.2, 0.2),
-                       flat(0.8, 0.6, 0.4)])
+    images = np.stack(
+        [
+            flat(0.5, 0.5, 0.5),
+            flat(0, 0, 0),
+            flat(1, 1, 1),
+            flat(1, 0, 0),
+            flat(0, 0.2, 0.2),
+            flat(0.8, 0.6, 0.4),
+        ]
+    )
     np.testing.assert_allclose(measures.saturation(images), [0, 0, 0, 1, 1, 0.5], atol=1e-6)
     half = np.concatenate([flat(1, 0, 0), flat(0.5, 0.5, 0.5)])[None]
     assert measures.saturation(half) == pytest.approx(0.5)
@@ -309,6 +374,7 @@ def test_saturation_of_gray_is_0_of_pure_colours_1_and_of_a_known_mixture_its_fo
 
 def test_saturation_is_the_mean_of_hsv_of_a_public_library():
     import colorsys
+
     image = np.random.default_rng(22).uniform(-1, 1, (1, 5, 7, 3))
     expected = np.mean([colorsys.rgb_to_hsv(*(pixel + 1) / 2)[1] for pixel in image.reshape(-1, 3)])
     assert measures.saturation(image)[0] == pytest.approx(expected, rel=1e-12)
@@ -317,9 +383,13 @@ def test_saturation_is_the_mean_of_hsv_of_a_public_library():
 def test_contrast_of_a_checkerboard_is_a_half_and_of_coloured_halves_follows_rec_709():
     board = np.where((np.indices((4, 6)).sum(0) % 2)[..., None], 1.0, -1.0) * np.ones(3)
     gray = flat(0.3, 0.3, 0.3)
-    np.testing.assert_allclose(measures.contrast(np.stack([board, 0.5 * board, gray])), [0.5, 0.25, 0.0], atol=1e-7)
+    np.testing.assert_allclose(
+        measures.contrast(np.stack([board, 0.5 * board, gray])), [0.5, 0.25, 0.0], atol=1e-7
+    )
     halves = np.stack([np.concatenate([flat(*colour), flat(0, 0, 0)]) for colour in np.eye(3)])
-    np.testing.assert_allclose(measures.contrast(halves), np.array([0.2126, 0.7152, 0.0722]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        measures.contrast(halves), np.array([0.2126, 0.7152, 0.0722]) / 2, rtol=1e-6
+    )
 
 
 def test_images_are_clipped_as_saved_ones_are_and_broken_ones_are_nan():
@@ -331,7 +401,11 @@ def test_images_are_clipped_as_saved_ones_are_and_broken_ones_are_nan():
 
 def test_diversity_is_the_mean_pairwise_cosine_distance():
     x = np.random.default_rng(23).standard_normal((8, 5)).astype(np.float32)
-    pairs = [1 - x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j]) for i in range(8) for j in range(i)]
+    pairs = [
+        1 - x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j])
+        for i in range(8)
+        for j in range(i)
+    ]
     assert measures.diversity(x) == pytest.approx(np.mean(pairs), rel=1e-6)
     assert measures.diversity(np.ones((3, 4))) == pytest.approx(0.0, abs=1e-12)
     assert measures.diversity(7.0 * np.eye(4)) == pytest.approx(1.0)

@@ -17,7 +17,11 @@ def test_writer_appends_after_a_restart_and_drops_what_was_beyond_the_checkpoint
     resumed.scalars(3, {"reward/mean": 0.9})
     resumed.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["step"], round(line["reward/mean"], 3)) for line in lines] == [(1, 0.1), (2, 0.2), (3, 0.9)]
+    assert [(line["step"], round(line["reward/mean"], 3)) for line in lines] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.9),
+    ]
     assert any(path.name.startswith("events") for path in tmp_path.iterdir())
 
 
@@ -43,7 +47,9 @@ def test_grid_keeps_order_and_saves(tmp_path):
 
 def test_before_after_picture_shows_both_images_of_each_prompt():
     before, after = np.full((3, 8, 8, 3), -1.0), np.full((3, 8, 8, 3), 1.0)
-    picture = metrics.before_after_grid(before, after, ["one", "two words", "three " * 30], columns=2, side=16)
+    picture = metrics.before_after_grid(
+        before, after, ["one", "two words", "three " * 30], columns=2, side=16
+    )
     assert (picture[34 + 8, 20 + 8] == 0).all() and (picture[34 + 8, 20 + 16 + 4 + 8] == 255).all()
 
 

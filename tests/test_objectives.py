@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every objective against closed forms: p_theta = N(theta, I), a Gaussian or mixture reference, exact scores.
+"""Every objective against closed forms: p_theta = N(theta, I), a Gaussian or mixture reference,
+exact scores.
 
-The networks' parameters are held at THETA, where the gradient is taken; the definitions are differentiated numerically
-with common random numbers.
+The networks' parameters are held at THETA, where the gradient is taken; the definitions are
+differentiated numerically with common random numbers.
 """
 
 import functools
@@ -13,11 +14,24 @@ import numpy as np
 import pytest
 
 from di_star_jax import diffusion
-from di_star_jax.diffusion import (add_noise, guide)
-from di_star_jax.objectives import (OBJECTIVES, WEIGHTINGS, Constants, denoising_score_matching, dmd, implicit_guidance, kl, l2_grad, one_by_one, pseudo_huber_grad, sid)
+from di_star_jax.diffusion import add_noise, guide
+from di_star_jax.objectives import (
+    OBJECTIVES,
+    WEIGHTINGS,
+    Constants,
+    denoising_score_matching,
+    dmd,
+    implicit_guidance,
+    kl,
+    l2_grad,
+    one_by_one,
+    pseudo_huber_grad,
+    sid,
+)
 
-SDXL = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-                               beta_schedule="scaled_linear")
+SDXL = diffusion.make_schedule(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 SAMPLES = 200_000
 T = 399
 ALPHA, SIGMA = SDXL.alpha[T], SDXL.sigma[T]
@@ -43,7 +57,9 @@ def log_mixture(x, centres, weights):
 
 
 def log_density(name, dim, part="cond"):
-    """log p_ref,t of x_t [B, d] (alpha_t scales the means) for the reference's conditional or null part."""
+    """log p_ref,t of x_t [B, d] (alpha_t scales the means) for the reference's conditional or null
+    part.
+    """
     shift = 0.0 if part == "cond" else 0.4
     if name == "gaussian":
         mean = jnp.full((dim,), shift)
@@ -63,8 +79,12 @@ def scores(theta, name, omega=1.0):
     """The assistant knows theta; the reference has guidance inside and its parts."""
     dim = len(theta)
     cond, null = (eps_of(log_density(name, dim, part)) for part in ("cond", "null"))
-    return one_by_one(eps_of(lambda x, alpha: log_normal(x, alpha * theta)),
-                  lambda x, t: guide(cond(x, t), null(x, t), omega), cond, null)
+    return one_by_one(
+        eps_of(lambda x, alpha: log_normal(x, alpha * theta)),
+        lambda x, t: guide(cond(x, t), null(x, t), omega),
+        cond,
+        null,
+    )
 
 
 def log_ref(x, name, omega):
@@ -95,16 +115,28 @@ def divergence(distance):
 
 
 def outside_definition(theta, fixed, x_theta, x_fixed, *, name, omega):
-    """Pseudo-Huber to the unguided reference, minus alpha_cfg E sigma log p(x|c) / p(x), with x_t ~ p_theta."""
-    implicit = sum(sign * log_density(name, len(theta), part)(x_theta, ALPHA) for part, sign in (("cond", 1), ("null", -1)))
-    return (divergence(huber)(theta, fixed, x_theta, x_fixed, name=name, omega=1.0)
-            - CONSTANTS.alpha_cfg * SIGMA * implicit.mean())
+    """Pseudo-Huber to the unguided reference, minus alpha_cfg E sigma log p(x|c) / p(x), with x_t ~
+    p_theta.
+    """
+    implicit = sum(
+        sign * log_density(name, len(theta), part)(x_theta, ALPHA)
+        for part, sign in (("cond", 1), ("null", -1))
+    )
+    return (
+        divergence(huber)(theta, fixed, x_theta, x_fixed, name=name, omega=1.0)
+        - CONSTANTS.alpha_cfg * SIGMA * implicit.mean()
+    )
 
 
 def sid_definition(theta, fixed, x_theta, x_fixed, **kw):
-    """L2, and 2 (1 - alpha) times how ||y||^2 changes along x_t: the whole derivative at alpha = 1/2."""
+    """L2, and 2 (1 - alpha) times how ||y||^2 changes along x_t: the whole derivative at alpha =
+    1/2.
+    """
     path = squared(y_of(fixed, x_theta, **kw)).mean()
-    return divergence(squared)(theta, fixed, x_theta, x_fixed, **kw) + 2 * (1 - CONSTANTS.sid_alpha) * path
+    return (
+        divergence(squared)(theta, fixed, x_theta, x_fixed, **kw)
+        + 2 * (1 - CONSTANTS.sid_alpha) * path
+    )
 
 
 def kl_definition(theta, fixed, x_theta, x_fixed, *, name, omega):
@@ -114,19 +146,31 @@ def kl_definition(theta, fixed, x_theta, x_fixed, *, name, omega):
 
 
 def dmd_definition(theta, fixed, x_theta, x_fixed, *, name, omega):
-    """KL's integrand along x_t, each sample over DMD's divisor: sigma_t^2 / alpha_t / (alpha_t mean|x_0 - x_ref|)."""
+    """KL's integrand along x_t, each sample over DMD's divisor: sigma_t^2 / alpha_t / (alpha_t
+    mean|x_0 - x_ref|).
+    """
     t = jnp.full(x_fixed.shape[:1], T)
     z, eps = noise(len(fixed))
     x0 = fixed[None] + z
-    x_ref = diffusion.eps_to_x0(x_fixed, scores(fixed, name, omega).psi_and_guided(x_fixed, t)[1], SDXL.alpha[t], SDXL.sigma[t])
+    x_ref = diffusion.eps_to_x0(
+        x_fixed,
+        scores(fixed, name, omega).psi_and_guided(x_fixed, t)[1],
+        SDXL.alpha[t],
+        SDXL.sigma[t],
+    )
     weight = SIGMA**2 / ALPHA**2 / jnp.maximum(jnp.abs(x0 - x_ref).mean(axis=-1), 1e-5)
     return (weight * (log_normal(x_theta, ALPHA * fixed) - log_ref(x_theta, name, omega))).mean()
 
 
 DEFINITIONS = {
-    "di_star": divergence(huber), "di_star_l2": divergence(squared), "di_star_outside": outside_definition,
-    "sid": sid_definition, "kl": kl_definition, "dmd": dmd_definition,
-    "reward_only": lambda theta, fixed, x_theta, x_fixed, **kw: 0.0 * theta.sum()}
+    "di_star": divergence(huber),
+    "di_star_l2": divergence(squared),
+    "di_star_outside": outside_definition,
+    "sid": sid_definition,
+    "kl": kl_definition,
+    "dmd": dmd_definition,
+    "reward_only": lambda theta, fixed, x_theta, x_fixed, **kw: 0.0 * theta.sum(),
+}
 
 
 def samples(dim):
@@ -136,14 +180,18 @@ def samples(dim):
 @functools.lru_cache
 def noise(dim):
     """z and eps [samples, dim], antithetic, so that terms of mean zero are zero."""
-    half = [jax.random.normal(k, (samples(dim) // 2, dim)) for k in jax.random.split(jax.random.key(dim))]
+    half = [
+        jax.random.normal(k, (samples(dim) // 2, dim))
+        for k in jax.random.split(jax.random.key(dim))
+    ]
     return tuple(jnp.concatenate([h, -h]) for h in half)
 
 
 @functools.lru_cache
 def gradients(objective, name, dim):
-    """(gradient of the loss, derivative of the definition) with respect to theta, along the first axis and another
-    direction."""
+    """(gradient of the loss, derivative of the definition) with respect to theta, along the first
+    axis and another direction.
+    """
     theta = jnp.linspace(0.9, -0.6, dim) if dim > 1 else jnp.array([0.9])
     omega = 1.0 if objective == "di_star_outside" else 1.6
     z, eps = noise(dim)
@@ -152,18 +200,29 @@ def gradients(objective, name, dim):
     @jax.jit
     def of_loss(theta):
         def loss(mean):
-            return OBJECTIVES[objective](mean[None] + z, t, eps, scores=scores(theta, name, omega),
-                                         constants=CONSTANTS, schedule=SDXL).mean()
+            return OBJECTIVES[objective](
+                mean[None] + z,
+                t,
+                eps,
+                scores=scores(theta, name, omega),
+                constants=CONSTANTS,
+                schedule=SDXL,
+            ).mean()
+
         return jax.grad(loss)(theta)
 
     @jax.jit
     def definition(moved):
         x = functools.partial(add_noise, eps=eps, alpha_t=SDXL.alpha[t], sigma_t=SDXL.sigma[t])
-        return DEFINITIONS[objective](moved, theta, x(moved[None] + z), x(theta[None] + z), name=name, omega=omega)
+        return DEFINITIONS[objective](
+            moved, theta, x(moved[None] + z), x(theta[None] + z), name=name, omega=omega
+        )
 
     h = 0.02
     directions = jnp.stack([jnp.eye(dim)[0], jnp.full((dim,), dim**-0.5)])[:dim]
-    numerical = jnp.stack([(definition(theta + h * e) - definition(theta - h * e)) / (2 * h) for e in directions])
+    numerical = jnp.stack(
+        [(definition(theta + h * e) - definition(theta - h * e)) / (2 * h) for e in directions]
+    )
     return directions @ of_loss(theta), numerical
 
 
@@ -182,7 +241,9 @@ def batch(dim=4, size=64, t=None, seed=3):
 
 
 def dx0(objective, x0, t, eps, networks, constants=CONSTANTS):
-    return jax.grad(lambda x0: objective(x0, t, eps, scores=networks, constants=constants, schedule=SDXL).sum())(x0)
+    return jax.grad(
+        lambda x0: objective(x0, t, eps, scores=networks, constants=constants, schedule=SDXL).sum()
+    )(x0)
 
 
 THETA = jnp.array([0.9, -0.6, 0.3, 0.0])
@@ -196,7 +257,9 @@ def test_kl_with_guidance_inside_equals_guidance_outside():
         networks = scores(THETA, "mixture", omega=1.0)
         x_t = add_noise(x0, eps, SDXL.alpha[t], SDXL.sigma[t])
         extra = implicit_guidance(x_t, networks.cond(x_t, t), networks.null(x_t, t))
-        return (kl(x0, t, eps, scores=networks, constants=CONSTANTS, schedule=SDXL) + 2.5 * extra).sum()
+        return (
+            kl(x0, t, eps, scores=networks, constants=CONSTANTS, schedule=SDXL) + 2.5 * extra
+        ).sum()
 
     np.testing.assert_allclose(inside, jax.grad(outside)(x0), rtol=1e-4, atol=1e-5)
 
@@ -205,7 +268,9 @@ def test_sid_at_alpha_one_equals_l2():
     x0, t, eps = batch()
     networks = scores(THETA, "mixture", omega=3.0)
     ours = dx0(sid, x0, t, eps, networks, CONSTANTS._replace(sid_alpha=1.0))
-    np.testing.assert_allclose(ours, dx0(OBJECTIVES["di_star_l2"], x0, t, eps, networks), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        ours, dx0(OBJECTIVES["di_star_l2"], x0, t, eps, networks), rtol=1e-4, atol=1e-4
+    )
     half = dx0(sid, x0, t, eps, networks, CONSTANTS._replace(sid_alpha=0.5))
     assert not np.allclose(ours, half, rtol=0.05)
 
@@ -214,21 +279,27 @@ def test_kl_normalised_equals_dmd():
     x0, t, eps = batch()
     networks = scores(THETA, "mixture", omega=3.0)
     x_t = add_noise(x0, eps, SDXL.alpha[t], SDXL.sigma[t])
-    x_ref = diffusion.eps_to_x0(x_t, networks.psi_and_guided(x_t, t)[1], SDXL.alpha[t], SDXL.sigma[t])
+    x_ref = diffusion.eps_to_x0(
+        x_t, networks.psi_and_guided(x_t, t)[1], SDXL.alpha[t], SDXL.sigma[t]
+    )
     divisor = jnp.abs(x0 - x_ref).mean(axis=-1, keepdims=True)
     normalised = dx0(kl, x0, t, eps, networks) * SIGMA / ALPHA**2 / divisor
     np.testing.assert_allclose(dx0(dmd, x0, t, eps, networks), normalised, rtol=1e-4, atol=1e-5)
 
 
 def test_diff_instructs_x0_form_is_kl_weighted_by_x0():
-    # Its code sums (x_psi - x_ref)^T x_0: sigma_t / alpha_t^2 times eps-form, of which "x0" gives sigma_t / alpha_t.
+    # Its code sums (x_psi - x_ref)^T x_0: sigma_t / alpha_t^2 times eps-form, of which "x0" gives
+    # sigma_t / alpha_t.
     x0, t, eps = batch()
     networks = scores(THETA, "mixture", omega=3.0)
     x_t = add_noise(x0, eps, SDXL.alpha[t], SDXL.sigma[t])
-    difference = (diffusion.eps_to_x0(x_t, networks.psi(x_t, t), SDXL.alpha[t], SDXL.sigma[t])
-                  - diffusion.eps_to_x0(x_t, networks.psi_and_guided(x_t, t)[1], SDXL.alpha[t], SDXL.sigma[t]))
+    difference = diffusion.eps_to_x0(
+        x_t, networks.psi(x_t, t), SDXL.alpha[t], SDXL.sigma[t]
+    ) - diffusion.eps_to_x0(x_t, networks.psi_and_guided(x_t, t)[1], SDXL.alpha[t], SDXL.sigma[t])
     weight = WEIGHTINGS["x0"](SDXL.alpha[t], SDXL.sigma[t])[:, None]
-    np.testing.assert_allclose(difference * ALPHA, weight * dx0(kl, x0, t, eps, networks), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        difference * ALPHA, weight * dx0(kl, x0, t, eps, networks), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_pseudo_huber_in_score_form_is_weighted_eps_form():
@@ -236,12 +307,16 @@ def test_pseudo_huber_in_score_form_is_weighted_eps_form():
     y, rest, t = *batch()[::2], jnp.full(64, 700)
     product = lambda y, rest: jnp.sum(pseudo_huber_grad(y, c=1e-6) * rest, axis=-1)
     weighted = WEIGHTINGS["score"](SDXL.alpha[t], SDXL.sigma[t]) * product(y, rest)
-    np.testing.assert_allclose(product(y / SDXL.sigma[700], rest / SDXL.sigma[700]), weighted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        product(y / SDXL.sigma[700], rest / SDXL.sigma[700]), weighted, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_reward_only_has_no_gradient():
     x0, t, eps = batch()
-    np.testing.assert_array_equal(dx0(OBJECTIVES["reward_only"], x0, t, eps, scores(THETA, "gaussian")), 0.0 * x0)
+    np.testing.assert_array_equal(
+        dx0(OBJECTIVES["reward_only"], x0, t, eps, scores(THETA, "gaussian")), 0.0 * x0
+    )
 
 
 @pytest.mark.parametrize("t", [0, 999])
@@ -265,6 +340,7 @@ def test_gradient_flows_through_x_t_into_both_score_networks(objective):
     networks = scores(THETA, "mixture")
     full = dx0(OBJECTIVES[objective], x0, t, eps, networks)
     for i in range(2):
+
         def one_cut(x_t, t, i=i):
             there, cut = (networks.psi_and_guided(x, t) for x in (x_t, jax.lax.stop_gradient(x_t)))
             return (cut[0], there[1]) if i == 0 else (there[0], cut[1])
@@ -309,7 +385,9 @@ def test_assistant_loss_is_least_at_the_true_score():
         psi = eps_of(lambda x, alpha: log_normal(x, alpha * mean))
         return denoising_score_matching(psi(x_t, t), eps).mean()
 
-    assert jnp.linalg.norm(jax.grad(loss)(theta)) < 0.01 * jnp.linalg.norm(jax.grad(loss)(theta + 1.0))
+    assert jnp.linalg.norm(jax.grad(loss)(theta)) < 0.01 * jnp.linalg.norm(
+        jax.grad(loss)(theta + 1.0)
+    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -318,4 +396,6 @@ def test_per_sample_losses_do_not_mix_samples(objective):
     kw = dict(scores=scores(THETA, "mixture"), constants=CONSTANTS, schedule=SDXL)
     whole = OBJECTIVES[objective](x0, t, eps, **kw)
     assert whole.shape == (6,)
-    np.testing.assert_allclose(whole[2:3], OBJECTIVES[objective](x0[2:3], t[2:3], eps[2:3], **kw), rtol=1e-5)
+    np.testing.assert_allclose(
+        whole[2:3], OBJECTIVES[objective](x0[2:3], t[2:3], eps[2:3], **kw), rtol=1e-5
+    )

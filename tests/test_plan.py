@@ -4,8 +4,8 @@ import json
 import pytest
 from test_config import dry
 
-from di_star_jax.cost import plan
 from di_star_jax.config import UserError
+from di_star_jax.cost import plan
 from di_star_jax.models import published
 
 SDXL = {"unet": 2_567_463_684}
@@ -17,9 +17,17 @@ def sdxl():
 
 
 def test_dry_run_of_sdxl_counts_parameters_without_weights_or_devices(sdxl):
-    assert "mesh: data=1 x fsdp=16 x context=1; this machine has 1 device (cpu), the plan assumes 16" in sdxl
-    for line in ("2,567,463,684 unet\n", "   83,653,863 vae\n", "  123,060,480 text_encoder\n",
-                 "694,659,840 text_encoder_2\n", "986,109,441 pickscore\n"):
+    assert (
+        "mesh: data=1 x fsdp=16 x context=1; this machine has 1 device (cpu), the plan assumes 16"
+        in sdxl
+    )
+    for line in (
+        "2,567,463,684 unet\n",
+        "   83,653,863 vae\n",
+        "  123,060,480 text_encoder\n",
+        "694,659,840 text_encoder_2\n",
+        "986,109,441 pickscore\n",
+    ):
         assert line in sdxl
 
 
@@ -33,10 +41,15 @@ def test_dry_run_says_on_which_chips_it_fits(sdxl):
 
 def test_state_is_what_two_networks_with_adam_and_average_take():
     memory = plan.memory_per_chip(dry(), SDXL, shards=1)
-    state = sum(size for name, size in memory.items()
-                if name.split()[0] in ("generator", "Adam's", "average"))
+    state = sum(
+        size
+        for name, size in memory.items()
+        if name.split()[0] in ("generator", "Adam's", "average")
+    )
     assert state == SDXL["unet"] * 4 * 5  # 51 GB, what a checkpoint holds
-    assert plan.memory_per_chip(dry(), SDXL, shards=16)["Adam's moments of both"] == SDXL["unet"] / 2
+    assert (
+        plan.memory_per_chip(dry(), SDXL, shards=16)["Adam's moments of both"] == SDXL["unet"] / 2
+    )
 
 
 def test_activations_follow_pixels_dtype_and_recomputation():
@@ -50,7 +63,9 @@ def test_activations_follow_pixels_dtype_and_recomputation():
 
 def test_models_that_are_neither_here_nor_published_are_said_to_be_unknown():
     lines = plan.describe(dry(**{"weights.reference": "some/model"}), device_count=1)
-    assert "parameters: unknown before its config.json is here: weights.reference=some/model" in lines
+    assert (
+        "parameters: unknown before its config.json is here: weights.reference=some/model" in lines
+    )
     assert not [line for line in lines if line.startswith("memory")]
 
 
@@ -58,7 +73,10 @@ def test_sizes_come_from_the_folders_that_are_there(tmp_path):
     for part, config in (("unet", published.UNET_SD15), ("reward", published.PICKSCORE)):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
-    lines = plan.describe(dry(**{"weights.reference": str(tmp_path), "weights.pickscore": str(tmp_path / "reward")}), 16)
+    lines = plan.describe(
+        dry(**{"weights.reference": str(tmp_path), "weights.pickscore": str(tmp_path / "reward")}),
+        16,
+    )
     assert "parameters:   859,520,964 unet" in lines
     assert "mesh: data=1 x fsdp=16 x context=1 over 16 devices (cpu)" in lines
 
@@ -69,5 +87,7 @@ def test_a_folder_without_unet_is_refused(tmp_path):
 
 
 def test_a_mesh_that_cannot_split_the_unet_is_refused():
-    with pytest.raises(UserError, match="mesh.fsdp x mesh.context = 3 divides no axis of .*kernel with shape"):
+    with pytest.raises(
+        UserError, match="mesh.fsdp x mesh.context = 3 divides no axis of .*kernel with shape"
+    ):
         plan.describe(dry(**{"mesh.fsdp": 3, "data.batch_size": 3}), 1)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax.prompts import files as prompts
 from di_star_jax.config import UserError
-from di_star_jax.shapes.tokenizer import (END, make_word_tokenizer)
+from di_star_jax.prompts import files as prompts
+from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "prompts"
-with_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real prompt lists are not beside this checkout")
+with_real = pytest.mark.skipif(
+    not REAL.is_dir(), reason="the real prompt lists are not beside this checkout"
+)
 
 
 def write(path, text, encoding="utf-8"):
@@ -25,28 +27,39 @@ def read(path, column=""):
 def test_every_format_gives_the_same_prompts(tmp_path):
     import pyarrow
     import pyarrow.parquet
+
     expected = ['a "red" cat', "ein Käse, bitte", "猫"]
     files = [
-        write(tmp_path / "a.txt", "\ufeff" + "\r\n".join([expected[0], "  ", expected[1] + " ", expected[2], ""])),
-        write(tmp_path / "a.tsv", "id\tprompt\n" + "".join(f"{i}\t{p}\n" for i, p in enumerate(expected))),
+        write(
+            tmp_path / "a.txt",
+            "\ufeff" + "\r\n".join([expected[0], "  ", expected[1] + " ", expected[2], ""]),
+        ),
+        write(
+            tmp_path / "a.tsv",
+            "id\tprompt\n" + "".join(f"{i}\t{p}\n" for i, p in enumerate(expected)),
+        ),
         write(tmp_path / "a.csv", 'prompt,id\n"a ""red"" cat",1\n"ein Käse, bitte",2\n猫,3\n'),
         write(tmp_path / "a.json", json.dumps([{"prompt": p} for p in expected])),
-        write(tmp_path / "a.jsonl", "".join(json.dumps({"prompt": p}) + "\n" for p in expected))]
+        write(tmp_path / "a.jsonl", "".join(json.dumps({"prompt": p}) + "\n" for p in expected)),
+    ]
     pyarrow.parquet.write_table(pyarrow.table({"prompt": expected}), tmp_path / "a.parquet")
     for path in (*files, tmp_path / "a.parquet"):
         assert read(path) == expected, path.name
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"fine\nbad \xff byte\n", "line 2: byte 0xff is not UTF-8"),
-    ("a.txt", b"a\0b\n", "row 0 holds a NUL"),
-    ("a.txt", b"x" * 20_000, "row 0 has 20000 characters, expected at most 10000"),
-    ("a.txt", b"\n  \n", "holds no prompts"),
-    ("a.csv", b"id,words\n1,a cat\n", "columns id, words, expected prompt or Prompt"),
-    ("a.jsonl", b"{not json}\n", "is not JSONL"),
-    ("a.parquet", b"nothing", "not readable as parquet"),
-    ("a.pkl", b"", "ends in .pkl, expected one of .txt"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"fine\nbad \xff byte\n", "line 2: byte 0xff is not UTF-8"),
+        ("a.txt", b"a\0b\n", "row 0 holds a NUL"),
+        ("a.txt", b"x" * 20_000, "row 0 has 20000 characters, expected at most 10000"),
+        ("a.txt", b"\n  \n", "holds no prompts"),
+        ("a.csv", b"id,words\n1,a cat\n", "columns id, words, expected prompt or Prompt"),
+        ("a.jsonl", b"{not json}\n", "is not JSONL"),
+        ("a.parquet", b"nothing", "not readable as parquet"),
+        ("a.pkl", b"", "ends in .pkl, expected one of .txt"),
+    ],
+)
 def test_unusable_files_are_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -87,10 +100,18 @@ def test_each_pass_sees_every_prompt_once_in_a_new_order():
 
 
 def test_word_tokenizer_gives_one_token_a_word_and_pads_as_asked(tmp_path):
-    size = make_word_tokenizer(["red", "circle", "circles", "a", "right", "ride"], tmp_path / "one", max_length=8,
-                               pad_token=END)
-    make_word_tokenizer(["red", "circle", "circles", "a", "right", "ride"], tmp_path / "two", max_length=8,
-                        pad_token="!")
+    size = make_word_tokenizer(
+        ["red", "circle", "circles", "a", "right", "ride"],
+        tmp_path / "one",
+        max_length=8,
+        pad_token=END,
+    )
+    make_word_tokenizer(
+        ["red", "circle", "circles", "a", "right", "ride"],
+        tmp_path / "two",
+        max_length=8,
+        pad_token="!",
+    )
     first, second = prompts.Tokenizer(tmp_path / "one"), prompts.Tokenizer(tmp_path / "two")
     ids = first(["a red circle"])
     assert ids.shape == (1, 8) and ids.dtype == "int32"
@@ -109,10 +130,18 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
 
 
 @with_real
-@pytest.mark.parametrize("name, count", [
-    ("parti_prompts.tsv", 1632), ("coco2014_val_30k.txt", 30_000), ("coco2014_val_mlperf_5k.tsv", 5000),
-    ("geneval_metadata.jsonl", 553), ("dpg_bench.jsonl", 1065), ("imagereward_benchmark.json", 100),
-    ("diffusiondb_refl_filtered.txt", 8706)])
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("parti_prompts.tsv", 1632),
+        ("coco2014_val_30k.txt", 30_000),
+        ("coco2014_val_mlperf_5k.tsv", 5000),
+        ("geneval_metadata.jsonl", 553),
+        ("dpg_bench.jsonl", 1065),
+        ("imagereward_benchmark.json", 100),
+        ("diffusiondb_refl_filtered.txt", 8706),
+    ],
+)
 def test_published_prompt_lists_are_read_whole(name, count):
     assert len(read(REAL / name)) == count
 

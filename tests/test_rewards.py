@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward against Pillow, against transformers' processor, and against PickScore as transformers computes it."""
+"""The reward against Pillow, against transformers' processor, and against PickScore as transformers
+computes it.
+"""
 
 import functools
 import importlib.util
@@ -16,28 +18,38 @@ from PIL import Image
 from test_config import dry
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import (models, rewards)
-from di_star_jax.cost import plan
-from di_star_jax.storage import weights
+from di_star_jax import models, rewards
 from di_star_jax.config import check
+from di_star_jax.cost import plan
 from di_star_jax.models import clip
-from di_star_jax.objectives import (OBJECTIVES, OUTSIDE)
-from di_star_jax.rewards import (pixels, similarity, views)
-from di_star_jax.rewards.pixels import (clip_pixels, clip_pixels_rounded)
+from di_star_jax.objectives import OBJECTIVES, OUTSIDE
+from di_star_jax.rewards import pixels, similarity, views
+from di_star_jax.rewards.pixels import clip_pixels, clip_pixels_rounded
+from di_star_jax.storage import weights
 
 # Height, width and the reward model's image size.
-SIZES = [(512, 512, 224), (1024, 1024, 224), (192, 320, 224), (320, 192, 224), (640, 1024, 224), (64, 64, 224),
-         (225, 224, 224), (64, 64, 64)]
+SIZES = [
+    (512, 512, 224),
+    (1024, 1024, 224),
+    (192, 320, 224),
+    (320, 192, 224),
+    (640, 1024, 224),
+    (64, 64, 224),
+    (225, 224, 224),
+    (64, 64, 64),
+]
 
 
 def _picture(h, w, seed=0):
-    """uint8 [h, w, 3]: 1/f noise, crossed by black and white stripes that make a bicubic filter overshoot."""
+    """uint8 [h, w, 3]: 1/f noise, crossed by black and white stripes that make a bicubic filter
+    overshoot.
+    """
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None]) + 1 / max(h, w)
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, h, w))) / frequency, s=(h, w))
     picture = 0.5 + 0.2 * (noise / noise.std()).transpose(1, 2, 0)
-    picture[:, w // 4: w // 2: 8] = 1.0
-    picture[h // 2: h // 2 + 24: 5] = 0.0
+    picture[:, w // 4 : w // 2 : 8] = 1.0
+    picture[h // 2 : h // 2 + 24 : 5] = 0.0
     return np.uint8(np.clip(picture, 0, 1) * 255 + 0.5)
 
 
@@ -47,8 +59,12 @@ def _image(picture):
 
 
 def _processed(picture, size):
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    return processor(Image.fromarray(picture), return_tensors="np").pixel_values.transpose(0, 2, 3, 1)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    return processor(Image.fromarray(picture), return_tensors="np").pixel_values.transpose(
+        0, 2, 3, 1
+    )
 
 
 def _levels(normalised):
@@ -61,7 +77,9 @@ def test_rounded_pixels_equal_the_processor_up_to_one_step_of_few_values(h, w, s
     picture = _picture(h, w)
     ours = jax.jit(pixels.clip_pixels_rounded, static_argnames="size")(_image(picture), size=size)
     steps = np.abs(np.rint(255 * _levels(ours)) - np.rint(255 * _levels(_processed(picture, size))))
-    print(f"{h}x{w}->{size} rounded: largest step {steps.max():.0f}, share off {np.mean(steps > 0):.2e}")
+    print(
+        f"{h}x{w}->{size} rounded: largest step {steps.max():.0f}, share off {np.mean(steps > 0):.2e}"
+    )
     assert ours.shape == (1, size, size, 3) and ours.dtype == jnp.float32
     assert steps.max() <= 1 and np.mean(steps > 0) <= 0.012
 
@@ -72,16 +90,20 @@ def test_training_pixels_differ_from_the_processor_by_its_rounding_only(h, w, si
     ours = jax.jit(pixels.clip_pixels, static_argnames="size")(_image(picture), size=size)
     difference = np.abs(_levels(ours) - _levels(_processed(picture, size)))
     print(f"{h}x{w}->{size} unrounded: mean {difference.mean():.1e}, max {difference.max():.1e}")
-    # Half a step from each of two roundings; enlarging does not average the first away, and its weights sum to 1.25
-    # in absolute value.
+    # Half a step from each of two roundings; enlarging does not average the first away, and its
+    # weights sum to 1.25 in absolute value.
     mean, largest = (1.2e-3, 4e-3) if min(h, w) >= size else (1 / 3 / 255, 2.25 / 2 / 255)
     assert difference.mean() <= mean and difference.max() <= largest
 
 
-@pytest.mark.parametrize("n_in, n_out", [(512, 224), (224, 512), (64, 224), (225, 224), (3, 7), (7, 3)])
+@pytest.mark.parametrize(
+    "n_in, n_out", [(512, 224), (224, 512), (64, 224), (225, 224), (3, 7), (7, 3)]
+)
 def test_resize_matrix_equals_pillow_on_floats(n_in, n_out):
     rows = np.random.default_rng(0).standard_normal((5, n_in)).astype(np.float32)
-    expected = np.asarray(Image.fromarray(rows, mode="F").resize((n_out, 5), Image.Resampling.BICUBIC))
+    expected = np.asarray(
+        Image.fromarray(rows, mode="F").resize((n_out, 5), Image.Resampling.BICUBIC)
+    )
     matrix = pixels.resize_matrix(n_in, n_out)
     assert matrix.shape == (n_out, n_in) and matrix.dtype == np.float32
     np.testing.assert_allclose(rows @ matrix.T, expected, atol=2e-6)
@@ -107,7 +129,9 @@ def test_the_training_gradient_is_the_transposed_resize():
     weights = rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
     value = lambda image: jnp.sum(pixels.clip_pixels(image, size=16) * weights)  # noqa: E731
     gradient = jax.grad(value)(image)
-    np.testing.assert_allclose(np.sum(gradient * direction), value(image + direction) - value(image), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.sum(gradient * direction), value(image + direction) - value(image), rtol=1e-4
+    )
     assert np.all(gradient[:, :, :5] == 0) and np.all(gradient[:, :, -5:] == 0)  # cropped away
 
 
@@ -115,12 +139,28 @@ def test_the_training_gradient_is_the_transposed_resize():
 def clip_pair():
     """A small random PickScore: transformers' and ours, with the same weights."""
     torch.manual_seed(0)
-    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu",
-                 projection_dim=16)
-    reference = transformers.CLIPModel(transformers.CLIPConfig(
-        projection_dim=16, vision_config=dict(image_size=48, patch_size=8, **tower),
-        text_config=dict(vocab_size=50, max_position_embeddings=12, bos_token_id=48, eos_token_id=49, pad_token_id=0,
-                         **tower))).eval()
+    tower = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_act="gelu",
+        projection_dim=16,
+    )
+    reference = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            projection_dim=16,
+            vision_config=dict(image_size=48, patch_size=8, **tower),
+            text_config=dict(
+                vocab_size=50,
+                max_position_embeddings=12,
+                bos_token_id=48,
+                eos_token_id=49,
+                pad_token_id=0,
+                **tower,
+            ),
+        )
+    ).eval()
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(0.1 * torch.randn(p.shape))
@@ -132,7 +172,9 @@ def clip_pair():
 
 def _scores_by_transformers(reference, pixels, ids):
     """The model card's recipe, without the logit scale."""
-    image = reference.get_image_features(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).pooler_output
+    image = reference.get_image_features(
+        torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    ).pooler_output
     text = reference.get_text_features(torch.from_numpy(ids).long()).pooler_output
     image, text = image / image.norm(dim=-1, keepdim=True), text / text.norm(dim=-1, keepdim=True)
     return (image * text).sum(-1).detach().numpy()
@@ -145,15 +187,25 @@ def test_the_whole_reward_equals_transformers_from_image_to_score(clip_pair, h, 
     images = np.concatenate([_image(p) for p in pictures])
     ids = np.random.default_rng(0).integers(1, 47, (4, 12)).astype(np.int32)
     ids[:, 7:] = 49
-    expected = _scores_by_transformers(reference, np.concatenate([_processed(p, 48) for p in pictures]), ids)
+    expected = _scores_by_transformers(
+        reference, np.concatenate([_processed(p, 48) for p in pictures]), ids
+    )
 
     text = jax.jit(lambda params: similarity.text_embeddings(graphdef, params, ids))(params)
-    rounded = jax.jit(lambda params: similarity.cosine(graphdef, clip_pixels_rounded, params, images, ids))(params)
-    training = jax.jit(lambda params: similarity.cosine(graphdef, clip_pixels, params, images, ids))(params)
+    rounded = jax.jit(
+        lambda params: similarity.cosine(graphdef, clip_pixels_rounded, params, images, ids)
+    )(params)
+    training = jax.jit(
+        lambda params: similarity.cosine(graphdef, clip_pixels, params, images, ids)
+    )(params)
     errors = [np.abs(np.asarray(score) - expected).max() for score in (rounded, training)]
-    print(f"{h}x{w} scores {expected}: rounded within {errors[0]:.1e}, training within {errors[1]:.1e}")
+    print(
+        f"{h}x{w} scores {expected}: rounded within {errors[0]:.1e}, training within {errors[1]:.1e}"
+    )
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-6)
-    assert rounded.shape == training.shape == (4,) and rounded.dtype == training.dtype == jnp.float32
+    assert (
+        rounded.shape == training.shape == (4,) and rounded.dtype == training.dtype == jnp.float32
+    )
     assert errors[0] <= 2e-4  # a value halfway between two steps may round the other way
     assert errors[1] <= 1e-3
 
@@ -165,7 +217,9 @@ def test_ascending_the_rewards_gradient_raises_it(clip_pair):
 
     @jax.jit
     def scores_and_slope(image):
-        score, vjp = jax.vjp(lambda image: similarity.cosine(graphdef, clip_pixels, params, image, ids), image)
+        score, vjp = jax.vjp(
+            lambda image: similarity.cosine(graphdef, clip_pixels, params, image, ids), image
+        )
         return score, vjp(jnp.ones(2))[0]
 
     image = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 64, 64, 3)).astype(np.float32)
@@ -183,8 +237,10 @@ def test_a_reward_model_in_bfloat16_returns_float32_scores(clip_pair):
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(graphdef):
-        return (similarity.text_embeddings(graphdef, params, ids),
-                similarity.cosine(graphdef, clip_pixels, params, image, ids))
+        return (
+            similarity.text_embeddings(graphdef, params, ids),
+            similarity.cosine(graphdef, clip_pixels, params, image, ids),
+        )
 
     text, score = run(half)
     assert text.dtype == score.dtype == jnp.float32
@@ -200,9 +256,10 @@ def test_a_score_in_slices_is_the_same_with_its_gradient():
         return value, {"each": value + ids}
 
     for size in (0, 2, 6):
+
         def loss(x, size=size):
             value, rest = views.in_slices(score, size)(x, weight, ids)
-            return (value ** 2).sum(), rest["each"]
+            return (value**2).sum(), rest["each"]
 
         (value, each), grad = jax.value_and_grad(loss, has_aux=True)(x0)
         expected = jax.value_and_grad(lambda x: (score(x, weight, ids)[0] ** 2).sum())(x0)
@@ -238,4 +295,6 @@ def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch
     assert rewards.sources_of(config) == {"brightness": ""}
     loaded = rewards.load_rewards(rewards.sources_of(config), str(tmp_path))["brightness"]
     images = jnp.stack([jnp.full((4, 4, 3), -0.5), jnp.full((4, 4, 3), 0.25)])
-    np.testing.assert_allclose(loaded.reward(loaded.params, images, loaded.tokenize(["dark", "light"])), [-0.5, 0.25])
+    np.testing.assert_allclose(
+        loaded.reward(loaded.params, images, loaded.tokenize(["dark", "light"])), [-0.5, 0.25]
+    )

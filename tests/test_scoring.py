@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from di_star_jax.evaluation import (results, scores as scoring)
 from di_star_jax.config import UserError
-from di_star_jax.evaluation.scores import (Scores, Shot)
+from di_star_jax.evaluation import results
+from di_star_jax.evaluation import scores as scoring
+from di_star_jax.evaluation.scores import Scores, Shot
 
 SHOTS = [Shot(p, k, "", Path()) for p in range(2) for k in range(3)]
 
@@ -25,7 +26,9 @@ def test_a_scores_file_that_was_cut_short_in_a_line_goes_on_after_the_last_whole
     assert again.missing(SHOTS) == SHOTS[2:]
     again.add(SHOTS[2:], [1 / 3, 4, np.nan, 5])
     assert Scores(file, (2, 3)).missing(SHOTS) == [SHOTS[4]]
-    assert np.array_equal(Scores(file, (2, 3)).values, [[0.1, 0.2, 1 / 3], [4, np.nan, 5]], equal_nan=True)
+    assert np.array_equal(
+        Scores(file, (2, 3)).values, [[0.1, 0.2, 1 / 3], [4, np.nan, 5]], equal_nan=True
+    )
     assert file.read_text().startswith(whole)
 
 
@@ -59,11 +62,15 @@ def test_a_damaged_file_is_an_image_or_none_and_never_an_error(tmp_path, kind):
     found = []
     for i in range(300):
         data = np.frombuffer(buffer.getvalue(), np.uint8).copy()
-        data[rng.integers(0, min(len(data), 80 if i % 2 else len(data)), 3)] = rng.integers(0, 256, 3)
-        file.write_bytes(data[:rng.integers(0, len(data)) if i % 3 == 0 else None].tobytes())
+        data[rng.integers(0, min(len(data), 80 if i % 2 else len(data)), 3)] = rng.integers(
+            0, 256, 3
+        )
+        file.write_bytes(data[: rng.integers(0, len(data)) if i % 3 == 0 else None].tobytes())
         found.append(scoring.read_image(file))
     assert any(image is None for image in found) and any(image is not None for image in found)
-    assert all(image is None or (image.dtype == np.uint8 and image.shape[2] == 3) for image in found)
+    assert all(
+        image is None or (image.dtype == np.uint8 and image.shape[2] == 3) for image in found
+    )
 
 
 def test_names_with_all_kinds_of_digits_are_in_natural_order(tmp_path):
@@ -87,7 +94,9 @@ def test_images_of_different_sizes_come_in_batches_of_one_size_and_none_is_lost(
         if images is None:
             assert [shot.prompt for shot in part] == [7]
         else:
-            assert images.shape[0] == len(part) and images[:, 0, 0, 0].tolist() == [shot.prompt for shot in part]
+            assert images.shape[0] == len(part) and images[:, 0, 0, 0].tolist() == [
+                shot.prompt for shot in part
+            ]
         seen += [shot.prompt for shot in part]
     assert sorted(seen) == list(range(23))
 
@@ -96,18 +105,28 @@ def test_the_digest_of_parameters_knows_names_values_and_types_and_not_where_the
     params = {"a": np.arange(16, dtype=np.float32).reshape(8, 2), "b": np.float32(1)}
     digest = scoring.params_digest(params)
     mesh = jax.make_mesh((8,), ("x",))
-    split = jax.device_put(params["a"], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+    split = jax.device_put(
+        params["a"], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    )
     assert scoring.params_digest(params | {"a": split}) == digest
     changed = params["a"].copy()
     changed[7, 1] += 1
-    others = [params | {"a": changed}, {"c": params["a"], "b": params["b"]}, params | {"a": params["a"].reshape(2, 8)},
-              params | {"b": jax.numpy.bfloat16(1)}]
+    others = [
+        params | {"a": changed},
+        {"c": params["a"], "b": params["b"]},
+        params | {"a": params["a"].reshape(2, 8)},
+        params | {"b": jax.numpy.bfloat16(1)},
+    ]
     assert len({digest, *map(scoring.params_digest, others)}) == 5
 
 
 def test_the_oracle_refuses_images_of_another_size():
-    with pytest.raises(UserError, match="x.png has 32 x 48 pixels, the oracle reads images of 64 x 64"):
-        scoring.attributes_right([Shot(0, 0, "a red circle", Path("x.png"))], np.zeros((1, 48, 32, 3), np.uint8))
+    with pytest.raises(
+        UserError, match="x.png has 32 x 48 pixels, the oracle reads images of 64 x 64"
+    ):
+        scoring.attributes_right(
+            [Shot(0, 0, "a red circle", Path("x.png"))], np.zeros((1, 48, 32, 3), np.uint8)
+        )
 
 
 @pytest.mark.parametrize("broken", ["scores.parquet", "results.json"])

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from di_star_jax.config import UserError
-from di_star_jax.shapes import (oracle, scenes, taste)
+from di_star_jax.shapes import oracle, scenes, taste
 
 SHIPPED = Path(scenes.__file__).parent / "checkpoint"
 
 
 def blurred(image, sigma=0.7):
-    kernel = np.exp(-np.arange(-3, 4) ** 2 / (2 * sigma**2))
+    kernel = np.exp(-(np.arange(-3, 4) ** 2) / (2 * sigma**2))
     kernel /= kernel.sum()
     image = np.pad(image, ((3, 3), (3, 3), (0, 0)), "edge")
-    image = sum(k * image[i:i + scenes.SIZE] for i, k in enumerate(kernel))
-    return sum(k * image[:, i:i + scenes.SIZE] for i, k in enumerate(kernel))
+    image = sum(k * image[i : i + scenes.SIZE] for i, k in enumerate(kernel))
+    return sum(k * image[:, i : i + scenes.SIZE] for i, k in enumerate(kernel))
 
 
 def share(pairs):
@@ -39,7 +39,8 @@ def test_there_are_more_than_100_000_captions_and_parsing_inverts_them():
 
 def test_captions_are_distinct():
     assert len({scenes.scene_at(i).caption for i in range(0, scenes.num_captions(), 97)}) == len(
-        range(0, scenes.num_captions(), 97))
+        range(0, scenes.num_captions(), 97)
+    )
 
 
 def test_held_out_captions_are_never_trained_on():
@@ -65,7 +66,11 @@ def test_oracle_reads_clean_and_blurred_renders_and_is_not_fooled_by_another_sce
 
 def test_oracle_survives_images_without_any_object():
     scene = scenes.scene_at(0)
-    for image in (np.zeros((64, 64, 3)), np.ones((64, 64, 3)), np.random.default_rng(0).random((64, 64, 3))):
+    for image in (
+        np.zeros((64, 64, 3)),
+        np.ones((64, 64, 3)),
+        np.random.default_rng(0).random((64, 64, 3)),
+    ):
         right, total = oracle.attributes(scene, image)
         assert 0 <= right < total
 
@@ -87,20 +92,27 @@ def test_preferred_picture_has_the_better_light_or_the_right_scene():
         a, b, prob = taste.preference_pair(scene, rng)
         if prob in (0.97, 0.03):
             right, wrong = (a, b) if prob > 0.5 else (b, a)
-            assert share([oracle.attributes(scene, right)]) >= share([oracle.attributes(scene, wrong)])
+            assert share([oracle.attributes(scene, right)]) >= share(
+                [oracle.attributes(scene, wrong)]
+            )
         else:
             agree.append((taste.taste(a) > taste.taste(b)) == (prob > 0.5))
     assert np.mean(agree) > 0.95
 
 
 def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_asked():
-    from di_star_jax.pipelines import folder as pipeline
     from di_star_jax import sample
+    from di_star_jax.pipelines import folder as pipeline
     from di_star_jax.shapes import pretrain
+
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 25e6
     loaded = pipeline.load_pipeline(SHIPPED)
-    generator = loaded._replace(models=loaded.models | {"unet": pipeline.load_model(SHIPPED / "generator")})
-    draw = sample.make_draw(generator, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0)
+    generator = loaded._replace(
+        models=loaded.models | {"unet": pipeline.load_model(SHIPPED / "generator")}
+    )
+    draw = sample.make_draw(
+        generator, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0
+    )
     captions = (SHIPPED / "prompts_held_out.txt").read_text().splitlines()
     assert len(captions) == 500 and all(scenes.is_held_out(caption) for caption in captions)
     assert pretrain.accuracy(lambda texts, z: draw(texts, z[None]), captions[:200], seed=2) >= 0.6
@@ -113,14 +125,23 @@ def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     from di_star_jax.prompts import files as prompts
     from di_star_jax.rewards import similarity
     from di_star_jax.rewards.pixels import clip_pixels
+
     model = pipeline.load_model(SHIPPED / "reward")
     tokenizer = prompts.Tokenizer(SHIPPED / "tokenizer")
     rng = np.random.default_rng(4)
     drawn = [scenes.sample_scene(rng, held_out=True) for _ in range(128)]
     pairs = [taste.preference_pair(scene, rng) for scene in drawn]
     ids = tokenizer([scene.caption for scene in drawn])
-    first, second = (similarity.cosine(model.graphdef, clip_pixels, model.params,
-                                       jnp.stack([2.0 * pair[i] - 1.0 for pair in pairs]), ids) for i in range(2))
+    first, second = (
+        similarity.cosine(
+            model.graphdef,
+            clip_pixels,
+            model.params,
+            jnp.stack([2.0 * pair[i] - 1.0 for pair in pairs]),
+            ids,
+        )
+        for i in range(2)
+    )
     prob = np.array([pair[2] for pair in pairs])
     clear = np.abs(prob - 0.5) > 0.3
     assert np.mean((first > second) == (prob > 0.5), where=clear) > 0.8

@@ -6,24 +6,31 @@ import optax
 import pytest
 from jax.sharding import AbstractMesh
 
-from di_star_jax.pipelines import folder as pipeline
 from di_star_jax import sharding
 from di_star_jax.config import UserError
 from di_star_jax.models import published
+from di_star_jax.pipelines import folder as pipeline
 
 MEGABYTE = 2**20
 
 
-@pytest.mark.parametrize("config", [published.UNET_SDXL, published.VAE_SDXL, published.CLIP_BIGG_TEXT,
-                                    published.PICKSCORE], ids=["unet", "vae", "bigG", "pickscore"])
+@pytest.mark.parametrize(
+    "config",
+    [published.UNET_SDXL, published.VAE_SDXL, published.CLIP_BIGG_TEXT, published.PICKSCORE],
+    ids=["unet", "vae", "bigG", "pickscore"],
+)
 @pytest.mark.parametrize("fsdp", [8, 16])
 def test_no_leaf_over_a_megabyte_is_replicated_at_full_size(config, fsdp):
     mesh = AbstractMesh((1, fsdp, 1), sharding.AXES)
     tree = pipeline.abstract_model(config).params
     shardings = sharding.params_sharding(mesh, tree)
-    for (path, leaf), split in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings)):
+    for (path, leaf), split in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(shardings)
+    ):
         if 4 * math.prod(leaf.shape) > MEGABYTE:
-            assert math.prod(split.shard_shape(leaf.shape)) * fsdp == math.prod(leaf.shape), jax.tree_util.keystr(path)
+            assert math.prod(split.shard_shape(leaf.shape)) * fsdp == math.prod(leaf.shape), (
+                jax.tree_util.keystr(path)
+            )
 
 
 def test_mesh_fills_in_what_is_left_and_refuses_what_does_not_fit():
@@ -48,7 +55,10 @@ def test_scanned_blocks_are_split_inside_and_not_by_depth():
 def test_small_leaves_stay_whole_and_a_large_one_that_cannot_be_split_is_refused():
     assert spec((1280,), 8) == ()
     assert spec((300, 301), 16) == ()
-    with pytest.raises(UserError, match=r"mesh.fsdp x mesh.context = 7 divides no axis of .*with shape \(640, 640\); use a power"):
+    with pytest.raises(
+        UserError,
+        match=r"mesh.fsdp x mesh.context = 7 divides no axis of .*with shape \(640, 640\); use a power",
+    ):
         spec((640, 640), 7)
 
 

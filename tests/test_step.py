@@ -10,38 +10,82 @@ import optax
 import pytest
 from flax import nnx
 
-from di_star_jax import (diffusion, gradients, objectives, sharding, step)
+from di_star_jax import diffusion, gradients, objectives, sharding, step
 from di_star_jax.cost import flops
-from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards import similarity
 from di_star_jax.rewards.pixels import clip_pixels
 
-TEXT = {"model_type": "clip_text_model", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32,
-        "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 8, "projection_dim": 16,
-        "eos_token_id": 39}
+TEXT = {
+    "model_type": "clip_text_model",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 8,
+    "projection_dim": 16,
+    "eos_token_id": 39,
+}
 CONFIGS = {
-    "unet": {"sample_size": 8, "block_out_channels": [16, 64], "layers_per_block": 1, "norm_num_groups": 8,
-             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-             "transformer_layers_per_block": [1, 2], "attention_head_dim": [1, 2], "cross_attention_dim": 32,
-             "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-             "projection_class_embeddings_input_dim": 64, "_class_name": "UNet2DConditionModel"},
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": [16, 64],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2],
+        "attention_head_dim": [1, 2],
+        "cross_attention_dim": 32,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+        "_class_name": "UNet2DConditionModel",
+    },
     "text_encoder": {**TEXT, "architectures": ["CLIPTextModel"]},
     "text_encoder_2": {**TEXT, "architectures": ["CLIPTextModelWithProjection"]},
-    "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16], "layers_per_block": 1,
-            "norm_num_groups": 8, "scaling_factor": 0.5},
-    "reward": {"architectures": ["CLIPModel"], "projection_dim": 16, "text_config": TEXT,
-               "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2,
-                                 "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}},
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "scaling_factor": 0.5,
+    },
+    "reward": {
+        "architectures": ["CLIPModel"],
+        "projection_dim": 16,
+        "text_config": TEXT,
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+    },
 }
-SCHEDULE = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-                                   beta_schedule="scaled_linear")
+SCHEDULE = diffusion.make_schedule(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 SETTINGS = gradients.Settings(
-    objective="di_star", omega=7.5, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
-    weighting="eps", reduction="sum", generator_times=(20, 980), assistant_times=(0, 999),
-    assistant_updates=1, sharing="x0", generator_timesteps=(399,), latent_shape=(8, 8, 4), ema_decay=0.9)
+    objective="di_star",
+    omega=7.5,
+    constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
+    weighting="eps",
+    reduction="sum",
+    generator_times=(20, 980),
+    assistant_times=(0, 999),
+    assistant_updates=1,
+    sharing="x0",
+    generator_timesteps=(399,),
+    latent_shape=(8, 8, 4),
+    ema_decay=0.9,
+)
 BATCH = 8
 IDS = {"tokenizer": jnp.tile(jnp.arange(BATCH, dtype=jnp.int32)[:, None], (1, 8))}
 
@@ -54,38 +98,54 @@ def one_device():
 def world():
     """(networks, frozen parameters, another UNet's parameters, token ids)."""
     from di_star_jax import models
+
     graphdefs, params = {}, {}
     for i, (name, config) in enumerate(CONFIGS.items()):
         cls, settings = pipeline.model_class(config)
         graphdefs[name], params[name] = models.init(lambda rngs: cls(settings, rngs=rngs), seed=i)
-    other = models.init(lambda rngs: pipeline.model_class(CONFIGS["unet"])[0](
-        pipeline.model_class(CONFIGS["unet"])[1], rngs=rngs), seed=99)[1]
+    other = models.init(
+        lambda rngs: pipeline.model_class(CONFIGS["unet"])[0](
+            pipeline.model_class(CONFIGS["unet"])[1], rngs=rngs
+        ),
+        seed=99,
+    )[1]
 
     def reward(params, x0, ids, crop):
         image = nnx.merge(graphdefs["vae"], params["vae"]).decode(x0)
-        score = similarity.cosine(graphdefs["reward"], clip_pixels, params["reward"], image, ids["reward"])
+        score = similarity.cosine(
+            graphdefs["reward"], clip_pixels, params["reward"], image, ids["reward"]
+        )
         return 100.0 * score, {"pickscore": score}
 
     networks = gradients.Networks(
         lambda params, x_t, t, condition: nnx.merge(graphdefs["unet"], params)(x_t, t, condition),
-        lambda params, ids: pipeline.encode_text(graphdefs, params, ids, 16), reward)
+        lambda params, ids: pipeline.encode_text(graphdefs, params, ids, 16),
+        reward,
+    )
     ids = np.random.default_rng(0).integers(0, 40, (BATCH, 8)).astype(np.int32)
     return networks, params, other, {name: ids for name in ("tokenizer", "tokenizer_2", "reward")}
 
 
 # A UNet of a few products: what the step does with it is the same, and compiles in a second.
 def small_unet(params, x_t, t, condition):
-    h = jnp.tanh(x_t @ params["a"] + condition.pooled[:, None, None, :] @ params["c"]
-                 + jnp.sin(diffusion.per_sample(t / 200.0, x_t)))
+    h = jnp.tanh(
+        x_t @ params["a"]
+        + condition.pooled[:, None, None, :] @ params["c"]
+        + jnp.sin(diffusion.per_sample(t / 200.0, x_t))
+    )
     return h @ params["b"] + 0.1 * x_t
 
 
 def small_world(reward_scale=100.0):
     """(networks, frozen parameters, another UNet's parameters)."""
+
     def params(seed):
         keys = jax.random.split(jax.random.key(seed), 3)
-        return {"a": 0.5 * jax.random.normal(keys[0], (4, 16)), "b": 0.3 * jax.random.normal(keys[1], (16, 4)),
-                "c": jax.random.normal(keys[2], (3, 16))}
+        return {
+            "a": 0.5 * jax.random.normal(keys[0], (4, 16)),
+            "b": 0.3 * jax.random.normal(keys[1], (16, 4)),
+            "c": jax.random.normal(keys[2], (3, 16)),
+        }
 
     def encode_text(frozen, token_ids):
         pooled = jax.random.normal(jax.random.key(5), (BATCH, 3))[token_ids["tokenizer"][:, 0]]
@@ -104,10 +164,16 @@ def small_world(reward_scale=100.0):
 def small():
     """(state, run(state, key) -> (state, metrics), the jitted step) of the small world."""
     networks, frozen, generator, assistant = small_world()
-    opt = step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0)
-    update = jax.jit(step.make_train_step(networks, SETTINGS, SCHEDULE, opt, opt, one_device()), donate_argnums=0)
+    opt = step.adamw(
+        1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0
+    )
+    update = jax.jit(
+        step.make_train_step(networks, SETTINGS, SCHEDULE, opt, opt, one_device()), donate_argnums=0
+    )
     state = step.init_state(generator, assistant, opt, opt)
-    state = jax.device_put(state, sharding.params_sharding(one_device(), state))  # where the step leaves it
+    state = jax.device_put(
+        state, sharding.params_sharding(one_device(), state)
+    )  # where the step leaves it
     return state, lambda state, key=jax.random.key(0): update(state, frozen, IDS, key), update
 
 
@@ -153,7 +219,8 @@ def test_stopped_and_restarted_equals_a_straight_run(small):
 
 
 def world_gradients(world, mesh, **changes):
-    """(generator's, assistant's) gradients of one step of the tiny SDXL on a mesh, as NumPy trees, and the metrics.
+    """(generator's, assistant's) gradients of one step of the tiny SDXL on a mesh, as NumPy trees,
+    and the metrics.
 
     With plain SGD of rate 1 a step's change of the parameters is the gradient.
     """
@@ -162,10 +229,16 @@ def world_gradients(world, mesh, **changes):
     state = step.init_state(other, params["unet"], sgd, sgd)
     put = lambda tree: jax.device_put(tree, sharding.params_sharding(mesh, tree))
     spread = {name: jax.device_put(v, sharding.batch_sharding(mesh)) for name, v in ids.items()}
-    update = step.make_train_step(networks, dataclasses.replace(SETTINGS, **changes), SCHEDULE, sgd, sgd, mesh)
+    update = step.make_train_step(
+        networks, dataclasses.replace(SETTINGS, **changes), SCHEDULE, sgd, sgd, mesh
+    )
     after, metrics = jax.jit(update)(put(state), put(params), spread, jax.random.key(0))
-    return [jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), getattr(after, name), getattr(state, name))
-            for name in ("generator", "assistant")], metrics
+    return [
+        jax.tree.map(
+            lambda a, b: np.asarray(a) - np.asarray(b), getattr(after, name), getattr(state, name)
+        )
+        for name in ("generator", "assistant")
+    ], metrics
 
 
 def test_gradients_on_eight_devices_equal_those_on_one(world, monkeypatch):
@@ -174,7 +247,9 @@ def test_gradients_on_eight_devices_equal_those_on_one(world, monkeypatch):
     many, metrics = world_gradients(world, sharding.make_mesh(2, 2, 2))
     for ours, expected in zip(many, on_one[0]):
         largest = max(np.abs(g).max() for g in jax.tree.leaves(expected))
-        error = max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)))
+        error = max(
+            np.abs(a - b).max() for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected))
+        )
         assert error <= 1e-5 * max(largest, 1.0), f"{error} of {largest}"
     for name, value in on_one[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
@@ -183,9 +258,12 @@ def test_gradients_on_eight_devices_equal_those_on_one(world, monkeypatch):
 def test_warm_up_trains_the_assistant_alone(small):
     networks, frozen, _, _ = small_world()
     state = copy(small[0])
-    opt = step.adamw(1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=10.0)
-    after, metrics = jax.jit(step.make_warmup_step(networks, SETTINGS, SCHEDULE, opt, one_device()))(
-        state, frozen, IDS, jax.random.key(0))
+    opt = step.adamw(
+        1e-4, lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=10.0
+    )
+    after, metrics = jax.jit(
+        step.make_warmup_step(networks, SETTINGS, SCHEDULE, opt, one_device())
+    )(state, frozen, IDS, jax.random.key(0))
     assert distance(after.generator, state.generator) == 0.0
     assert distance(after.assistant, state.assistant) > 1e-5
     assert float(metrics["nonfinite"]) == 0
@@ -208,10 +286,17 @@ def small_step(key=0, reward_scale=100.0, **changes):
     settings = dataclasses.replace(SETTINGS, **changes)
     sgd = optax.sgd(1.0)
     state = step.init_state(generator, assistant, sgd, sgd)
-    after, metrics = jax.jit(step.make_train_step(networks, settings, SCHEDULE, sgd, sgd, one_device()))(
-        state, frozen, IDS, jax.random.key(key))
-    return (settings, *(jax.tree.map(lambda a, b: a - b, getattr(state, name), getattr(after, name))
-                        for name in ("generator", "assistant")), metrics)
+    after, metrics = jax.jit(
+        step.make_train_step(networks, settings, SCHEDULE, sgd, sgd, one_device())
+    )(state, frozen, IDS, jax.random.key(key))
+    return (
+        settings,
+        *(
+            jax.tree.map(lambda a, b: a - b, getattr(state, name), getattr(after, name))
+            for name in ("generator", "assistant")
+        ),
+        metrics,
+    )
 
 
 def expected_gradients(settings, key=0):
@@ -223,18 +308,23 @@ def expected_gradients(settings, key=0):
     z, t_z = gradients.simulate(generator, draws, conditions[0], settings=settings, **common)
     psi = lambda x_t, t: small_unet(assistant, x_t, t, conditions[0])
     scores = objectives.one_by_one(
-        psi, *gradients.reference_scores(small_unet, frozen["unet"], conditions, settings.omega))
+        psi, *gradients.reference_scores(small_unet, frozen["unet"], conditions, settings.omega)
+    )
 
     def generator_loss(generator):
         x0 = gradients.denoise(generator, z, t_z, conditions[0], **common)
         reward, _ = networks.reward(frozen, x0, IDS, draws.crop)
-        loss = gradients.regulariser(x0, draws.t, draws.eps, scores=scores, settings=settings, schedule=SCHEDULE)
+        loss = gradients.regulariser(
+            x0, draws.t, draws.eps, scores=scores, settings=settings, schedule=SCHEDULE
+        )
         return (loss - reward).mean()
 
     def assistant_loss(assistant):
         x0 = gradients.denoise(generator, z, t_z, conditions[0], **common)
         x_t = diffusion.add_noise(x0, draws.eps, SCHEDULE.alpha[draws.t], SCHEDULE.sigma[draws.t])
-        return objectives.denoising_score_matching(small_unet(assistant, x_t, draws.t, conditions[0]), draws.eps).mean()
+        return objectives.denoising_score_matching(
+            small_unet(assistant, x_t, draws.t, conditions[0]), draws.eps
+        ).mean()
 
     return jax.grad(generator_loss)(generator), jax.grad(assistant_loss)(assistant)
 
@@ -252,9 +342,17 @@ def test_one_shared_forward_gives_the_gradients_of_separate_ones_on_the_same_x_t
     assert metrics["nonfinite"] == 0
 
 
-# The loops evaluate the scores one way for all objectives: one of each kind of guidance stands for them.
-@pytest.mark.parametrize("objective, sharing", [*((name, "x0") for name in objectives.OBJECTIVES),
-                                                ("di_star", "loops"), ("di_star_outside", "loops"), ("kl", "loops")])
+# The loops evaluate the scores one way for all objectives: one of each kind of guidance stands for
+# them.
+@pytest.mark.parametrize(
+    "objective, sharing",
+    [
+        *((name, "x0") for name in objectives.OBJECTIVES),
+        ("di_star", "loops"),
+        ("di_star_outside", "loops"),
+        ("kl", "loops"),
+    ],
+)
 def test_with_fresh_times_the_generators_gradient_is_the_same(objective, sharing):
     settings, generator, assistant, metrics = small_step(objective=objective, sharing=sharing)
     expected = expected_gradients(settings)
@@ -281,7 +379,9 @@ def test_microbatches_have_the_gradients_and_figures_of_the_whole_batch():
 def test_omega_one_turns_guidance_off():
     unguided = small_step(omega=1.0)[1]
     constants = SETTINGS.constants._replace(alpha_cfg=0.0)
-    assert_close(unguided, small_step(objective="di_star_outside", omega=1.0, constants=constants)[1])
+    assert_close(
+        unguided, small_step(objective="di_star_outside", omega=1.0, constants=constants)[1]
+    )
     assert distance(unguided, small_step(omega=2.0)[1]) > 1e-4
 
 
@@ -304,15 +404,25 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
     seen = {}
     for k in range(30):
         draws = gradients.draw(jax.random.key(k), BATCH, settings)
-        x_t, t = gradients.simulate(generator, draws, condition, networks=networks, settings=settings, schedule=SCHEDULE)
+        x_t, t = gradients.simulate(
+            generator, draws, condition, networks=networks, settings=settings, schedule=SCHEDULE
+        )
         noise = jnp.moveaxis(draws.noise, 1, 0)
         i = timesteps.index(int(t))
         seen[i] = seen.setdefault(i, 0) + 1
         expected = noise[0]
         for j in range(i):
-            x0 = gradients.denoise(generator, expected, jnp.array(timesteps[j]), condition, networks=networks,
-                              schedule=SCHEDULE)
-            expected = diffusion.add_noise(x0, noise[j + 1], *(v[jnp.full(BATCH, timesteps[j + 1])] for v in SCHEDULE))
+            x0 = gradients.denoise(
+                generator,
+                expected,
+                jnp.array(timesteps[j]),
+                condition,
+                networks=networks,
+                schedule=SCHEDULE,
+            )
+            expected = diffusion.add_noise(
+                x0, noise[j + 1], *(v[jnp.full(BATCH, timesteps[j + 1])] for v in SCHEDULE)
+            )
         np.testing.assert_allclose(x_t, expected, rtol=1e-4, atol=1e-4)
     assert sorted(seen) == list(range(len(timesteps)))
     settings, *found, _ = small_step(generator_timesteps=timesteps, sharing="x_t", key=3)
@@ -321,24 +431,46 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
 
 
 # UNet forwards per sample (an input-VJP is one, a whole backward pass two), VAE and reward apart.
-@pytest.mark.parametrize("changes, forwards", [
-    pytest.param({}, 12, marks=pytest.mark.slow), pytest.param({"sharing": "x_t"}, 11, marks=pytest.mark.slow),
-    pytest.param({"objective": "di_star_outside", "omega": 1.0}, 11, marks=pytest.mark.slow),
-    pytest.param({"objective": "kl"}, 9, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    "changes, forwards",
+    [
+        pytest.param({}, 12, marks=pytest.mark.slow),
+        pytest.param({"sharing": "x_t"}, 11, marks=pytest.mark.slow),
+        pytest.param({"objective": "di_star_outside", "omega": 1.0}, 11, marks=pytest.mark.slow),
+        pytest.param({"objective": "kl"}, 9, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwards):
-    unet = pipeline.abstract_model(published.PIPELINES["stabilityai/stable-diffusion-xl-base-1.0"]["unet"])
+    unet = pipeline.abstract_model(
+        published.PIPELINES["stabilityai/stable-diffusion-xl-base-1.0"]["unet"]
+    )
     apply = lambda params, x_t, t, condition: nnx.merge(unet.graphdef, params)(x_t, t, condition)
     shape = (2, 128, 128, 4)
     condition = Condition(jnp.zeros((2, 77, 2048)), jnp.zeros((2, 1280)), jnp.zeros((2, 6)))
-    one = flops.count(apply, unet.params, jax.ShapeDtypeStruct(shape, jnp.float32), jnp.zeros(2, jnp.int32), condition)
+    one = flops.count(
+        apply,
+        unet.params,
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jnp.zeros(2, jnp.int32),
+        condition,
+    )
     assert one / 2 == pytest.approx(6.761e12, rel=1e-3)
-    networks = gradients.Networks(apply, lambda frozen, ids: (condition, pipeline.null_of(condition)),
-                             lambda frozen, x0, ids, crop: (jnp.zeros(2), {}))
+    networks = gradients.Networks(
+        apply,
+        lambda frozen, ids: (condition, pipeline.null_of(condition)),
+        lambda frozen, x0, ids, crop: (jnp.zeros(2), {}),
+    )
     settings = dataclasses.replace(SETTINGS, latent_shape=shape[1:], **changes)
     sgd = optax.sgd(1.0)
     state = jax.eval_shape(lambda p: step.init_state(p, p, sgd, sgd), unet.params)
-    whole = flops.count(step.make_train_step(networks, settings, SCHEDULE, sgd, sgd, one_device()), state,
-                        {"unet": unet.params}, {"prompt": jnp.zeros(2)}, jax.eval_shape(lambda: jax.random.key(0)))
+    whole = flops.count(
+        step.make_train_step(networks, settings, SCHEDULE, sgd, sgd, one_device()),
+        state,
+        {"unet": unet.params},
+        {"prompt": jnp.zeros(2)},
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
     assert whole / one == pytest.approx(forwards, rel=0.05)
 
 

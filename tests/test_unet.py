@@ -10,18 +10,22 @@ import parity
 import pytest
 from flax import nnx
 
-from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.config import UserError
 from di_star_jax.models import published
-from di_star_jax.models.unet import (Condition, UNetConfig)
+from di_star_jax.models.unet import Condition, UNetConfig
+from di_star_jax.pipelines import folder as pipeline
 
 
 # 25x39 is odd at every level: upsampling must crop to its skip.
-@pytest.mark.parametrize("name, batch, height, width, remat", [
-    ("SDXL", 2, 24, 40, "full"),
-    pytest.param("SD 1.5", 1, 24, 40, "dots", marks=pytest.mark.slow),
-    pytest.param("SDXL", 1, 25, 39, "none", marks=pytest.mark.slow),
-    pytest.param("SD 1.5", 3, 16, 16, "full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name, batch, height, width, remat",
+    [
+        ("SDXL", 2, 24, 40, "full"),
+        pytest.param("SD 1.5", 1, 24, 40, "dots", marks=pytest.mark.slow),
+        pytest.param("SDXL", 1, 25, 39, "none", marks=pytest.mark.slow),
+        pytest.param("SD 1.5", 3, 16, 16, "full", marks=pytest.mark.slow),
+    ],
+)
 def test_unet_and_its_gradients_equal_diffusers(name, batch, height, width, remat):
     errors = parity.unet_errors(name, batch, height, width, remat=remat)
     assert errors.forward <= parity.FORWARD, errors
@@ -42,7 +46,9 @@ def test_bfloat16_compute_stays_near_float32_and_returns_float32():
     assert rms < 0.03, rms
 
 
-@pytest.mark.parametrize("config, count", [(published.UNET_SDXL, 2_567_463_684), (published.UNET_SD15, 859_520_964)])
+@pytest.mark.parametrize(
+    "config, count", [(published.UNET_SDXL, 2_567_463_684), (published.UNET_SD15, 859_520_964)]
+)
 def test_full_size_unet_has_the_published_number_of_parameters(config, count):
     tree = pipeline.abstract_model(config).params
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) == count

@@ -7,10 +7,10 @@ import jax
 import parity
 import pytest
 
-from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.config import UserError
 from di_star_jax.models import published
 from di_star_jax.models.vae import VAEConfig
+from di_star_jax.pipelines import folder as pipeline
 
 
 @pytest.mark.parametrize("batch, height, width", [(3, 48, 80), (1, 64, 64)])

@@ -21,18 +21,40 @@ import torch
 import transformers
 
 from di_star_jax import models
-from di_star_jax.storage import weights
 from di_star_jax.config import UserError
-from di_star_jax.models import (clip, unet, vae)
+from di_star_jax.models import clip, unet, vae
+from di_star_jax.storage import weights
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
-BLOCKS = dict(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=24,
-              down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), layers_per_block=1,
-              up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-SDXL = dict(**BLOCKS, transformer_layers_per_block=(1, 3), attention_head_dim=(1, 2), use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64)
-TEXT = dict(vocab_size=50, hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-            max_position_embeddings=12, projection_dim=16, bos_token_id=48, eos_token_id=49)
+BLOCKS = dict(
+    sample_size=8,
+    block_out_channels=(16, 32),
+    norm_num_groups=8,
+    cross_attention_dim=24,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    layers_per_block=1,
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+)
+SDXL = dict(
+    **BLOCKS,
+    transformer_layers_per_block=(1, 3),
+    attention_head_dim=(1, 2),
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=64,
+)
+TEXT = dict(
+    vocab_size=50,
+    hidden_size=24,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    max_position_embeddings=12,
+    projection_dim=16,
+    bos_token_id=48,
+    eos_token_id=49,
+)
 
 
 def _abstract(model, config_class, folder):
@@ -70,7 +92,9 @@ def copy(unet_folder, tmp_path):
 def _edit(folder, change, name=DIFFUSERS):
     """Applies `change` to the tensors of a folder's one file."""
     tensors = safetensors.numpy.load_file(folder / name)
-    safetensors.numpy.save_file(change(tensors) or tensors, folder / name, metadata={"format": "pt"})
+    safetensors.numpy.save_file(
+        change(tensors) or tensors, folder / name, metadata={"format": "pt"}
+    )
 
 
 def _error(call, *args, **kw) -> str:
@@ -88,15 +112,23 @@ def _assert_equal(a, b):
 
 # The rule.
 
+
 def test_a_path_becomes_the_key_of_pytorch():
     leaf = jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)
     key = weights.torch_keys
-    assert key(("down_blocks", 0, "resnets", 1, "conv1", "kernel"), leaf) == "down_blocks.0.resnets.1.conv1.weight"
-    assert key(("norm", "scale"), leaf) == "norm.weight" and key(("norm", "bias"), leaf) == "norm.bias"
+    assert (
+        key(("down_blocks", 0, "resnets", 1, "conv1", "kernel"), leaf)
+        == "down_blocks.0.resnets.1.conv1.weight"
+    )
+    assert (
+        key(("norm", "scale"), leaf) == "norm.weight" and key(("norm", "bias"), leaf) == "norm.bias"
+    )
     assert key(("token_embedding", "embedding"), leaf) == "token_embedding.weight"
     assert key(("logit_scale",), leaf) == "logit_scale"
     assert key(("a", "transformer_blocks", "attn1", "to_out", 0, "kernel"), leaf) == [
-        "a.transformer_blocks.0.attn1.to_out.0.weight", "a.transformer_blocks.1.attn1.to_out.0.weight"]
+        "a.transformer_blocks.0.attn1.to_out.0.weight",
+        "a.transformer_blocks.1.attn1.to_out.0.weight",
+    ]
     assert key(("encoder", "layers", 1, "fc1", "kernel"), leaf) == "encoder.layers.1.fc1.weight"
 
 
@@ -107,21 +139,29 @@ def test_rows_of_a_stacked_leaf_are_pytorchs_blocks_in_order(torch_unet, unet_fo
     assert ours.shape == (3, 128, 32)
     for i in range(3):
         np.testing.assert_array_equal(ours[i], theirs[i].ff.net[2].weight.detach().numpy().T)
-    np.testing.assert_array_equal(params["conv_in"]["kernel"],
-                                  torch_unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(
+        params["conv_in"]["kernel"],
+        torch_unet.conv_in.weight.detach().numpy().transpose(2, 3, 1, 0),
+    )
 
 
 # Round trips.
 
+
 def _hub_names(model, folder):
     """Writes a transformers model under the names of the hub's files."""
     folder.mkdir()
-    state = {k if k.startswith("text") else f"text_model.{k}": v.numpy() for k, v in model.state_dict().items()}
+    state = {
+        k if k.startswith("text") else f"text_model.{k}": v.numpy()
+        for k, v in model.state_dict().items()
+    }
     safetensors.numpy.save_file(state, folder / TRANSFORMERS, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["sdxl_unet", "sd15_unet", "vae", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize(
+    "name", ["sdxl_unet", "sd15_unet", "vae", "text_encoder", "text_encoder_2"]
+)
 def test_a_round_trip_gives_the_same_bytes(name, unet_folder, tmp_path):
     torch.manual_seed(1)
     folder = tmp_path / "in"
@@ -132,16 +172,27 @@ def test_a_round_trip_gives_the_same_bytes(name, unet_folder, tmp_path):
         diffusers.UNet2DConditionModel(**BLOCKS, attention_head_dim=2).save_pretrained(folder)
         abstract = _unet(folder)
     elif name == "vae":
-        diffusers.AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-                                up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4).save_pretrained(folder)
+        diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+        ).save_pretrained(folder)
         abstract = _abstract(vae.AutoencoderKL, vae.VAEConfig, folder)
     else:
-        theirs, ours = {"text_encoder": (transformers.CLIPTextModel, clip.CLIPTextModel), "text_encoder_2": (
-            transformers.CLIPTextModelWithProjection, clip.CLIPTextModelWithProjection)}[name]
+        theirs, ours = {
+            "text_encoder": (transformers.CLIPTextModel, clip.CLIPTextModel),
+            "text_encoder_2": (
+                transformers.CLIPTextModelWithProjection,
+                clip.CLIPTextModelWithProjection,
+            ),
+        }[name]
         _hub_names(theirs(transformers.CLIPTextConfig(**TEXT)), folder)
         abstract, file_name = _abstract(ours, clip.CLIPTextConfig, folder), TRANSFORMERS
     config = weights.read_config(folder)
-    weights.save(tmp_path / "out", weights.load(folder, abstract), config=config, file_name=file_name)
+    weights.save(
+        tmp_path / "out", weights.load(folder, abstract), config=config, file_name=file_name
+    )
     assert (tmp_path / "out" / file_name).read_bytes() == (folder / file_name).read_bytes()
     assert weights.read_config(tmp_path / "out") == config
 
@@ -154,7 +205,9 @@ def test_tensors_and_params_in_memory_are_inverse(unet_folder, abstract):
         assert again[key].tobytes() == tensor.tobytes() and again[key].shape == tensor.shape, key
 
 
-def test_shards_and_half_precision_files_of_diffusers_load(torch_unet, unet_folder, tmp_path, abstract):
+def test_shards_and_half_precision_files_of_diffusers_load(
+    torch_unet, unet_folder, tmp_path, abstract
+):
     exact = weights.load(unet_folder, abstract)
     torch_unet.save_pretrained(tmp_path / "shards", max_shard_size="200KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -169,8 +222,10 @@ def test_shards_and_half_precision_files_of_diffusers_load(torch_unet, unet_fold
 
 def test_the_full_precision_file_is_preferred(copy, abstract):
     tensors = safetensors.numpy.load_file(copy / DIFFUSERS)
-    safetensors.numpy.save_file({k: v.astype(np.float16) for k, v in tensors.items()},
-                                copy / "diffusion_pytorch_model.fp16.safetensors")
+    safetensors.numpy.save_file(
+        {k: v.astype(np.float16) for k, v in tensors.items()},
+        copy / "diffusion_pytorch_model.fp16.safetensors",
+    )
     params = weights.load(copy, abstract)
     np.testing.assert_array_equal(params["conv_in"]["bias"], tensors["conv_in.bias"])
 
@@ -178,7 +233,9 @@ def test_the_full_precision_file_is_preferred(copy, abstract):
 def test_bfloat16_files_are_cast_exactly(copy, abstract):
     exact = weights.load(copy, abstract)
     _edit(copy, lambda tensors: {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()})
-    rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), exact)
+    rounded = jax.tree.map(
+        lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), exact
+    )
     _assert_equal(weights.load(copy, abstract), rounded)
     kept = weights.load(copy, abstract, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
@@ -187,7 +244,9 @@ def test_bfloat16_files_are_cast_exactly(copy, abstract):
 def test_our_shards_load_in_diffusers(unet_folder, torch_unet, tmp_path, monkeypatch, abstract):
     monkeypatch.setattr(weights, "MAX_SHARD", 200_000)
     params = weights.load(unet_folder, abstract)
-    weights.save(tmp_path / "unet", params, config=weights.read_config(unet_folder), file_name=DIFFUSERS)
+    weights.save(
+        tmp_path / "unet", params, config=weights.read_config(unet_folder), file_name=DIFFUSERS
+    )
     files = list((tmp_path / "unet").glob("*.safetensors"))
     assert len(files) > 2 and max(f.stat().st_size for f in files) < 220_000
     again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet")
@@ -198,8 +257,12 @@ def test_our_shards_load_in_diffusers(unet_folder, torch_unet, tmp_path, monkeyp
 
 def test_older_and_newer_names_are_understood(tmp_path):
     torch.manual_seed(2)
-    diffusers.AutoencoderKL(block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
-                            up_block_types=("UpDecoderBlock2D",), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    diffusers.AutoencoderKL(
+        block_out_channels=(8,),
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        norm_num_groups=4,
+    ).save_pretrained(tmp_path / "vae")
     abstract = _abstract(vae.AutoencoderKL, vae.VAEConfig, tmp_path / "vae")
     expected = weights.load(tmp_path / "vae", abstract)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -210,16 +273,23 @@ def test_older_and_newer_names_are_understood(tmp_path):
         return tensors
 
     _edit(tmp_path / "vae", rename)
-    assert any(".proj_attn." in k for k in safetensors.numpy.load_file(tmp_path / "vae" / DIFFUSERS))
+    assert any(
+        ".proj_attn." in k for k in safetensors.numpy.load_file(tmp_path / "vae" / DIFFUSERS)
+    )
     _assert_equal(weights.load(tmp_path / "vae", abstract), expected)
 
     model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT))
     _hub_names(model, tmp_path / "hub")
-    _edit(tmp_path / "hub", lambda t: t.update({"text_model.embeddings.position_ids": np.arange(12)[None]}),
-          TRANSFORMERS)
+    _edit(
+        tmp_path / "hub",
+        lambda t: t.update({"text_model.embeddings.position_ids": np.arange(12)[None]}),
+        TRANSFORMERS,
+    )
     model.save_pretrained(tmp_path / "new")  # transformers 5 leaves `text_model.` out
     abstract = _abstract(clip.CLIPTextModel, clip.CLIPTextConfig, tmp_path / "new")
-    _assert_equal(weights.load(tmp_path / "hub", abstract), weights.load(tmp_path / "new", abstract))
+    _assert_equal(
+        weights.load(tmp_path / "hub", abstract), weights.load(tmp_path / "new", abstract)
+    )
 
 
 def test_parameters_arrive_with_their_shardings(unet_folder, abstract):
@@ -228,7 +298,9 @@ def test_parameters_arrive_with_their_shardings(unet_folder, abstract):
 
     def place(leaf):
         last = "fsdp" if leaf.shape[-1] % jax.device_count() == 0 else None
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), last))
+        return jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(*[None] * (leaf.ndim - 1), last)
+        )
 
     shardings = jax.tree.map(place, abstract)
     params = weights.load(unet_folder, abstract, shardings=shardings)
@@ -239,9 +311,13 @@ def test_parameters_arrive_with_their_shardings(unet_folder, abstract):
 def test_loading_holds_about_one_leaf_beside_the_parameters(tmp_path):
     leaves, size = 16, 512 * 512
     rng = np.random.default_rng(0)
-    safetensors.numpy.save_file({f"m.{i}.weight": rng.random((512, 512), np.float32) for i in range(leaves)},
-                                tmp_path / TRANSFORMERS)
-    abstract = {"m": {i: {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)} for i in range(leaves)}}
+    safetensors.numpy.save_file(
+        {f"m.{i}.weight": rng.random((512, 512), np.float32) for i in range(leaves)},
+        tmp_path / TRANSFORMERS,
+    )
+    abstract = {
+        "m": {i: {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)} for i in range(leaves)}
+    }
     tracemalloc.start()
     params = weights.load(tmp_path, abstract)
     after, peak = tracemalloc.get_traced_memory()
@@ -251,6 +327,7 @@ def test_loading_holds_about_one_leaf_beside_the_parameters(tmp_path):
 
 
 # Errors.
+
 
 def test_tensors_that_do_not_fit_are_named_and_counted_in_one_error(copy, abstract):
     def damage(tensors):
@@ -262,9 +339,16 @@ def test_tensors_that_do_not_fit_are_named_and_counted_in_one_error(copy, abstra
     _edit(copy, damage)
     message = _error(weights.load, copy, abstract)
     assert f"{12 * 5} tensors missing, 1 extra, 1 of the wrong shape" in message
-    assert "conv_in.weight is [16, 9, 3, 3], expected [16, 4, 3, 3]" in message and str(copy) in message
-    assert message.count("missing down_blocks.1") + message.count("missing mid_block") == 9, "the first ten only"
-    zeros = weights.tensors_from_params(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract))
+    assert (
+        "conv_in.weight is [16, 9, 3, 3], expected [16, 4, 3, 3]" in message
+        and str(copy) in message
+    )
+    assert message.count("missing down_blocks.1") + message.count("missing mid_block") == 9, (
+        "the first ten only"
+    )
+    zeros = weights.tensors_from_params(
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
+    )
     _edit(copy, lambda tensors: {**zeros, "stray.weight": tensors["stray.weight"]})
     assert "extra stray.weight [3]" in _error(weights.load, copy, abstract)
 
@@ -273,7 +357,9 @@ def test_tensors_that_do_not_fit_are_named_and_counted_in_one_error(copy, abstra
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_weights_that_are_not_finite_are_refused(copy, value, dtype, abstract):
     def damage(tensors):
-        tensors["mid_block.resnets.1.conv2.weight"] = tensors["mid_block.resnets.1.conv2.weight"].astype(dtype)
+        tensors["mid_block.resnets.1.conv2.weight"] = tensors[
+            "mid_block.resnets.1.conv2.weight"
+        ].astype(dtype)
         tensors["mid_block.resnets.1.conv2.weight"][3, 2, 1, 0] = value
 
     _edit(copy, damage)
@@ -305,7 +391,9 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(copy, protocol, abstr
 
 def test_safetensors_that_begin_like_a_pickle_are_not_taken_for_one(tmp_path):
     for pad in range(300):  # until the length of the header is 0x..80, the first byte of a pickle
-        safetensors.numpy.save_file({"b": np.zeros(3, np.float32)}, tmp_path / TRANSFORMERS, metadata={"x": "x" * pad})
+        safetensors.numpy.save_file(
+            {"b": np.zeros(3, np.float32)}, tmp_path / TRANSFORMERS, metadata={"x": "x" * pad}
+        )
         if (tmp_path / TRANSFORMERS).read_bytes()[0] == 0x80:
             break
     assert (tmp_path / TRANSFORMERS).read_bytes()[0] == 0x80
@@ -315,7 +403,9 @@ def test_safetensors_that_begin_like_a_pickle_are_not_taken_for_one(tmp_path):
     assert "is not a readable safetensors file" in _error(weights.load, tmp_path, abstract)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x10", b"\xff" * 40, b"\x02\x00\x00\x00\x00\x00\x00\x00{x"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x10", b"\xff" * 40, b"\x02\x00\x00\x00\x00\x00\x00\x00{x"]
+)
 def test_a_broken_file_is_named(copy, content, abstract):
     (copy / DIFFUSERS).write_bytes(content)
     assert "is not a readable safetensors file" in _error(weights.load, copy, abstract)
@@ -323,14 +413,20 @@ def test_a_broken_file_is_named(copy, content, abstract):
 
 def test_a_truncated_file_is_named(copy, abstract):
     (copy / DIFFUSERS).write_bytes((copy / DIFFUSERS).read_bytes()[:-1000])
-    assert f"{copy / DIFFUSERS} is not a readable safetensors file" in _error(weights.load, copy, abstract)
+    assert f"{copy / DIFFUSERS} is not a readable safetensors file" in _error(
+        weights.load, copy, abstract
+    )
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "..", "x.bin",
-                                  3, None])
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.safetensors", "/etc/secret.safetensors", "a/b.safetensors", "..", "x.bin", 3, None],
+)
 def test_an_index_cannot_name_files_outside_its_folder(copy, name, abstract):
     (copy / DIFFUSERS).rename(copy.parent / "secret.safetensors")
-    (copy / f"{DIFFUSERS}.index.json").write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
+    (copy / f"{DIFFUSERS}.index.json").write_text(
+        json.dumps({"weight_map": {"conv_in.weight": name}})
+    )
     assert repr(str(name)) in _error(weights.load, copy, abstract)
 
 
@@ -353,18 +449,23 @@ def test_missing_shards_and_broken_json_are_named(copy, abstract):
 
 # Writing.
 
+
 def test_nothing_half_written_is_left_behind(unet_folder, tmp_path, abstract):
     params = weights.load(unet_folder, abstract)
     params["up_blocks"][1]["resnets"][0]["conv1"]["bias"] *= np.nan
     save = dict(config={}, file_name=DIFFUSERS)
-    assert "up_blocks.1.resnets.0.conv1.bias" in _error(weights.save, tmp_path / "unet", params, **save)
+    assert "up_blocks.1.resnets.0.conv1.bias" in _error(
+        weights.save, tmp_path / "unet", params, **save
+    )
     assert os.listdir(tmp_path) == []
     params["up_blocks"][1]["resnets"][0]["conv1"]["bias"] = np.full(16, 7e4, np.float32)
     assert "float16" in _error(weights.save, tmp_path / "unet", params, dtype=jnp.float16, **save)
     weights.save(tmp_path / "unet", params, **save)
     weights.save(tmp_path / "unet", {"b": jnp.zeros(3)}, config={"new": 1}, file_name=TRANSFORMERS)
     assert os.listdir(tmp_path) == ["unet"], "no temporary folder"
-    assert sorted(os.listdir(tmp_path / "unet")) == ["config.json", TRANSFORMERS], "nothing of the earlier model"
+    assert sorted(os.listdir(tmp_path / "unet")) == ["config.json", TRANSFORMERS], (
+        "nothing of the earlier model"
+    )
 
 
 def test_folders_that_are_no_models_are_not_overwritten(tmp_path):
@@ -377,6 +478,7 @@ def test_folders_that_are_no_models_are_not_overwritten(tmp_path):
 
 # Names on the Hub.
 
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub with one repository in `tmp_path / "repository"`; records what was asked for."""
@@ -385,7 +487,9 @@ def hub(monkeypatch, tmp_path):
     def snapshot_download(name, *, allow_patterns, ignore_patterns):
         asked.append((name, allow_patterns, ignore_patterns))
         if not (tmp_path / "repository").is_dir():
-            raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the Hub\nand more lines")
+            raise huggingface_hub.errors.LocalEntryNotFoundError(
+                "cannot reach the Hub\nand more lines"
+            )
         return str(tmp_path / "repository")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -413,8 +517,10 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     assert weights.resolve("stabilityai/sdxl") == folder
     assert {name for name, _, _ in hub} == {"stabilityai/sdxl"}
     assert [asked[1:] for asked in hub] == [
-        (["*.json", "*.txt"], None), (["unet/*.safetensors"], "*.fp16*"),
-        (["unet/*.safetensors"], None)], "half precision where there is nothing else"
+        (["*.json", "*.txt"], None),
+        (["unet/*.safetensors"], "*.fp16*"),
+        (["unet/*.safetensors"], None),
+    ], "half precision where there is nothing else"
     (folder / "model.safetensors").touch()
     (folder / "model_index.json").write_text(json.dumps({"../../home": ["diffusers", "U"]}))
     assert "'../../home'" in _error(weights.resolve, "stabilityai/sdxl")

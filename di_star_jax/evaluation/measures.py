@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers of an evaluation: Frechet distance, means over prompts, paired runs, colour, diversity.
 
-NumPy in float64. P prompts with K images each; values are [P, K], or [P] for one image a prompt. A value NaN is an image
-that is broken or was not scored: it is left out and counted.
+NumPy in float64. P prompts with K images each; values are [P, K], or [P] for one image a prompt. A
+value NaN is an image that is broken or was not scored: it is left out and counted.
 """
 
 import os
@@ -19,19 +19,24 @@ _CHUNK = 2**21  # prompts drawn at a time by the bootstrap: some 50 MB
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that come in batches, in float64: the two moments of a Frechet distance.
+    """Mean and covariance of features that come in batches, in float64: the two moments of a
+    Frechet distance.
 
-    Args: features: text that names the extractor and its preprocessing; only statistics of the same text are compared.
+    Args: features: text that names the extractor and its preprocessing; only statistics of the same
+      text are compared.
 
     Attributes:
-      count: rows seen; None where a file does not tell. left_out: rows with a NaN or infinity, which are not in.
+      count: rows seen; None where a file does not tell. left_out: rows with a NaN or infinity,
+        which are not in.
       mean: float64 [D]. cov: float64 [D, D], divided by count - 1.
     """
 
     def __init__(self, features: str):
         self.features, self.count, self.left_out = features, 0, 0
         self.mean = np.zeros(0)
-        self._scatter = np.zeros((0, 0))  # sum of outer products about the mean; the covariance where count is None
+        self._scatter = np.zeros(
+            (0, 0)
+        )  # sum of outer products about the mean; the covariance where count is None
 
     @property
     def cov(self) -> np.ndarray:
@@ -39,11 +44,16 @@ class FeatureStatistics:
         if self.count is None:
             return self._scatter
         if self.count < 2:
-            raise UserError(f"statistics of {self.count} images, expected 2 or more; give more readable images")
+            raise UserError(
+                f"statistics of {self.count} images, expected 2 or more; give more readable images"
+            )
         return self._scatter / (self.count - 1)
 
     def update(self, batch: np.ndarray) -> None:
-        """Args: batch [N, D], any float. Raises: UserError for another D, or statistics without a count."""
+        """Args: batch [N, D], any float.
+
+        Raises: UserError for another D, or statistics without a count.
+        """
         readable = np.isfinite(batch).all(axis=1)
         x = batch[readable].astype(np.float64)
         new = FeatureStatistics(self.features)
@@ -54,14 +64,18 @@ class FeatureStatistics:
         self.merge(new)
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Takes in what `other` has seen. Source: Chan, Golub and LeVeque 1979, the pairwise update.
+        """Takes in what `other` has seen.
+
+        Source: Chan, Golub and LeVeque 1979, the pairwise update.
 
         Raises: UserError for other features, another D, or statistics without a count.
         """
         _check_same(self, other)
         if self.count is None or other.count is None:
-            raise UserError("statistics from a file with mu and sigma alone cannot grow, for their number of images is "
-                            "not known; compute them anew from the images")
+            raise UserError(
+                "statistics from a file with mu and sigma alone cannot grow, for their number of images is "
+                "not known; compute them anew from the images"
+            )
         self.left_out += other.left_out
         if other.count == 0:
             return
@@ -70,42 +84,74 @@ class FeatureStatistics:
             return
         total = self.count + other.count
         delta = other.mean - self.mean
-        self._scatter = self._scatter + other._scatter + np.outer(delta, delta) * (self.count * other.count / total)
+        self._scatter = (
+            self._scatter
+            + other._scatter
+            + np.outer(delta, delta) * (self.count * other.count / total)
+        )
         self.mean = self.mean + delta * (other.count / total)
         self.count = total
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes an .npz with mu and sigma, as pytorch-fid reads it, and count, left_out and features."""
+        """Writes an .npz with mu and sigma, as pytorch-fid reads it, and count, left_out and
+        features.
+        """
         if self.count is None:
-            raise UserError(f"statistics without a count are not written to {path}; use the file they came from")
+            raise UserError(
+                f"statistics without a count are not written to {path}; use the file they came from"
+            )
         with open(path, "wb") as file:
-            np.savez(file, mu=self.mean, sigma=self.cov, count=self.count, left_out=self.left_out,
-                     features=self.features)
+            np.savez(
+                file,
+                mu=self.mean,
+                sigma=self.cov,
+                count=self.count,
+                left_out=self.left_out,
+                features=self.features,
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike, features: str) -> "FeatureStatistics":
-        """Statistics from `save`, or from pytorch-fid: mu [D] and sigma [D, D], whose count is not known.
+        """Statistics from `save`, or from pytorch-fid: mu [D] and sigma [D, D], whose count is not
+        known.
 
-        Args: path; features: what they must be of. A file that does not name its features is taken at the caller's word.
+        Args: path; features: what they must be of. A file that does not name its features is taken
+          at the caller's word.
         Raises: UserError for a file that is not one, or of other features.
         """
         try:
             with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 held = {name: file[name] for name in file.files}
-        except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+            TypeError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path} is not readable as .npz ({reason}); give a file of feature statistics") from None
+            raise UserError(
+                f"{path} is not readable as .npz ({reason}); give a file of feature statistics"
+            ) from None
         mu, sigma = held.get("mu", np.zeros(0)), held.get("sigma", np.zeros(0))
         numbers = mu.dtype.kind == "f" and sigma.dtype.kind == "f"
         if not numbers or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not len(mu):
-            raise UserError(f"{path} holds {', '.join(f'{k} {list(v.shape)}' for k, v in held.items()) or 'nothing'}, "
-                            "expected mu [D] and sigma [D, D] of floats; give a file of feature statistics")
+            raise UserError(
+                f"{path} holds {', '.join(f'{k} {list(v.shape)}' for k, v in held.items()) or 'nothing'}, "
+                "expected mu [D] and sigma [D, D] of floats; give a file of feature statistics"
+            )
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise UserError(f"{path} holds NaN or infinite statistics, expected finite ones; compute them anew")
+            raise UserError(
+                f"{path} holds NaN or infinite statistics, expected finite ones; compute them anew"
+            )
         found = cls(str(held.get("features", features)))
         if found.features != features:
-            raise UserError(f"{path} is of {found.features!r}, expected {features!r}; compute the statistics with the "
-                            "same extractor")
+            raise UserError(
+                f"{path} is of {found.features!r}, expected {features!r}; compute the statistics with the "
+                "same extractor"
+            )
         found.count = int(held["count"]) if "count" in held else None
         found.left_out = int(held.get("left_out", 0))
         found.mean = mu.astype(np.float64)
@@ -115,33 +161,42 @@ class FeatureStatistics:
 
 def _check_same(a: FeatureStatistics, b: FeatureStatistics) -> None:
     if a.features != b.features:
-        raise UserError(f"statistics of {a.features!r} and of {b.features!r}, expected the same features; "
-                        "compute both with one extractor")
+        raise UserError(
+            f"statistics of {a.features!r} and of {b.features!r}, expected the same features; "
+            "compute both with one extractor"
+        )
     if a.count != 0 and b.count != 0 and len(a.mean) != len(b.mean):
-        raise UserError(f"features of {len(a.mean)} and of {len(b.mean)} dimensions, expected as many; "
-                        "compute both with one extractor")
+        raise UserError(
+            f"features of {len(a.mean)} and of {len(b.mean)} dimensions, expected as many; "
+            "compute both with one extractor"
+        )
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), squared as FID is, in float64; never below 0.
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), squared as FID is, in float64; never
+    below 0.
 
-    With fewer images than several times D the covariances are too small in some directions, and the distance is biased
+    With fewer images than several times D the covariances are too small in some directions, and the
+    distance is biased
     upwards: compare only numbers of equally many images.
 
     Raises: UserError for statistics of other features, or of fewer than two images.
-    Source: Heusel et al. 2017, Eq. 6; the trace of the root from the symmetric C_a^(1/2) C_b C_a^(1/2), which has the
-    eigenvalues of C_a C_b.
+    Source: Heusel et al. 2017, Eq. 6; the trace of the root from the symmetric C_a^(1/2) C_b
+    C_a^(1/2), which has the eigenvalues of C_a C_b.
     """
     cov_a, cov_b = a.cov, b.cov
     _check_same(a, b)
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ cov_b @ root_a), 0.0)).sum()
-    return max(float(((a.mean - b.mean) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross), 0.0)
+    return max(
+        float(((a.mean - b.mean) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross), 0.0
+    )
 
 
 class Summary(NamedTuple):
     """A mean over prompts; NaN where there is none."""
+
     mean: float
     stderr: float  # of the mean, over prompts; NaN for one prompt
     prompts: int  # with at least one readable image
@@ -160,9 +215,12 @@ def _by_prompt(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summary(values: np.ndarray) -> Summary:
-    """Mean over prompts of the mean over their images. Args: values [P, K] or [P], NaN where left out.
+    """Mean over prompts of the mean over their images.
 
-    The standard error is that of P independent means, for the images of one prompt are not independent of each other.
+    Args: values [P, K] or [P], NaN where left out.
+
+    The standard error is that of P independent means, for the images of one prompt are not
+    independent of each other.
     """
     means, number = _by_prompt(values)
     used = means[number > 0]
@@ -179,13 +237,16 @@ def by_group(values: np.ndarray, groups: Sequence[str]) -> dict[str, Summary]:
     """
     values, names = np.asarray(values), np.array(groups, dtype=object)
     if len(values) != len(names):
-        raise UserError(f"{len(values)} prompts and {len(names)} categories, expected one for each; give both lists "
-                        "in the same order")
+        raise UserError(
+            f"{len(values)} prompts and {len(names)} categories, expected one for each; give both lists "
+            "in the same order"
+        )
     return {name: summary(values[names == name]) for name in dict.fromkeys(groups)}
 
 
 class Paired(NamedTuple):
     """Run a against run b; low and high bound a 95 % interval, NaN for fewer than two prompts."""
+
     difference: float  # mean over prompts of a - b
     low: float
     high: float
@@ -198,7 +259,8 @@ class Paired(NamedTuple):
 
 
 def paired(a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> Paired:
-    """Compares two runs on the same prompts and noise; a pair counts where both its images are readable.
+    """Compares two runs on the same prompts and noise; a pair counts where both its images are
+    readable.
 
     Args:
       a, b: [P, K] or [P], higher is better; entry by entry of the same prompt and noise.
@@ -208,8 +270,10 @@ def paired(a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = 10_0
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
-        raise UserError(f"scores of shapes {list(a.shape)} and {list(b.shape)}, expected the same; "
-                        "score both runs on the same prompts and seeds")
+        raise UserError(
+            f"scores of shapes {list(a.shape)} and {list(b.shape)}, expected the same; "
+            "score both runs on the same prompts and seeds"
+        )
     means, number = _by_prompt(a - b)
     difference = means[number > 0]
     wins = (np.sign(difference) + 1.0) / 2.0
@@ -217,11 +281,15 @@ def paired(a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = 10_0
     if not len(difference):
         return Paired(*[np.nan] * 6, *counts)
     low, high = _bootstrap(np.stack([difference, wins]), seed, resamples)
-    return Paired(float(difference.mean()), low[0], high[0], float(wins.mean()), low[1], high[1], *counts)
+    return Paired(
+        float(difference.mean()), low[0], high[0], float(wins.mean()), low[1], high[1], *counts
+    )
 
 
 def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> tuple[list[float], list[float]]:
-    """95 % percentile intervals of the means of [V, P], the same prompts drawn for all: ([V] low, [V] high)."""
+    """95 % percentile intervals of the means of [V, P], the same prompts drawn for all: ([V] low,
+    [V] high).
+    """
     prompts = values.shape[1]
     if prompts < 2:
         return [np.nan] * len(values), [np.nan] * len(values)
@@ -243,21 +311,28 @@ def _unit(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def saturation(images: np.ndarray) -> np.ndarray:
-    """Mean over pixels of HSV's saturation (max - min) / max of R, G, B; 0 for black. It is 0 for gray, 1 for red.
+    """Mean over pixels of HSV's saturation (max - min) / max of R, G, B; 0 for black.
 
-    Args: images float [B, H, W, 3] in [-1, 1], sRGB as it is. Returns: float64 [B] in [0, 1], NaN for a broken image.
+    It is 0 for gray, 1 for red.
+
+    Args: images float [B, H, W, 3] in [-1, 1], sRGB as it is. Returns: float64 [B] in [0, 1], NaN
+      for a broken image.
     Source: Smith 1978, the hexcone model.
     """
     rgb, readable = _unit(images)
     top = rgb.max(axis=-1)
-    saturation = np.divide(top - rgb.min(axis=-1), top, out=np.zeros_like(top), where=top > 0)  # [B, H, W]
+    saturation = np.divide(
+        top - rgb.min(axis=-1), top, out=np.zeros_like(top), where=top > 0
+    )  # [B, H, W]
     return np.where(readable, saturation.mean(axis=(1, 2)), np.nan)
 
 
 def contrast(images: np.ndarray) -> np.ndarray:
-    """RMS contrast: standard deviation over pixels of Rec. 709's luma 0.2126 R + 0.7152 G + 0.0722 B in [0, 1].
+    """RMS contrast: standard deviation over pixels of Rec. 709's luma 0.2126 R + 0.7152 G + 0.0722
+    B in [0, 1].
 
-    Args: images float [B, H, W, 3] in [-1, 1], sRGB as it is. Returns: float64 [B] in [0, 0.5], NaN for a broken image.
+    Args: images float [B, H, W, 3] in [-1, 1], sRGB as it is. Returns: float64 [B] in [0, 0.5], NaN
+      for a broken image.
     Source: Peli 1990, the RMS definition; ITU-R BT.709, item 3.2.
     """
     rgb, readable = _unit(images)
@@ -269,7 +344,8 @@ def diversity(features: np.ndarray) -> float:
     """Mean over pairs of 1 - cosine, between the images of one prompt: 0 where all are alike.
 
     Args: features [K, D] of K samples, of any length; a row with a NaN, or of zeros, is left out.
-    Returns: NaN for fewer than two readable rows. derived: the sum over pairs is (|sum of u|^2 - K) / 2.
+    Returns: NaN for fewer than two readable rows. derived: the sum over pairs is (|sum of u|^2 - K)
+      / 2.
     """
     features = np.asarray(features, np.float64)
     norms = np.linalg.norm(features, axis=1, keepdims=True)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flax NNX ports. Attributes carry the PyTorch names, even ugly ones: it makes weight conversion mechanical."""
+"""Flax NNX ports.
+
+Attributes carry the PyTorch names, even ugly ones: it makes weight conversion mechanical.
+"""
 
 from collections.abc import Callable
 
@@ -31,5 +34,7 @@ def init(build: Callable[[nnx.Rngs], nnx.Module], seed: int, shardings=None):
       (graphdef, params): params is a nested dict of arrays.
     """
     graphdef, _ = abstract(build)
-    make = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)))), out_shardings=shardings)
+    make = jax.jit(
+        lambda key: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)))), out_shardings=shardings
+    )
     return graphdef, make(jax.random.key(seed))

@@ -17,14 +17,18 @@ BLOCK = 2**26  # logits per image and head above which XLA's path computes them 
 
 @functools.cache
 def _log(kernel: str, n: int, m: int, h: int, d: int) -> None:
-    logging.getLogger(__name__).info("attention of %d on %d tokens, %d heads of %d: %s", n, m, h, d, kernel)
+    logging.getLogger(__name__).info(
+        "attention of %d on %d tokens, %d heads of %d: %s", n, m, h, d, kernel
+    )
 
 
 def choose(kernel: str, n: int, m: int, d: int, dtype, masked: bool) -> str:
-    """What of KERNELS computes such an attention where `kernel` is preferred: flash kernels take long, unmasked ones.
+    """What of KERNELS computes such an attention where `kernel` is preferred: flash kernels take
+    long, unmasked ones.
 
-    Both take head widths up to 128: the VAE's one head of 512 stays with XLA, for cuDNN refuses it and splash takes the
-    TPU compiler four minutes. splash needs multiples of 128 tokens, cuDNN 16-bit floats and widths that 8 divides.
+    Both take head widths up to 128: the VAE's one head of 512 stays with XLA, for cuDNN refuses it
+    and splash takes the TPU compiler four minutes. splash needs multiples of 128 tokens, cuDNN
+    16-bit floats and widths that 8 divides.
     """
     long = not masked and n >= LONG and m >= LONG and d <= 128
     if kernel == "splash" and long and n % 128 == 0 and m % 128 == 0:
@@ -34,8 +38,9 @@ def choose(kernel: str, n: int, m: int, d: int, dtype, masked: bool) -> str:
     return "xla"
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None = None,
-              kernel: str = "xla") -> jax.Array:
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None = None, kernel: str = "xla"
+) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v, with float32 logits.
 
     Args:
@@ -43,7 +48,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | Non
       k: [B, M, H, D] keys.
       v: [B, M, H, D] values.
       mask: bool, broadcastable to [B, H, N, M]; True where attention is allowed. None allows all.
-      kernel: what is preferred: "splash" (Pallas, TPU), "cudnn" (flash, GPU) or "xla"; see `choose`.
+      kernel: what is preferred: "splash" (Pallas, TPU), "cudnn" (flash, GPU) or "xla"; see
+        `choose`.
     Returns:
       [B, N, H, D], dtype of q.
     """
@@ -60,7 +66,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | Non
 
 
 def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of some queries after the others, recomputed in the backward pass: never all logits at once."""
+    """Attention of some queries after the others, recomputed in the backward pass: never all logits
+    at once.
+    """
     b, n, h, d = q.shape
     blocks = next(i for i in range(n * k.shape[1] // BLOCK, n + 1) if n % i == 0)
     one = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v))
@@ -69,7 +77,9 @@ def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _block(tokens: int) -> int:
-    """The largest multiple of 128 that divides `tokens`, at most 1024, which fits the vector memory (MaxDiffusion's)."""
+    """The largest multiple of 128 that divides `tokens`, at most 1024, which fits the vector memory
+    (MaxDiffusion's).
+    """
     return next(size for size in range(1024, 0, -128) if tokens % size == 0)
 
 
@@ -84,11 +94,18 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     n, m, h, d = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
     block_q, block_kv = _block(n), _block(m)
     sizes = kernels.BlockSizes(
-        block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv, block_q_dq=block_q,
-        block_kv_dq=block_kv)
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
     mask = masks.MultiHeadMask([masks.FullMask((n, m))] * h)
     # A concrete mask's block table is made with NumPy: it must not become part of the trace.
     with jax.ensure_compile_time_eval():
-        one_image = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        one_image = kernels.make_splash_mha(
+            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * d**-0.5, k, v))  # [B, H, N, D]
     return jnp.swapaxes(jax.vmap(one_image)(q, k, v), 1, 2)

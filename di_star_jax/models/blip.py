@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageReward's network: BLIP's image encoder, a BERT that reads the image by cross-attention, and a linear head.
+"""ImageReward's network:
 
-Dims: B batch, L text tokens, N image tokens (1 + patches), D width of the text, E width of the image, S image size.
-Attribute names, `self` and `LayerNorm` among them, are the keys of ImageReward's published file.
+BLIP's image encoder, a BERT that reads the image by cross-attention, and a linear head.
+
+Dims: B batch, L text tokens, N image tokens (1 + patches), D width of the text, E width of the
+image, S image size. Attribute names, `self` and `LayerNorm` among them, are the keys of
+ImageReward's published file.
 """
 
 import dataclasses
@@ -16,7 +19,10 @@ from di_star_jax.config import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.attention import attention
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output, which the score is normalised by
+MEAN, STD = (
+    0.16717362830052426,
+    1.0333394966054072,
+)  # of the head's output, which the score is normalised by
 
 
 def _fields(cls, config: dict) -> dict:
@@ -27,14 +33,17 @@ def _fields(cls, config: dict) -> dict:
 def _checked(config, part: str):
     """`config` itself, after checking that its width can be split over its heads."""
     if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"{part} has hidden_size={config.hidden_size}, which is not divisible by "
-                        f"num_attention_heads={config.num_attention_heads}; change one of them")
+        raise UserError(
+            f"{part} has hidden_size={config.hidden_size}, which is not divisible by "
+            f"num_attention_heads={config.num_attention_heads}; change one of them"
+        )
     return config
 
 
 @dataclasses.dataclass(frozen=True)
 class BLIPVisionConfig:
     """BLIP's image encoder; the defaults are ImageReward's ViT-L/16 at 224 pixels."""
+
     hidden_size: int = 1024
     intermediate_size: int = 4096
     num_hidden_layers: int = 24
@@ -48,14 +57,17 @@ class BLIPVisionConfig:
         """Args: the parsed dict. Raises: UserError for sizes that do not divide."""
         built = _checked(cls(**_fields(cls, config)), "vision_config of med_config.json")
         if built.image_size % built.patch_size:
-            raise UserError(f"vision_config of med_config.json has image_size={built.image_size}, which is not "
-                            f"divisible by patch_size={built.patch_size}; change one of them")
+            raise UserError(
+                f"vision_config of med_config.json has image_size={built.image_size}, which is not "
+                f"divisible by patch_size={built.patch_size}; change one of them"
+            )
         return built
 
 
 @dataclasses.dataclass(frozen=True)
 class BLIPConfig:
     """BERT's fields and the image encoder's; the defaults are ImageReward's."""
+
     vocab_size: int = 30524
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -70,15 +82,22 @@ class BLIPConfig:
         """From the parsed med_config.json.
 
         Args:
-          config: flat, with the fields of transformers' BertConfig. The published file says nothing of the image
-            encoder, which ImageReward's code fixes; an object `vision_config` in it may, with the fields of
-            `BLIPVisionConfig`. `encoder_width` is ignored as it is by ImageReward: the image encoder's width counts.
+          config: flat, with the fields of transformers' BertConfig. The published file says nothing
+            of the image encoder, which ImageReward's code fixes; an object `vision_config` in it
+            may, with the fields of `BLIPVisionConfig`. `encoder_width` is ignored as it is by
+            ImageReward: the image encoder's width counts.
         Raises: UserError for a setting that the port does not implement.
         """
-        for field, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        for field, only in (
+            ("model_type", "bert"),
+            ("hidden_act", "gelu"),
+            ("position_embedding_type", "absolute"),
+        ):
             if config.get(field, only) != only:
-                raise UserError(f"med_config.json has {field}={config[field]!r}, the port implements {only!r} only; "
-                                "take med_config.json of THUDM/ImageReward")
+                raise UserError(
+                    f"med_config.json has {field}={config[field]!r}, the port implements {only!r} only; "
+                    "take med_config.json of THUDM/ImageReward"
+                )
         vision = BLIPVisionConfig.from_json(config.get("vision_config", {}))
         return _checked(cls(**{**_fields(cls, config), "vision_config": vision}), "med_config.json")
 
@@ -92,6 +111,7 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 # Image.
+
 
 class ViTAttention(nnx.Module):
     """Multi-head self-attention of [B, N, E], with biases. Source: transformers `BlipAttention`."""
@@ -119,7 +139,10 @@ class ViTMLP(nnx.Module):
 
 
 class ViTBlock(nnx.Module):
-    """Attention and MLP, each normalised before and residual. Source: transformers `BlipEncoderLayer`."""
+    """Attention and MLP, each normalised before and residual.
+
+    Source: transformers `BlipEncoderLayer`.
+    """
 
     def __init__(self, config: BLIPVisionConfig, **kw):
         self.norm1 = _norm(config, kw)
@@ -136,14 +159,19 @@ class PatchEmbed(nnx.Module):
     """[B, S, S, 3] -> [B, N-1, E]: one token for each patch, row by row."""
 
     def __init__(self, config: BLIPVisionConfig, **kw):
-        self.proj = layers.Conv(3, config.hidden_size, config.patch_size, stride=config.patch_size, **kw)
+        self.proj = layers.Conv(
+            3, config.hidden_size, config.patch_size, stride=config.patch_size, **kw
+        )
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         return self.proj(pixels).reshape(pixels.shape[0], -1, self.proj.out_features)
 
 
 class VisionTransformer(nnx.Module):
-    """[B, S, S, 3] CLIP-normalised pixels -> [B, N, E], class token first. Source: transformers `BlipVisionModel`."""
+    """[B, S, S, 3] CLIP-normalised pixels -> [B, N, E], class token first.
+
+    Source: transformers `BlipVisionModel`.
+    """
 
     def __init__(self, config: BLIPVisionConfig, *, rngs: nnx.Rngs, dtype, remat: str):
         kw = {"rngs": rngs, "dtype": dtype}
@@ -154,16 +182,21 @@ class VisionTransformer(nnx.Module):
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
         self.pos_embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, count, width)))
         self.patch_embed = PatchEmbed(config, **kw)
-        self.blocks = layers.stacked(lambda rngs: ViTBlock(config, rngs=rngs, dtype=dtype), config.num_hidden_layers,
-                                     rngs)
+        self.blocks = layers.stacked(
+            lambda rngs: ViTBlock(config, rngs=rngs, dtype=dtype), config.num_hidden_layers, rngs
+        )
         self.norm = _norm(config, kw)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         if pixels.shape[1:] != self.shape:
-            raise UserError(f"got pixels {pixels.shape[1:]}, the BLIP model takes {self.shape}; resize them first")
+            raise UserError(
+                f"got pixels {pixels.shape[1:]}, the BLIP model takes {self.shape}; resize them first"
+            )
         patches = self.patch_embed(pixels)  # [B, N-1, E]
         b, count, width = patches.shape
-        first = jnp.broadcast_to(sharding.whole(self.cls_token[...], (1, 1, width), self.dtype), (b, 1, width))
+        first = jnp.broadcast_to(
+            sharding.whole(self.cls_token[...], (1, 1, width), self.dtype), (b, 1, width)
+        )
         x = jnp.concatenate([first, patches], axis=1)  # [B, N, E]
         x = x + sharding.whole(self.pos_embed[...], (1, count + 1, width), self.dtype)
         return self.norm(layers.scan_blocks(self.blocks, x, remat=self.remat))
@@ -171,25 +204,39 @@ class VisionTransformer(nnx.Module):
 
 # Text.
 
+
 class BertEmbeddings(nnx.Module):
-    """[B, L] token ids -> [B, L, D]: token plus position, normalised. Source: transformers `BlipTextEmbeddings`."""
+    """[B, L] token ids -> [B, L, D]: token plus position, normalised.
+
+    Source: transformers `BlipTextEmbeddings`.
+    """
 
     def __init__(self, config: BLIPConfig, **kw):
         init = nnx.initializers.normal(0.02)
-        self.word_embeddings = layers.Embed(config.vocab_size, config.hidden_size, embedding_init=init, **kw)
-        self.position_embeddings = layers.Embed(config.max_position_embeddings, config.hidden_size,
-                                                embedding_init=init, **kw)
+        self.word_embeddings = layers.Embed(
+            config.vocab_size, config.hidden_size, embedding_init=init, **kw
+        )
+        self.position_embeddings = layers.Embed(
+            config.max_position_embeddings, config.hidden_size, embedding_init=init, **kw
+        )
         self.LayerNorm = _norm(config, kw)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         length, limit = token_ids.shape[1], self.position_embeddings.num_embeddings
         if length > limit:
-            raise UserError(f"got {length} token ids per prompt, the BLIP model takes at most {limit}; truncate them")
-        return self.LayerNorm(self.word_embeddings(token_ids) + self.position_embeddings(jnp.arange(length))[None])
+            raise UserError(
+                f"got {length} token ids per prompt, the BLIP model takes at most {limit}; truncate them"
+            )
+        return self.LayerNorm(
+            self.word_embeddings(token_ids) + self.position_embeddings(jnp.arange(length))[None]
+        )
 
 
 class BertSelfAttention(nnx.Module):
-    """Multi-head attention of [B, L, D] on a context [B, M, C]. Source: transformers `BlipTextSelfAttention`."""
+    """Multi-head attention of [B, L, D] on a context [B, M, C].
+
+    Source: transformers `BlipTextSelfAttention`.
+    """
 
     def __init__(self, config: BLIPConfig, context: int, **kw):
         self.heads = config.num_attention_heads
@@ -198,13 +245,20 @@ class BertSelfAttention(nnx.Module):
         self.value = layers.Linear(context, config.hidden_size, **kw)
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
-        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1)
-                   for y in (self.query(x), self.key(context), self.value(context)))
-        return attention(q, k, v, mask=mask).reshape(x.shape)  # [B, L, heads, D / heads] -> [B, L, D]
+        q, k, v = (
+            y.reshape(*y.shape[:2], self.heads, -1)
+            for y in (self.query(x), self.key(context), self.value(context))
+        )
+        return attention(q, k, v, mask=mask).reshape(
+            x.shape
+        )  # [B, L, heads, D / heads] -> [B, L, D]
 
 
 class BertOutput(nnx.Module):
-    """([B, L, C], [B, L, D]) -> [B, L, D]: projected, residual, then normalised. Source: `BlipTextSelfOutput`."""
+    """([B, L, C], [B, L, D]) -> [B, L, D]: projected, residual, then normalised.
+
+    Source: `BlipTextSelfOutput`.
+    """
 
     def __init__(self, config: BLIPConfig, c_in: int, **kw):
         self.dense = layers.Linear(c_in, config.hidden_size, **kw)
@@ -236,7 +290,10 @@ class BertIntermediate(nnx.Module):
 
 
 class BertLayer(nnx.Module):
-    """Text attends to itself, both ways, then to the image; then an MLP. Source: transformers `BlipTextLayer`."""
+    """Text attends to itself, both ways, then to the image; then an MLP.
+
+    Source: transformers `BlipTextLayer`.
+    """
 
     def __init__(self, config: BLIPConfig, **kw):
         self.attention = BertAttention(config, config.hidden_size, **kw)
@@ -255,15 +312,19 @@ class BertEncoder(nnx.Module):
 
     def __init__(self, config: BLIPConfig, *, rngs: nnx.Rngs, dtype, remat: str):
         self.remat = remat
-        self.layer = layers.stacked(lambda rngs: BertLayer(config, rngs=rngs, dtype=dtype), config.num_hidden_layers,
-                                    rngs)
+        self.layer = layers.stacked(
+            lambda rngs: BertLayer(config, rngs=rngs, dtype=dtype), config.num_hidden_layers, rngs
+        )
 
     def __call__(self, x: jax.Array, image: jax.Array, mask: jax.Array) -> jax.Array:
         return layers.scan_blocks(self.layer, x, image, mask, remat=self.remat)
 
 
 class BertModel(nnx.Module):
-    """([B, L] ids, [B, L] mask, image [B, N, E]) -> [B, L, D]. Source: transformers `BlipTextModel`, no pooling layer."""
+    """([B, L] ids, [B, L] mask, image [B, N, E]) -> [B, L, D].
+
+    Source: transformers `BlipTextModel`, no pooling layer.
+    """
 
     def __init__(self, config: BLIPConfig, *, remat: str, **kw):
         self.embeddings = BertEmbeddings(config, **kw)
@@ -274,6 +335,7 @@ class BertModel(nnx.Module):
 
 
 # Reward.
+
 
 class BLIP(nnx.Module):
     """(pixels [B, S, S, 3], ids [B, L], mask [B, L]) -> [B, L, D], the text as seen with the image."""
@@ -287,7 +349,9 @@ class BLIP(nnx.Module):
 
 
 class ImageReward(nnx.Module):
-    """ImageReward v1.0 (arXiv 2304.05977). Source: THUDM/ImageReward; transformers' `Blip*` classes are its parts.
+    """ImageReward v1.0 (arXiv 2304.05977).
+
+    Source: THUDM/ImageReward; transformers' `Blip*` classes are its parts.
 
     Args:
       config: sizes.
@@ -295,7 +359,9 @@ class ImageReward(nnx.Module):
       remat: what blocks keep for the backward pass, a key of layers.REMAT.
     """
 
-    def __init__(self, config: BLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
+    def __init__(
+        self, config: BLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+    ):
         self.config = config
         self.blip = BLIP(config, rngs=rngs, dtype=dtype, remat=remat)
         self.mlp = layers.ScoreHead(config.hidden_size, rngs=rngs)

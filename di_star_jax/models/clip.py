@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLIP: SDXL's text encoders, and the two-tower model that PickScore is.
 
-Dims: B batch, L text tokens, N image tokens (1 + patches), D width, P width of the joint space, S image size.
-Paths are the keys of the hub's files, which all begin with `text_model.`; transformers >= 5 writes a plain
-CLIPTextModel without that prefix and reads both.
+Dims: B batch, L text tokens, N image tokens (1 + patches), D width, P width of the joint space, S
+image size. Paths are the keys of the hub's files, which all begin with `text_model.`; transformers
+>= 5 writes a plain CLIPTextModel without that prefix and reads both.
 """
 
 import dataclasses
@@ -32,11 +32,15 @@ _ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 def _fields(cls, config: dict, model_type: str) -> dict:
-    """The entries of a config.json that `cls` has fields for, after checking that it describes a `model_type`."""
+    """The entries of a config.json that `cls` has fields for, after checking that it describes a
+    `model_type`.
+    """
     given = config.get("model_type", model_type)
     if given != model_type:
-        raise UserError(f"wrong architecture: config.json has model_type={given!r}, expected {model_type!r}; "
-                        "give the folder of a CLIP model")
+        raise UserError(
+            f"wrong architecture: config.json has model_type={given!r}, expected {model_type!r}; "
+            "give the folder of a CLIP model"
+        )
     names = {f.name for f in dataclasses.fields(cls)}
     return {name: value for name, value in config.items() if name in names}
 
@@ -45,17 +49,24 @@ def _tower_config(cls, config: dict, model_type: str):
     """A CLIPTextConfig or CLIPVisionConfig, refused where the port has no such tower."""
     built = cls(**_fields(cls, config, model_type))
     if built.hidden_act not in _ACTIVATIONS:
-        raise UserError(f"CLIP config.json has hidden_act={built.hidden_act!r}, the port implements "
-                        f"{sorted(_ACTIVATIONS)} only")
+        raise UserError(
+            f"CLIP config.json has hidden_act={built.hidden_act!r}, the port implements "
+            f"{sorted(_ACTIVATIONS)} only"
+        )
     if built.hidden_size % built.num_attention_heads:
-        raise UserError(f"CLIP config.json has hidden_size={built.hidden_size}, which is not divisible by "
-                        f"num_attention_heads={built.num_attention_heads}; change one of them")
+        raise UserError(
+            f"CLIP config.json has hidden_size={built.hidden_size}, which is not divisible by "
+            f"num_attention_heads={built.num_attention_heads}; change one of them"
+        )
     return built
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """The fields of a text encoder's config.json that matter, with transformers' defaults for what it leaves out."""
+    """The fields of a text encoder's config.json that matter, with transformers' defaults for what
+    it leaves out.
+    """
+
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -69,13 +80,19 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "CLIPTextConfig":
-        """Args: the parsed config.json. Raises: UserError for a setting that the port does not implement."""
+        """Args: the parsed config.json.
+
+        Raises: UserError for a setting that the port does not implement.
+        """
         return _tower_config(cls, config, "clip_text_model")
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-    """The fields of a vision tower's config that matter, with transformers' defaults for what it leaves out."""
+    """The fields of a vision tower's config that matter, with transformers' defaults for what it
+    leaves out.
+    """
+
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -88,22 +105,32 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "CLIPVisionConfig":
-        """Args: the parsed dict. Raises: UserError for a setting that the port does not implement."""
+        """Args: the parsed dict.
+
+        Raises: UserError for a setting that the port does not implement.
+        """
         for field in ("image_size", "patch_size"):
             if not isinstance(config.get(field, 1), int):
-                raise UserError(f"CLIP config.json has {field}={config[field]!r}, the port implements squares only; "
-                                "give one integer")
+                raise UserError(
+                    f"CLIP config.json has {field}={config[field]!r}, the port implements squares only; "
+                    "give one integer"
+                )
         return _tower_config(cls, config, "clip_vision_model")
 
 
 def _sub_config(config: dict, name: str) -> dict:
-    """`text_config` or `vision_config`; where an old file also has a `*_dict`, transformers lets that one win."""
+    """`text_config` or `vision_config`; where an old file also has a `*_dict`, transformers lets
+    that one win.
+    """
     return config.get(name + "_dict") or config.get(name) or {}
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """The fields of a CLIPModel's config.json that matter, with transformers' defaults for what it leaves out."""
+    """The fields of a CLIPModel's config.json that matter, with transformers' defaults for what it
+    leaves out.
+    """
+
     text_config: CLIPTextConfig = CLIPTextConfig()
     vision_config: CLIPVisionConfig = CLIPVisionConfig()
     projection_dim: int = 512
@@ -111,7 +138,10 @@ class CLIPConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "CLIPConfig":
-        """Args: the parsed config.json. Raises: UserError for a setting that the port does not implement."""
+        """Args: the parsed config.json.
+
+        Raises: UserError for a setting that the port does not implement.
+        """
         text = CLIPTextConfig.from_json(_sub_config(config, "text_config"))
         vision = CLIPVisionConfig.from_json(_sub_config(config, "vision_config"))
         return cls(**{**_fields(cls, config, "clip"), "text_config": text, "vision_config": vision})
@@ -120,11 +150,13 @@ class CLIPConfig:
 class TextOutput(NamedTuple):
     """What a text encoder returns.
 
-    hidden_states_penultimate: [B, L, D] input of the last layer, before the final layer norm: torch's
-      `hidden_states[-2]`, what SDXL's cross-attention sees.
+    hidden_states_penultimate: [B, L, D] input of the last layer, before the final layer norm:
+      torch's `hidden_states[-2]`, what SDXL's cross-attention sees.
     last_hidden_state: [B, L, D] after the final layer norm.
-    pooled: [B, D] last_hidden_state at the end-of-text token; [B, P] where the model has a projection.
+    pooled: [B, D] last_hidden_state at the end-of-text token; [B, P] where the model has a
+      projection.
     """
+
     hidden_states_penultimate: jax.Array
     last_hidden_state: jax.Array
     pooled: jax.Array
@@ -150,8 +182,13 @@ class CLIPAttention(nnx.Module):
         self.out_proj = layers.Linear(width, width, **kw)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, mask=mask).reshape(x.shape))  # [B, N, heads, D / heads] -> [B, N, D]
+        q, k, v = (
+            proj(x).reshape(*x.shape[:2], self.heads, -1)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(
+            attention(q, k, v, mask=mask).reshape(x.shape)
+        )  # [B, N, heads, D / heads] -> [B, N, D]
 
 
 class CLIPMLP(nnx.Module):
@@ -167,7 +204,10 @@ class CLIPMLP(nnx.Module):
 
 
 class CLIPEncoderLayer(nnx.Module):
-    """Attention and MLP, each normalised before and residual. Source: transformers `CLIPEncoderLayer`."""
+    """Attention and MLP, each normalised before and residual.
+
+    Source: transformers `CLIPEncoderLayer`.
+    """
 
     def __init__(self, config, **kw):
         self.layer_norm1 = _norm(config, kw)
@@ -185,21 +225,30 @@ class CLIPEncoder(nnx.Module):
 
     def __init__(self, config, *, rngs: nnx.Rngs, dtype, remat: str):
         self.remat = remat
-        self.layers = layers.stacked(lambda rngs: CLIPEncoderLayer(config, rngs=rngs, dtype=dtype),
-                                     config.num_hidden_layers, rngs)
+        self.layers = layers.stacked(
+            lambda rngs: CLIPEncoderLayer(config, rngs=rngs, dtype=dtype),
+            config.num_hidden_layers,
+            rngs,
+        )
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         graphdef, params = nnx.split(self.layers)
 
         def body(carry, params):
             _, x = carry
-            return (x, layers.checkpointed(nnx.merge(graphdef, params), x, mask, remat=self.remat)), None
+            return (
+                x,
+                layers.checkpointed(nnx.merge(graphdef, params), x, mask, remat=self.remat),
+            ), None
 
         return jax.lax.scan(body, (x, x), params)[0]
 
 
 class CLIPTextEmbeddings(nnx.Module):
-    """[B, L] token ids -> [B, L, D]: token plus position. Source: transformers `CLIPTextEmbeddings`."""
+    """[B, L] token ids -> [B, L, D]: token plus position.
+
+    Source: transformers `CLIPTextEmbeddings`.
+    """
 
     def __init__(self, config: CLIPTextConfig, **kw):
         self.token_embedding = _embed(config.vocab_size, config.hidden_size, kw)
@@ -208,7 +257,9 @@ class CLIPTextEmbeddings(nnx.Module):
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         length, limit = token_ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
-            raise UserError(f"got {length} token ids per prompt, the text encoder takes at most {limit}; truncate them")
+            raise UserError(
+                f"got {length} token ids per prompt, the text encoder takes at most {limit}; truncate them"
+            )
         return self.token_embedding(token_ids) + self.position_embedding(jnp.arange(length))[None]
 
 
@@ -222,10 +273,15 @@ class CLIPTextTransformer(nnx.Module):
         self.final_layer_norm = _norm(config, kw)
 
     def _end_of_text(self, token_ids: jax.Array) -> jax.Array:
-        """[B] position to pool at. Old configs say 2, which no prompt holds: there, the largest id is the end."""
+        """[B] position to pool at.
+
+        Old configs say 2, which no prompt holds: there, the largest id is the end.
+        """
         if self.eos_token_id == 2:
             return jnp.argmax(token_ids, axis=1)
-        return jnp.argmax(token_ids == self.eos_token_id, axis=1)  # the first, for padding may be the same token
+        return jnp.argmax(
+            token_ids == self.eos_token_id, axis=1
+        )  # the first, for padding may be the same token
 
     def __call__(self, token_ids: jax.Array) -> TextOutput:
         causal = jnp.tri(token_ids.shape[1], dtype=bool)[None, None]  # [1, 1, L, L]
@@ -236,24 +292,38 @@ class CLIPTextTransformer(nnx.Module):
 
 
 class CLIPVisionEmbeddings(nnx.Module):
-    """[B, S, S, 3] -> [B, N, D]: class token, patches, positions. Source: transformers `CLIPVisionEmbeddings`."""
+    """[B, S, S, 3] -> [B, N, D]: class token, patches, positions.
+
+    Source: transformers `CLIPVisionEmbeddings`.
+    """
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype):
         width = config.hidden_size
         self.shape = (config.image_size, config.image_size, config.num_channels)
         self.dtype = dtype
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
-        self.patch_embedding = layers.Conv(config.num_channels, width, config.patch_size, stride=config.patch_size,
-                                           use_bias=False, dtype=dtype, rngs=rngs)
+        self.patch_embedding = layers.Conv(
+            config.num_channels,
+            width,
+            config.patch_size,
+            stride=config.patch_size,
+            use_bias=False,
+            dtype=dtype,
+            rngs=rngs,
+        )
         count = 1 + (config.image_size // config.patch_size) ** 2
         self.position_embedding = _embed(count, width, dict(dtype=dtype, rngs=rngs))
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         if pixels.shape[1:] != self.shape:
-            raise UserError(f"got pixels {pixels.shape[1:]}, the CLIP model takes {self.shape}; resize them first")
+            raise UserError(
+                f"got pixels {pixels.shape[1:]}, the CLIP model takes {self.shape}; resize them first"
+            )
         b, width = pixels.shape[0], self.patch_embedding.out_features
         patches = self.patch_embedding(pixels).reshape(b, -1, width)  # [B, N-1, D]
-        first = jnp.broadcast_to(sharding.whole(self.class_embedding[...], (width,), self.dtype), (b, 1, width))
+        first = jnp.broadcast_to(
+            sharding.whole(self.class_embedding[...], (width,), self.dtype), (b, 1, width)
+        )
         x = jnp.concatenate([first, patches], axis=1)  # [B, N, D]
         return x + self.position_embedding(jnp.arange(x.shape[1]))[None]
 
@@ -273,9 +343,14 @@ class CLIPVisionTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    """SDXL's first text encoder; `pooled` is not projected. Source: transformers `CLIPTextModel`."""
+    """SDXL's first text encoder; `pooled` is not projected.
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
+    Source: transformers `CLIPTextModel`.
+    """
+
+    def __init__(
+        self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+    ):
         self.config = config
         self.text_model = CLIPTextTransformer(config, remat=remat, rngs=rngs, dtype=dtype)
 
@@ -285,13 +360,19 @@ class CLIPTextModel(nnx.Module):
 
 
 class CLIPTextModelWithProjection(nnx.Module):
-    """SDXL's second text encoder; `pooled` is projected. Source: transformers `CLIPTextModelWithProjection`."""
+    """SDXL's second text encoder; `pooled` is projected.
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
+    Source: transformers `CLIPTextModelWithProjection`.
+    """
+
+    def __init__(
+        self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+    ):
         self.config = config
         self.text_model = CLIPTextTransformer(config, remat=remat, rngs=rngs, dtype=dtype)
-        self.text_projection = layers.Linear(config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype,
-                                          rngs=rngs)
+        self.text_projection = layers.Linear(
+            config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, token_ids: jax.Array) -> TextOutput:
         """Args: token_ids, int32 [B, L]. Raises: UserError for more tokens than positions."""
@@ -300,35 +381,60 @@ class CLIPTextModelWithProjection(nnx.Module):
 
 
 class CLIPModel(nnx.Module):
-    """Both towers with projections to one space, and the logit scale. Source: transformers `CLIPModel`."""
+    """Both towers with projections to one space, and the logit scale.
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
+    Source: transformers `CLIPModel`.
+    """
+
+    def __init__(
+        self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+    ):
         kw = dict(rngs=rngs, dtype=dtype)
         self.config = config
         self.text_model = CLIPTextTransformer(config.text_config, remat=remat, **kw)
         self.vision_model = CLIPVisionTransformer(config.vision_config, remat=remat, **kw)
-        self.visual_projection = layers.Linear(config.vision_config.hidden_size, config.projection_dim, use_bias=False,
-                                            **kw)
-        self.text_projection = layers.Linear(config.text_config.hidden_size, config.projection_dim, use_bias=False, **kw)
-        self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init_value))  # the logarithm of the scale
+        self.visual_projection = layers.Linear(
+            config.vision_config.hidden_size, config.projection_dim, use_bias=False, **kw
+        )
+        self.text_projection = layers.Linear(
+            config.text_config.hidden_size, config.projection_dim, use_bias=False, **kw
+        )
+        self.logit_scale = nnx.Param(
+            jnp.float32(config.logit_scale_init_value)
+        )  # the logarithm of the scale
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
-        """CLIP-normalised pixels [B, S, S, 3] -> [B, P], not normalised. Raises: UserError for another size."""
+        """CLIP-normalised pixels [B, S, S, 3] -> [B, P], not normalised.
+
+        Raises: UserError for another size.
+        """
         return self.visual_projection(self.vision_model(pixels))
 
     def text_features(self, token_ids: jax.Array) -> jax.Array:
-        """Token ids, int32 [B, L] -> [B, P], not normalised. Raises: UserError for more tokens than positions."""
+        """Token ids, int32 [B, L] -> [B, P], not normalised.
+
+        Raises: UserError for more tokens than positions.
+        """
         return self.text_projection(self.text_model(token_ids).pooled)
 
 
 class CLIPVisionModelWithProjection(nnx.Module):
     """The vision half of a `CLIPModel`. Source: transformers `CLIPVisionModelWithProjection`."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"):
+    def __init__(
+        self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+    ):
         self.config = config
-        self.vision_model = CLIPVisionTransformer(config.vision_config, remat=remat, rngs=rngs, dtype=dtype)
-        self.visual_projection = layers.Linear(config.vision_config.hidden_size, config.projection_dim, use_bias=False,
-                                               rngs=rngs, dtype=dtype)
+        self.vision_model = CLIPVisionTransformer(
+            config.vision_config, remat=remat, rngs=rngs, dtype=dtype
+        )
+        self.visual_projection = layers.Linear(
+            config.vision_config.hidden_size,
+            config.projection_dim,
+            use_bias=False,
+            rngs=rngs,
+            dtype=dtype,
+        )
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
         """As `CLIPModel.image_features`."""

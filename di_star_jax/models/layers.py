@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that UNet, VAE and CLIP share. Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels.
+"""Blocks that UNet, VAE and CLIP share.
 
-Attribute names are those of diffusers' PyTorch modules, so that a path in the parameter tree is a key in its files.
-On a mesh each layer gathers its own weights (sharding.whole), and H is this device's part of the rows (sharding.size).
+Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels.
+
+Attribute names are those of diffusers' PyTorch modules, so that a path in the parameter tree is a
+key in its files. On a mesh each layer gathers its own weights (sharding.whole), and H is this
+device's part of the rows (sharding.size).
 """
 
 import math
@@ -27,11 +30,15 @@ REMAT = {
 
 
 def checkpointed(module: nnx.Module, *args, remat: str) -> jax.Array:
-    """Runs `module(*args)`; the backward pass recomputes what `remat`, a key of REMAT, does not keep."""
+    """Runs `module(*args)`; the backward pass recomputes what `remat`, a key of REMAT, does not
+    keep.
+    """
     if remat == "none":
         return module(*args)
     graphdef, params = nnx.split(module)
-    return jax.checkpoint(lambda params, *args: nnx.merge(graphdef, params)(*args), policy=REMAT[remat])(params, *args)
+    return jax.checkpoint(
+        lambda params, *args: nnx.merge(graphdef, params)(*args), policy=REMAT[remat]
+    )(params, *args)
 
 
 def stacked(build, depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -53,16 +60,34 @@ class Linear(nnx.Linear):
     """`nnx.Linear` whose weights may be split over devices."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ sharding.whole(self.kernel[...], (self.in_features, self.out_features), self.dtype)
-        return y if self.bias is None else y + sharding.whole(self.bias[...], (self.out_features,), self.dtype)
+        y = x.astype(self.dtype) @ sharding.whole(
+            self.kernel[...], (self.in_features, self.out_features), self.dtype
+        )
+        return (
+            y
+            if self.bias is None
+            else y + sharding.whole(self.bias[...], (self.out_features,), self.dtype)
+        )
 
 
 class Conv(nnx.Conv):
     """`nnx.Conv` of [B, H, W, C] whose weights, and whose image's rows, may be split over devices."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int, *, stride: int = 1, padding: Padding | None = None,
-                 use_bias: bool = True, dtype: Dtype, rngs: nnx.Rngs):
-        super().__init__(c_in, c_out, (kernel, kernel), strides=stride, use_bias=use_bias, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: Padding | None = None,
+        use_bias: bool = True,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(
+            c_in, c_out, (kernel, kernel), strides=stride, use_bias=use_bias, dtype=dtype, rngs=rngs
+        )
         self.stride = stride
         self.pad = padding or ((0, 0), (0, 0))
 
@@ -73,16 +98,27 @@ class Conv(nnx.Conv):
         if above + below and sharding.size("context") > 1:
             x = sharding.with_halo(x, above, max(self.kernel_shape[0] - self.stride - above, 0))
             rows = (0, 0)
-        y = jax.lax.conv_general_dilated(x, kernel, (self.stride, self.stride), (rows, across),
-                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y if self.bias is None else y + sharding.whole(self.bias[...], (self.out_features,), self.dtype)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            (rows, across),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return (
+            y
+            if self.bias is None
+            else y + sharding.whole(self.bias[...], (self.out_features,), self.dtype)
+        )
 
 
 class Embed(nnx.Embed):
     """`nnx.Embed` whose table may be split over devices."""
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        table = sharding.whole(self.embedding[...], (self.num_embeddings, self.features), self.dtype)
+        table = sharding.whole(
+            self.embedding[...], (self.num_embeddings, self.features), self.dtype
+        )
         return jnp.take(table, ids, axis=0)
 
 
@@ -93,7 +129,9 @@ class LayerNorm(nnx.LayerNorm):
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
-        scale, bias = (sharding.whole(leaf[...], x.shape[-1:], jnp.float32) for leaf in (self.scale, self.bias))
+        scale, bias = (
+            sharding.whole(leaf[...], x.shape[-1:], jnp.float32) for leaf in (self.scale, self.bias)
+        )
         return (x * scale + bias).astype(self.dtype)
 
 
@@ -104,17 +142,26 @@ class GroupNorm(nnx.GroupNorm):
     """
 
     def _over_groups(self, per_channel: jax.Array) -> jax.Array:
-        """[B, C] means over the own pixels -> [B, 1, 1, C] means over the group's channels and all pixels."""
+        """[B, C] means over the own pixels -> [B, 1, 1, C] means over the group's channels and all
+        pixels.
+        """
         b, c = per_channel.shape
-        per_group = sharding.mean_over_rows(per_channel.reshape(b, self.num_groups, -1).mean(-1, keepdims=True))
-        return jnp.broadcast_to(per_group, (b, self.num_groups, c // self.num_groups)).reshape(b, 1, 1, c)
+        per_group = sharding.mean_over_rows(
+            per_channel.reshape(b, self.num_groups, -1).mean(-1, keepdims=True)
+        )
+        return jnp.broadcast_to(per_group, (b, self.num_groups, c // self.num_groups)).reshape(
+            b, 1, 1, c
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
-        # Not E[x^2] - E[x]^2, which loses digits where the mean is large, as it is in the VAE decoder.
+        # Not E[x^2] - E[x]^2, which loses digits where the mean is large, as it is in the VAE
+        # decoder.
         centred = x - self._over_groups(x.mean((1, 2)))
         inverse = jax.lax.rsqrt(self._over_groups((centred * centred).mean((1, 2))) + self.epsilon)
-        scale, bias = (sharding.whole(leaf[...], x.shape[-1:], jnp.float32) for leaf in (self.scale, self.bias))
+        scale, bias = (
+            sharding.whole(leaf[...], x.shape[-1:], jnp.float32) for leaf in (self.scale, self.bias)
+        )
         return (centred * (inverse * scale) + bias).astype(self.dtype)
 
 
@@ -122,8 +169,15 @@ def group_norm(channels: int, groups: int, eps: float, dtype: Dtype, rngs: nnx.R
     return GroupNorm(channels, num_groups=groups, epsilon=eps, dtype=dtype, rngs=rngs)
 
 
-def conv3x3(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs, *, stride: int = 1,
-            padding: Padding = ((1, 1), (1, 1))) -> Conv:
+def conv3x3(
+    c_in: int,
+    c_out: int,
+    dtype: Dtype,
+    rngs: nnx.Rngs,
+    *,
+    stride: int = 1,
+    padding: Padding = ((1, 1), (1, 1)),
+) -> Conv:
     return Conv(c_in, c_out, 3, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
 
 
@@ -131,8 +185,12 @@ def conv1x1(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs) -> Conv:
     return Conv(c_in, c_out, 1, dtype=dtype, rngs=rngs)
 
 
-def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> jax.Array:
-    """Sines and cosines of a scalar at `dim / 2` frequencies. Source: diffusers `get_timestep_embedding`.
+def sinusoidal_embedding(
+    t: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+) -> jax.Array:
+    """Sines and cosines of a scalar at `dim / 2` frequencies.
+
+    Source: diffusers `get_timestep_embedding`.
 
     Args:
       t: [B] any real dtype.
@@ -143,9 +201,13 @@ def sinusoidal_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_
       [B, dim] float32.
     """
     half = dim // 2
-    frequency = jnp.exp(-math.log(10000.0) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32))
+    frequency = jnp.exp(
+        -math.log(10000.0) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32)
+    )
     angle = t.astype(jnp.float32)[:, None] * frequency
-    first, second = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    first, second = (
+        (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
+    )
     return jnp.concatenate([first, second], axis=-1)
 
 
@@ -161,10 +223,22 @@ class TimestepEmbedding(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """[B, H, W, C_in] (, [B, T]) -> [B, H, W, C_out]. Source: diffusers `ResnetBlock2D`, time added before norm2."""
+    """[B, H, W, C_in] (, [B, T]) -> [B, H, W, C_out].
 
-    def __init__(self, c_in: int, c_out: int, *, temb: int | None, groups: int, eps: float, dtype: Dtype,
-                 rngs: nnx.Rngs):
+    Source: diffusers `ResnetBlock2D`, time added before norm2.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        temb: int | None,
+        groups: int,
+        eps: float,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
         self.norm1 = group_norm(c_in, groups, eps, dtype, rngs)
         self.conv1 = conv3x3(c_in, c_out, dtype, rngs)
         self.time_emb_proj = None if temb is None else Linear(temb, c_out, dtype=dtype, rngs=rngs)
@@ -191,27 +265,47 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Doubles H and W by nearest neighbour, crops to `size`, convolves. Source: diffusers `Upsample2D`."""
+    """Doubles H and W by nearest neighbour, crops to `size`, convolves.
+
+    Source: diffusers `Upsample2D`.
+    """
 
     def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
         self.conv = conv3x3(channels, channels, dtype, rngs)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-        if size is not None:  # an odd skip: for sizes 2n and 2n-1 nearest neighbour is doubling and cropping
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(
+            b, 2 * h, 2 * w, c
+        )
+        if (
+            size is not None
+        ):  # an odd skip: for sizes 2n and 2n-1 nearest neighbour is doubling and cropping
             x = x[:, : size[0], : size[1]]
         return self.conv(x)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of [B, N, C] on itself or on a context [B, M, K]. Source: diffusers `Attention`.
+    """Multi-head attention of [B, N, C] on itself or on a context [B, M, K].
 
-    With `groups` it is the VAE's attention: group norm before, residual after, biases in the projections.
+    Source: diffusers `Attention`.
+
+    With `groups` it is the VAE's attention: group norm before, residual after, biases in the
+    projections.
     """
 
-    def __init__(self, channels: int, *, heads: int, context: int | None = None, groups: int | None = None,
-                 eps: float = 1e-6, kernel: str, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        context: int | None = None,
+        groups: int | None = None,
+        eps: float = 1e-6,
+        kernel: str,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
         self.heads = heads
         self.kernel = kernel
         self.group_norm = None if groups is None else group_norm(channels, groups, eps, dtype, rngs)
@@ -238,7 +332,10 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """[B, N, C] -> [B, N, D]: a linear map gated by the exact GELU of another. Source: diffusers `GEGLU`."""
+    """[B, N, C] -> [B, N, D]: a linear map gated by the exact GELU of another.
+
+    Source: diffusers `GEGLU`.
+    """
 
     def __init__(self, c_in: int, c_out: int, *, dtype: Dtype, rngs: nnx.Rngs):
         self.proj = Linear(c_in, 2 * c_out, dtype=dtype, rngs=rngs)
@@ -259,11 +356,13 @@ class FeedForward(nnx.Module):
     """[B, N, C] -> [B, N, C] through width 4C. Source: diffusers `FeedForward` with GEGLU."""
 
     def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.net = nnx.List([
-            GEGLU(channels, 4 * channels, dtype=dtype, rngs=rngs),
-            Dropout(),
-            Linear(4 * channels, channels, dtype=dtype, rngs=rngs),
-        ])
+        self.net = nnx.List(
+            [
+                GEGLU(channels, 4 * channels, dtype=dtype, rngs=rngs),
+                Dropout(),
+                Linear(4 * channels, channels, dtype=dtype, rngs=rngs),
+            ]
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in self.net:
@@ -272,15 +371,26 @@ class FeedForward(nnx.Module):
 
 
 class ScoreHead(nnx.Module):
-    """[B, D] -> [B] float32 through widths 1024, 128, 64 and 16, without activation: of LAION's aesthetic predictor and
-    of ImageReward. Source: their `MLP`."""
+    """[B, D] -> [B] float32 through widths 1024, 128, 64 and 16, without activation: of LAION's
+    aesthetic predictor and of ImageReward. Source: their `MLP`.
+    """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         def linear(a, b):
             return Linear(a, b, dtype=jnp.float32, rngs=rngs)
 
-        self.layers = nnx.List([linear(width, 1024), Dropout(), linear(1024, 128), Dropout(), linear(128, 64), Dropout(),
-                                linear(64, 16), linear(16, 1)])
+        self.layers = nnx.List(
+            [
+                linear(width, 1024),
+                Dropout(),
+                linear(1024, 128),
+                Dropout(),
+                linear(128, 64),
+                Dropout(),
+                linear(64, 16),
+                linear(16, 1),
+            ]
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
@@ -290,16 +400,23 @@ class ScoreHead(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention on the text, feed-forward, each residual. Source: diffusers `BasicTransformerBlock`."""
+    """Self-attention, attention on the text, feed-forward, each residual.
 
-    def __init__(self, channels: int, *, heads: int, context: int, kernel: str, dtype: Dtype, rngs: nnx.Rngs):
+    Source: diffusers `BasicTransformerBlock`.
+    """
+
+    def __init__(
+        self, channels: int, *, heads: int, context: int, kernel: str, dtype: Dtype, rngs: nnx.Rngs
+    ):
         def norm():
             return LayerNorm(channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
         self.norm1 = norm()
         self.attn1 = Attention(channels, heads=heads, kernel=kernel, dtype=dtype, rngs=rngs)
         self.norm2 = norm()
-        self.attn2 = Attention(channels, heads=heads, context=context, kernel=kernel, dtype=dtype, rngs=rngs)
+        self.attn2 = Attention(
+            channels, heads=heads, context=context, kernel=kernel, dtype=dtype, rngs=rngs
+        )
         self.norm3 = norm()
         self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
 
@@ -310,12 +427,29 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """[B, H, W, C] attends to itself and to a context [B, M, K]. Source: diffusers `Transformer2DModel`."""
+    """[B, H, W, C] attends to itself and to a context [B, M, K].
 
-    def __init__(self, channels: int, *, heads: int, depth: int, context: int, groups: int, linear_projection: bool,
-                 remat: str, kernel: str, dtype: Dtype, rngs: nnx.Rngs):
+    Source: diffusers `Transformer2DModel`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        heads: int,
+        depth: int,
+        context: int,
+        groups: int,
+        linear_projection: bool,
+        remat: str,
+        kernel: str,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
         self.remat = remat
-        self.norm = group_norm(channels, groups, 1e-6, dtype, rngs)  # 1e-6 here, 1e-5 in the UNet's resnets
+        self.norm = group_norm(
+            channels, groups, 1e-6, dtype, rngs
+        )  # 1e-6 here, 1e-5 in the UNet's resnets
         if linear_projection:
             self.proj_in = Linear(channels, channels, dtype=dtype, rngs=rngs)
             self.proj_out = Linear(channels, channels, dtype=dtype, rngs=rngs)
@@ -323,9 +457,12 @@ class Transformer2DModel(nnx.Module):
             self.proj_in = conv1x1(channels, channels, dtype, rngs)
             self.proj_out = conv1x1(channels, channels, dtype, rngs)
         self.transformer_blocks = stacked(
-            lambda rngs: BasicTransformerBlock(channels, heads=heads, context=context, kernel=kernel, dtype=dtype,
-                                               rngs=rngs),
-            depth, rngs)
+            lambda rngs: BasicTransformerBlock(
+                channels, heads=heads, context=context, kernel=kernel, dtype=dtype, rngs=rngs
+            ),
+            depth,
+            rngs,
+        )
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         h = self.proj_in(self.norm(x))

@@ -21,8 +21,10 @@ class Condition(NamedTuple):
 
     context: [B, M, K] text states for cross-attention.
     pooled: [B, P] projected text embedding, or None.
-    time_ids: [B, 6] float32: original height and width, crop top and left, target height and width; or None.
+    time_ids: [B, 6] float32: original height and width, crop top and left, target height and width;
+      or None.
     """
+
     context: jax.Array
     pooled: jax.Array | None
     time_ids: jax.Array | None
@@ -30,19 +32,39 @@ class Condition(NamedTuple):
 
 # config.json fields whose other values the port does not implement.
 _FIXED = {
-    "act_fn": "silu", "center_input_sample": False, "class_embed_type": None, "class_embeddings_concat": False,
-    "conv_in_kernel": 3, "conv_out_kernel": 3, "cross_attention_norm": None, "downsample_padding": 1,
-    "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "num_class_embeds": None, "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False, "resnet_time_scale_shift": "default",
-    "reverse_transformer_layers_per_block": None, "time_cond_proj_dim": None, "time_embedding_act_fn": None,
-    "time_embedding_dim": None, "time_embedding_type": "positional", "timestep_post_act": None,
+    "act_fn": "silu",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The fields of a UNet's config.json that matter, under their names there; lists become tuples, one per block."""
+    """The fields of a UNet's config.json that matter, under their names there; lists become tuples,
+    one per block.
+    """
+
     sample_size: int
     in_channels: int
     out_channels: int
@@ -51,7 +73,9 @@ class UNetConfig:
     up_block_types: tuple[str, ...]
     layers_per_block: int
     transformer_layers_per_block: tuple[int, ...]
-    attention_head_dim: tuple[int, ...]  # the number of heads: diffusers kept the wrong name for old files' sake
+    attention_head_dim: tuple[
+        int, ...
+    ]  # the number of heads: diffusers kept the wrong name for old files' sake
     cross_attention_dim: int
     use_linear_projection: bool
     addition_embed_type: str | None
@@ -64,24 +88,35 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
-        """Args: the parsed config.json. Raises: UserError for a setting that the port does not implement."""
+        """Args: the parsed config.json.
+
+        Raises: UserError for a setting that the port does not implement.
+        """
         name = config.get("_class_name", "UNet2DConditionModel")
         if name != "UNet2DConditionModel":
-            raise UserError(f"wrong architecture: config.json is of a {name}, expected UNet2DConditionModel; "
-                            "give the folder of an SDXL or SD 1.5 UNet")
+            raise UserError(
+                f"wrong architecture: config.json is of a {name}, expected UNet2DConditionModel; "
+                "give the folder of an SDXL or SD 1.5 UNet"
+            )
         for field, value in _FIXED.items():
             if config.get(field, value) != value:
-                raise UserError(f"UNet config.json has {field}={config[field]!r}, the port implements {value!r} only")
+                raise UserError(
+                    f"UNet config.json has {field}={config[field]!r}, the port implements {value!r} only"
+                )
         values = {**_DEFAULTS, **{k: v for k, v in config.items() if k in _DEFAULTS}}
         if config.get("num_attention_heads"):
             values["attention_head_dim"] = config["num_attention_heads"]
         if values["addition_embed_type"] not in (None, "text_time"):
-            raise UserError(f"UNet config.json has addition_embed_type={values['addition_embed_type']!r}, "
-                            "the port implements null and 'text_time' only")
+            raise UserError(
+                f"UNet config.json has addition_embed_type={values['addition_embed_type']!r}, "
+                "the port implements null and 'text_time' only"
+            )
         known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
         for block in (*values["down_block_types"], *values["up_block_types"]):
             if block not in known:
-                raise UserError(f"UNet config.json has a block {block!r}, the port implements {sorted(known)}")
+                raise UserError(
+                    f"UNet config.json has a block {block!r}, the port implements {sorted(known)}"
+                )
         blocks = len(values["block_out_channels"])
         for field in ("transformer_layers_per_block", "attention_head_dim"):
             if isinstance(values[field], int):
@@ -91,30 +126,57 @@ class UNetConfig:
 
 # What diffusers assumes for a field that a config.json leaves out.
 _DEFAULTS = {
-    "sample_size": None, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+    "sample_size": None,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "layers_per_block": 2,
-    "transformer_layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 1280,
-    "use_linear_projection": False, "addition_embed_type": None, "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None, "norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 1280,
+    "use_linear_projection": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "flip_sin_to_cos": True,
     "freq_shift": 0,
 }
 
 
 def _resnet(config: UNetConfig, level: int, c_in: int, **kw) -> layers.ResnetBlock2D:
-    return layers.ResnetBlock2D(c_in, config.block_out_channels[level], temb=4 * config.block_out_channels[0],
-                                groups=config.norm_num_groups, eps=config.norm_eps, **kw)
+    return layers.ResnetBlock2D(
+        c_in,
+        config.block_out_channels[level],
+        temb=4 * config.block_out_channels[0],
+        groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        **kw,
+    )
 
 
-def _transformer(config: UNetConfig, level: int, remat: str, kernel: str, **kw) -> layers.Transformer2DModel:
+def _transformer(
+    config: UNetConfig, level: int, remat: str, kernel: str, **kw
+) -> layers.Transformer2DModel:
     return layers.Transformer2DModel(
-        config.block_out_channels[level], heads=config.attention_head_dim[level],
-        depth=config.transformer_layers_per_block[level], context=config.cross_attention_dim,
-        groups=config.norm_num_groups, linear_projection=config.use_linear_projection, remat=remat, kernel=kernel, **kw)
+        config.block_out_channels[level],
+        heads=config.attention_head_dim[level],
+        depth=config.transformer_layers_per_block[level],
+        context=config.cross_attention_dim,
+        groups=config.norm_num_groups,
+        linear_projection=config.use_linear_projection,
+        remat=remat,
+        kernel=kernel,
+        **kw,
+    )
 
 
 class DownBlock2D(nnx.Module):
-    """Resnets, each followed by a transformer where the config says so, then a downsampling but at the last level.
+    """Resnets, each followed by a transformer where the config says so, then a downsampling but at
+    the last level.
 
     Source: diffusers `DownBlock2D` and `CrossAttnDownBlock2D`.
     """
@@ -124,13 +186,23 @@ class DownBlock2D(nnx.Module):
         c_out = config.block_out_channels[level]
         c_in = config.block_out_channels[max(level - 1, 0)]
         count = config.layers_per_block
-        self.resnets = nnx.List([_resnet(config, level, c_in if i == 0 else c_out, **kw) for i in range(count)])
+        self.resnets = nnx.List(
+            [_resnet(config, level, c_in if i == 0 else c_out, **kw) for i in range(count)]
+        )
         attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
-        self.attentions = nnx.List([_transformer(config, level, remat, kernel, **kw) for _ in range(count)]) if attends else None
+        self.attentions = (
+            nnx.List([_transformer(config, level, remat, kernel, **kw) for _ in range(count)])
+            if attends
+            else None
+        )
         last = level == len(config.block_out_channels) - 1
-        self.downsamplers = None if last else nnx.List([layers.Downsample2D(c_out, padding=((1, 1), (1, 1)), **kw)])
+        self.downsamplers = (
+            None if last else nnx.List([layers.Downsample2D(c_out, padding=((1, 1), (1, 1)), **kw)])
+        )
 
-    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(
+        self, x: jax.Array, temb: jax.Array, context: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = layers.checkpointed(resnet, x, temb, remat=self.remat)
@@ -160,7 +232,8 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
 
 
 class UpBlock2D(nnx.Module):
-    """Resnets that each take one skip in, with transformers where the config says so, then an upsampling.
+    """Resnets that each take one skip in, with transformers where the config says so, then an
+    upsampling.
 
     `level` counts as in the down path. Source: diffusers `UpBlock2D` and `CrossAttnUpBlock2D`.
     """
@@ -171,13 +244,25 @@ class UpBlock2D(nnx.Module):
         count = config.layers_per_block + 1
         inputs = [widths[min(level + 1, len(widths) - 1)]] + [widths[level]] * (count - 1)
         skips = [widths[level]] * (count - 1) + [widths[max(level - 1, 0)]]
-        self.resnets = nnx.List([_resnet(config, level, a + b, **kw) for a, b in zip(inputs, skips)])
+        self.resnets = nnx.List(
+            [_resnet(config, level, a + b, **kw) for a, b in zip(inputs, skips)]
+        )
         attends = config.up_block_types[len(widths) - 1 - level] == "CrossAttnUpBlock2D"
-        self.attentions = nnx.List([_transformer(config, level, remat, kernel, **kw) for _ in range(count)]) if attends else None
+        self.attentions = (
+            nnx.List([_transformer(config, level, remat, kernel, **kw) for _ in range(count)])
+            if attends
+            else None
+        )
         self.upsamplers = None if level == 0 else nnx.List([layers.Upsample2D(widths[level], **kw)])
 
-    def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array,
-                 size: tuple[int, int] | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        skips: list[jax.Array],
+        temb: jax.Array,
+        context: jax.Array,
+        size: tuple[int, int] | None,
+    ) -> jax.Array:
         for i, resnet in enumerate(self.resnets):
             x = jnp.concatenate([x, skips[-1 - i]], axis=-1)  # [B, H, W, C + C_skip]
             x = layers.checkpointed(resnet, x, temb, remat=self.remat)
@@ -193,12 +278,20 @@ class UNet2DConditionModel(nnx.Module):
       config: from the folder's config.json.
       rngs: for the initial parameters, which are float32.
       dtype: compute dtype.
-      remat: what each resnet and transformer block keeps for the backward pass, a key of layers.REMAT.
+      remat: what each resnet and transformer block keeps for the backward pass, a key of
+        layers.REMAT.
       kernel: of self-attention, see attention.py.
     """
 
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none",
-                 kernel: str = "xla"):
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
+        kernel: str = "xla",
+    ):
         self.config = config
         self.dtype = dtype
         kw = dict(dtype=dtype, rngs=rngs)
@@ -207,26 +300,41 @@ class UNet2DConditionModel(nnx.Module):
         levels = range(len(widths))
         self.conv_in = layers.conv3x3(config.in_channels, widths[0], dtype, rngs)
         self.time_embedding = layers.TimestepEmbedding(widths[0], 4 * widths[0], **kw)
-        self.add_embedding = None if config.addition_embed_type is None else layers.TimestepEmbedding(
-            config.projection_class_embeddings_input_dim, 4 * widths[0], **kw)
+        self.add_embedding = (
+            None
+            if config.addition_embed_type is None
+            else layers.TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, 4 * widths[0], **kw
+            )
+        )
         self.down_blocks = nnx.List([DownBlock2D(config, i, **block) for i in levels])
         self.mid_block = UNetMidBlock2DCrossAttn(config, **block)
         self.up_blocks = nnx.List([UpBlock2D(config, i, **block) for i in reversed(levels)])
-        self.conv_norm_out = layers.group_norm(widths[0], config.norm_num_groups, config.norm_eps, dtype, rngs)
+        self.conv_norm_out = layers.group_norm(
+            widths[0], config.norm_num_groups, config.norm_eps, dtype, rngs
+        )
         self.conv_out = layers.conv3x3(widths[0], config.out_channels, dtype, rngs)
 
     def _embed(self, t: jax.Array, condition: Condition) -> jax.Array:
         c = self.config
 
         def sinusoidal(values, dim):
-            return layers.sinusoidal_embedding(values, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
+            return layers.sinusoidal_embedding(
+                values, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
+            )
 
-        temb = self.time_embedding(sinusoidal(t, c.block_out_channels[0]).astype(self.dtype))  # [B, 4 C0]
+        temb = self.time_embedding(
+            sinusoidal(t, c.block_out_channels[0]).astype(self.dtype)
+        )  # [B, 4 C0]
         if self.add_embedding is None:
             return temb
         batch = t.shape[0]
-        sizes = sinusoidal(condition.time_ids.reshape(-1), c.addition_time_embed_dim).reshape(batch, -1)  # [B, 6 D]
-        added = jnp.concatenate([condition.pooled.astype(self.dtype), sizes.astype(self.dtype)], axis=-1)
+        sizes = sinusoidal(condition.time_ids.reshape(-1), c.addition_time_embed_dim).reshape(
+            batch, -1
+        )  # [B, 6 D]
+        added = jnp.concatenate(
+            [condition.pooled.astype(self.dtype), sizes.astype(self.dtype)], axis=-1
+        )
         return temb + self.add_embedding(added)
 
     def __call__(self, x_t: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
@@ -251,4 +359,6 @@ class UNet2DConditionModel(nnx.Module):
         for block in self.up_blocks:
             used, skips = skips[-count:], skips[:-count]
             x = block(x, used, temb, context, skips[-1].shape[1:3] if skips else None)
-        return sharding.join_rows(self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32))
+        return sharding.join_rows(
+            self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)
+        )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoencoderKL: images to latents and back. Dims: B batch, H and W image height and width, C channels, f = 2^(levels-1)."""
+"""AutoencoderKL: images to latents and back.
+
+Dims: B batch, H and W image height and width, C channels, f = 2^(levels-1).
+"""
 
 import dataclasses
 
@@ -12,13 +15,23 @@ from di_star_jax.config import UserError
 from di_star_jax.models import layers
 
 # config.json fields whose other values the port does not implement.
-_FIXED = {"act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
-          "use_post_quant_conv": True, "mid_block_add_attention": True}
+_FIXED = {
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The fields of a VAE's config.json that matter, with diffusers' defaults for what a file leaves out."""
+    """The fields of a VAE's config.json that matter, with diffusers' defaults for what a file
+    leaves out.
+    """
+
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
@@ -29,15 +42,24 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "VAEConfig":
-        """Args: the parsed config.json. Raises: UserError for a setting that the port does not implement."""
+        """Args: the parsed config.json.
+
+        Raises: UserError for a setting that the port does not implement.
+        """
         name = config.get("_class_name", "AutoencoderKL")
         if name != "AutoencoderKL":
-            raise UserError(f"wrong architecture: config.json is of a {name}, expected AutoencoderKL; give a VAE folder")
+            raise UserError(
+                f"wrong architecture: config.json is of a {name}, expected AutoencoderKL; give a VAE folder"
+            )
         for field, value in _FIXED.items():
             if config.get(field, value) != value:
-                raise UserError(f"VAE config.json has {field}={config[field]!r}, the port implements {value!r} only")
+                raise UserError(
+                    f"VAE config.json has {field}={config[field]!r}, the port implements {value!r} only"
+                )
         names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names})
+        return cls(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
+        )
 
     @property
     def scale(self) -> int:
@@ -46,16 +68,27 @@ class VAEConfig:
 
 
 def _resnet(config: VAEConfig, c_in: int, c_out: int, **kw) -> layers.ResnetBlock2D:
-    return layers.ResnetBlock2D(c_in, c_out, temb=None, groups=config.norm_num_groups, eps=1e-6, **kw)
+    return layers.ResnetBlock2D(
+        c_in, c_out, temb=None, groups=config.norm_num_groups, eps=1e-6, **kw
+    )
 
 
 class MidBlock(nnx.Module):
-    """Resnet, attention over all pixels with one head, resnet. Source: diffusers `UNetMidBlock2D`."""
+    """Resnet, attention over all pixels with one head, resnet.
+
+    Source: diffusers `UNetMidBlock2D`.
+    """
 
     def __init__(self, config: VAEConfig, *, remat: str, kernel: str, **kw):
         self.remat = remat
         channels = config.block_out_channels[-1]
-        self.attentions = nnx.List([layers.Attention(channels, heads=1, groups=config.norm_num_groups, kernel=kernel, **kw)])
+        self.attentions = nnx.List(
+            [
+                layers.Attention(
+                    channels, heads=1, groups=config.norm_num_groups, kernel=kernel, **kw
+                )
+            ]
+        )
         self.resnets = nnx.List([_resnet(config, channels, channels, **kw) for _ in range(2)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -65,16 +98,27 @@ class MidBlock(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """Resnets, then a downsampling but at the last level. Source: diffusers `DownEncoderBlock2D`."""
+    """Resnets, then a downsampling but at the last level.
+
+    Source: diffusers `DownEncoderBlock2D`.
+    """
 
     def __init__(self, config: VAEConfig, level: int, *, remat: str, **kw):
         self.remat = remat
         widths = config.block_out_channels
         c_in, c_out = widths[max(level - 1, 0)], widths[level]
-        self.resnets = nnx.List([
-            _resnet(config, c_in if i == 0 else c_out, c_out, **kw) for i in range(config.layers_per_block)])
+        self.resnets = nnx.List(
+            [
+                _resnet(config, c_in if i == 0 else c_out, c_out, **kw)
+                for i in range(config.layers_per_block)
+            ]
+        )
         # PyTorch pads this one at the bottom and right only.
-        down = None if level == len(widths) - 1 else layers.Downsample2D(c_out, padding=((0, 1), (0, 1)), **kw)
+        down = (
+            None
+            if level == len(widths) - 1
+            else layers.Downsample2D(c_out, padding=((0, 1), (0, 1)), **kw)
+        )
         self.downsamplers = None if down is None else nnx.List([down])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -90,8 +134,12 @@ class UpBlock(nnx.Module):
         self.remat = remat
         widths = config.block_out_channels
         c_in, c_out = widths[min(level + 1, len(widths) - 1)], widths[level]
-        self.resnets = nnx.List([
-            _resnet(config, c_in if i == 0 else c_out, c_out, **kw) for i in range(config.layers_per_block + 1)])
+        self.resnets = nnx.List(
+            [
+                _resnet(config, c_in if i == 0 else c_out, c_out, **kw)
+                for i in range(config.layers_per_block + 1)
+            ]
+        )
         self.upsamplers = None if level == 0 else nnx.List([layers.Upsample2D(c_out, **kw)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -107,9 +155,13 @@ class Encoder(nnx.Module):
         kw = dict(dtype=dtype, rngs=rngs)
         widths = config.block_out_channels
         self.conv_in = layers.conv3x3(config.in_channels, widths[0], **kw)
-        self.down_blocks = nnx.List([DownBlock(config, i, remat=remat, **kw) for i in range(len(widths))])
+        self.down_blocks = nnx.List(
+            [DownBlock(config, i, remat=remat, **kw) for i in range(len(widths))]
+        )
         self.mid_block = MidBlock(config, remat=remat, kernel=kernel, **kw)
-        self.conv_norm_out = layers.group_norm(widths[-1], config.norm_num_groups, 1e-6, dtype, rngs)
+        self.conv_norm_out = layers.group_norm(
+            widths[-1], config.norm_num_groups, 1e-6, dtype, rngs
+        )
         self.conv_out = layers.conv3x3(widths[-1], 2 * config.latent_channels, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -127,7 +179,9 @@ class Decoder(nnx.Module):
         widths = config.block_out_channels
         self.conv_in = layers.conv3x3(config.latent_channels, widths[-1], **kw)
         self.mid_block = MidBlock(config, remat=remat, kernel=kernel, **kw)
-        self.up_blocks = nnx.List([UpBlock(config, i, remat=remat, **kw) for i in reversed(range(len(widths)))])
+        self.up_blocks = nnx.List(
+            [UpBlock(config, i, remat=remat, **kw) for i in reversed(range(len(widths)))]
+        )
         self.conv_norm_out = layers.group_norm(widths[0], config.norm_num_groups, 1e-6, dtype, rngs)
         self.conv_out = layers.conv3x3(widths[0], config.out_channels, **kw)
 
@@ -149,20 +203,30 @@ class AutoencoderKL(nnx.Module):
       kernel: of the one attention layer, see attention.py.
     """
 
-    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none",
-                 kernel: str = "xla"):
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
+        kernel: str = "xla",
+    ):
         self.config = config
         self.dtype = dtype
         kw = dict(dtype=dtype, rngs=rngs)
         self.encoder = Encoder(config, remat=remat, kernel=kernel, **kw)
         self.decoder = Decoder(config, remat=remat, kernel=kernel, **kw)
-        self.quant_conv = layers.conv1x1(2 * config.latent_channels, 2 * config.latent_channels, **kw)
+        self.quant_conv = layers.conv1x1(
+            2 * config.latent_channels, 2 * config.latent_channels, **kw
+        )
         self.post_quant_conv = layers.conv1x1(config.latent_channels, config.latent_channels, **kw)
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Args: image [B, H, W, 3] in [-1, 1], H and W multiples of f.
 
-        Returns: mean and standard deviation of the scaled latents, [B, H/f, W/f, latent_channels] float32 each.
+        Returns: mean and standard deviation of the scaled latents, [B, H/f, W/f, latent_channels]
+          float32 each.
         """
         moments = self.quant_conv(self.encoder(sharding.split_rows(image)))
         moments = sharding.join_rows(moments.astype(jnp.float32))
@@ -171,6 +235,9 @@ class AutoencoderKL(nnx.Module):
         return scaling * mean, scaling * jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Args: scaled latents [B, h, w, latent_channels]. Returns: image [B, f h, f w, 3] float32, about [-1, 1]."""
+        """Args: scaled latents [B, h, w, latent_channels].
+
+        Returns: image [B, f h, f w, 3] float32, about [-1, 1].
+        """
         x = self.post_quant_conv(sharding.split_rows(latents / self.config.scaling_factor))
         return sharding.join_rows(self.decoder(x).astype(jnp.float32))

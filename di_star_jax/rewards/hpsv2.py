@@ -1,43 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HPSv2.0 and 2.1 (arXiv 2306.09341): CLIP ViT-H/14 trained on people's rankings; the cosine, printed times 100.
+"""HPSv2.0 and 2.1 (arXiv 2306.09341):
 
-The published code resizes a tensor. Which of two scales it then gives depends on torchvision's version, which began to
-antialias tensors by itself: ours antialiases; hpsv2_legacy.py does not. Source: tgxs002/HPSv2 `img_score.py`.
+CLIP ViT-H/14 trained on people's rankings; the cosine, printed times 100.
+
+The published code resizes a tensor. Which of two scales it then gives depends on torchvision's
+version, which began to antialias tensors by itself: ours antialiases; hpsv2_legacy.py does not.
+Source: tgxs002/HPSv2 `img_score.py`.
 """
 
 from pathlib import Path
 
-from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.storage import weights
 from di_star_jax.models.published import PICKSCORE
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.prompts.files import Tokenizer
-from di_star_jax.storage.open_clip import to_transformers
-from di_star_jax.rewards.pixels import (Pixels, tensor_pixels, tensor_pixels_rounded)
+from di_star_jax.rewards.pixels import Pixels, tensor_pixels, tensor_pixels_rounded
 from di_star_jax.rewards.reward import Reward
-from di_star_jax.rewards.similarity import (check_weights, reward_of)
+from di_star_jax.rewards.similarity import check_weights, reward_of
 from di_star_jax.rewards.similarity import read_config as read_clip_config
+from di_star_jax.storage import weights
+from di_star_jax.storage.open_clip import to_transformers
 
-NEEDED = {"model.safetensors": "HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2 on the Hub, "
-                               "converted once as README says"}
+NEEDED = {
+    "model.safetensors": "HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of xswu/HPSv2 on the Hub, "
+    "converted once as README says"
+}
 
 
 def read_config(folder: Path) -> dict:
-    """Of a `CLIPModel`: the folder's, or ViT-H/14 where it has none, as the published file comes without."""
+    """Of a `CLIPModel`: the folder's, or ViT-H/14 where it has none, as the published file comes
+    without.
+    """
     return read_clip_config(folder) if (folder / "config.json").is_file() else PICKSCORE
 
 
 def abstract(config: dict, *, evaluation: Pixels = tensor_pixels_rounded, **options) -> Reward:
-    """Shapes alone. Args: config, of a `CLIPModel`; evaluation, as of `load`; options, of `pipeline.abstract_model`."""
-    return reward_of(pipeline.abstract_model(config, **options), None, training=tensor_pixels, evaluation=evaluation)
+    """Shapes alone.
+
+    Args: config, of a `CLIPModel`; evaluation, as of `load`; options, of `pipeline.abstract_model`.
+    """
+    return reward_of(
+        pipeline.abstract_model(config, **options),
+        None,
+        training=tensor_pixels,
+        evaluation=evaluation,
+    )
 
 
-def load(folder: Path, *, tokenizer: str | Path, evaluation: Pixels = tensor_pixels_rounded, **options) -> Reward:
+def load(
+    folder: Path, *, tokenizer: str | Path, evaluation: Pixels = tensor_pixels_rounded, **options
+) -> Reward:
     """From a folder with the published file converted to model.safetensors.
 
-    Args: folder; tokenizer, a folder or Hub name; evaluation, from images to pixels; options, of `pipeline.load_model`.
+    Args: folder; tokenizer, a folder or Hub name; evaluation, from images to pixels; options, of
+      `pipeline.load_model`.
     Raises: UserError for a folder without weights, or of another model.
     """
     check_weights(folder, NEEDED)
-    model = pipeline.load_model(folder, config=read_config(folder), arrange=to_transformers, **options)
-    return reward_of(model, Tokenizer(weights.resolve_tokenizer(tokenizer)), training=tensor_pixels,
-                     evaluation=evaluation)
+    model = pipeline.load_model(
+        folder, config=read_config(folder), arrange=to_transformers, **options
+    )
+    return reward_of(
+        model,
+        Tokenizer(weights.resolve_tokenizer(tokenizer)),
+        training=tensor_pixels,
+        evaluation=evaluation,
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HPSv2 on the scale of its README: evaluated without antialiasing, as torchvision once resized tensors."""
+"""HPSv2 on the scale of its README: evaluated without antialiasing, as torchvision once resized
+tensors.
+"""
 
 import functools
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PickScore v1 (arXiv 2305.01569): CLIP ViT-H/14 trained on people's choices; the reward of Diff-Instruct*.
+"""PickScore v1 (arXiv 2305.01569):
 
-The cosine itself, 0.22 or so: the published score is this times exp(logit_scale). Source: yuvalkirstain/PickScore.
+CLIP ViT-H/14 trained on people's choices; the reward of Diff-Instruct*.
+
+The cosine itself, 0.22 or so: the published score is this times exp(logit_scale). Source:
+  yuvalkirstain/PickScore.
 """
 
 import functools

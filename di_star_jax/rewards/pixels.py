@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An image to what a CLIP or BLIP sees of it, differentiable.
 
-The resize is Pillow's bicubic as two small fixed matrices. Training keeps the values unrounded; evaluation rounds where
-Pillow's 8-bit images do and so reproduces the scores of the published processor.
+The resize is Pillow's bicubic as two small fixed matrices. Training keeps the values unrounded;
+evaluation rounds where Pillow's 8-bit images do and so reproduces the scores of the published
+processor.
 """
 
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def resize_matrix(n_in: int, n_out: int) -> np.ndarray:
 def aliased_matrix(n_in: int, n_out: int) -> np.ndarray:
     """Weights of a bicubic resize along one axis that looks at four pixels however much it shrinks.
 
-    Args and returns: as `resize_matrix`. Source: PyTorch `interpolate(mode="bicubic", antialias=False)`, a = -0.75.
+    Args and returns: as `resize_matrix`. Source: PyTorch `interpolate(mode="bicubic",
+      antialias=False)`, a = -0.75.
     """
     centre = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     first = np.floor(centre).astype(int) - 1
@@ -91,16 +93,27 @@ def _as_is(x: jax.Array) -> jax.Array:
     return x
 
 
-def _clip_pixels(image: jax.Array, size: int, settle: Callable[[jax.Array], jax.Array], *,
-                 between: Callable[[jax.Array], jax.Array] | None = None, matrix=resize_matrix,
-                 cut: Callable[[int], int] = _half) -> jax.Array:
-    """Resizes width, then height, with `settle` before and `between` (if None, `settle`) after each; crops; normalises."""
+def _clip_pixels(
+    image: jax.Array,
+    size: int,
+    settle: Callable[[jax.Array], jax.Array],
+    *,
+    between: Callable[[jax.Array], jax.Array] | None = None,
+    matrix=resize_matrix,
+    cut: Callable[[int], int] = _half,
+) -> jax.Array:
+    """Resizes width, then height, with `settle` before and `between` (if None, `settle`) after
+    each; crops; normalises.
+    """
     h, w = image.shape[1:3]
     between = between or settle
-    # The shortest side becomes `size` pixels, and the centre stays; int() rounds as transformers and torchvision do.
+    # The shortest side becomes `size` pixels, and the centre stays; int() rounds as transformers
+    # and torchvision do.
     resized = [int(size * n / min(h, w)) for n in (w, h)]
-    across, down = (matrix(n, m)[cut(m - size):][:size] for n, m in zip((w, h), resized))
-    exact = jax.lax.Precision.HIGHEST  # a TPU would multiply in bfloat16, two digits short of an 8-bit image
+    across, down = (matrix(n, m)[cut(m - size) :][:size] for n, m in zip((w, h), resized))
+    exact = (
+        jax.lax.Precision.HIGHEST
+    )  # a TPU would multiply in bfloat16, two digits short of an 8-bit image
     x = settle((image.astype(jnp.float32) + 1) / 2)
     x = between(jnp.einsum("vw,bhwc->bhvc", across, x, precision=exact))  # [B, H, S, 3]
     x = between(jnp.einsum("uh,bhvc->buvc", down, x, precision=exact))  # [B, S, S, 3]
@@ -114,15 +127,16 @@ def clip_pixels(image: jax.Array, *, size: int) -> jax.Array:
       image: [B, H, W, 3] in [-1, 1], any float dtype; values outside are clipped.
       size: S, the reward model's image size.
     Returns:
-      float32 [B, S, S, 3], CLIP-normalised: shortest side resized to S, centre kept. Saturated values, before or after
-      a pass, get no gradient.
+      float32 [B, S, S, 3], CLIP-normalised: shortest side resized to S, centre kept. Saturated
+      values, before or after a pass, get no gradient.
     Source: transformers `CLIPImageProcessor`; differs from it by what rounding to 8 bits does.
     """
     return _clip_pixels(image, size, _unit_range)
 
 
 def clip_pixels_rounded(image: jax.Array, *, size: int) -> jax.Array:
-    """What the CLIP image processor makes of an image, rounded where Pillow rounds: for evaluation, no gradient.
+    """What the CLIP image processor makes of an image, rounded where Pillow rounds: for evaluation,
+    no gradient.
 
     Args:
       image: [B, H, W, 3] in [-1, 1], any float dtype; values outside are clipped.
@@ -135,7 +149,8 @@ def clip_pixels_rounded(image: jax.Array, *, size: int) -> jax.Array:
 
 
 def torchvision_pixels(image: jax.Array, *, size: int) -> jax.Array:
-    """As `clip_pixels`, cropped as torchvision does: a pixel elsewhere on some images that are not square.
+    """As `clip_pixels`, cropped as torchvision does: a pixel elsewhere on some images that are not
+    square.
 
     Source: torchvision `Resize(size, BICUBIC)` of a Pillow image, `CenterCrop`, `Normalize`.
     """
@@ -150,7 +165,8 @@ def torchvision_pixels_rounded(image: jax.Array, *, size: int) -> jax.Array:
 def tensor_pixels(image: jax.Array, *, size: int) -> jax.Array:
     """As `clip_pixels`, resized as a tensor: what overshoots stays. For training with HPSv2.
 
-    Source: torchvision `Resize(size, BICUBIC, antialias=True)` of a float tensor, `CenterCrop`, `Normalize`.
+    Source: torchvision `Resize(size, BICUBIC, antialias=True)` of a float tensor, `CenterCrop`,
+      `Normalize`.
     """
     return _clip_pixels(image, size, _unit_range, between=_as_is, cut=_half_even)
 
@@ -161,5 +177,10 @@ def tensor_pixels_rounded(image: jax.Array, *, size: int) -> jax.Array:
 
 
 def tensor_pixels_aliased(image: jax.Array, *, size: int) -> jax.Array:
-    """`tensor_pixels_rounded` without antialiasing, as old torchvision resized tensors: HPSv2's older scale."""
-    return _clip_pixels(image, size, _eight_bit, between=_as_is, matrix=aliased_matrix, cut=_half_even)
+    """`tensor_pixels_rounded` without antialiasing, as old torchvision resized tensors:
+
+    HPSv2's older scale.
+    """
+    return _clip_pixels(
+        image, size, _eight_bit, between=_as_is, matrix=aliased_matrix, cut=_half_even
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reward is: parameters, what it makes of prompts, and a score of images, differentiable to the pixels."""
+"""What a reward is: parameters, what it makes of prompts, and a score of images, differentiable to
+the pixels.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,11 +16,14 @@ class Reward(NamedTuple):
     """One reward, as `abstract` or `load` of its file gives it.
 
     params: tree of arrays, or of `jax.ShapeDtypeStruct`.
-    reward: (params, images [B, H, W, 3] in [-1, 1], prompts) -> [B] float32. Pure; has a gradient to the images.
-    evaluate: the same for evaluation: of the images as 8-bit files, read as the published code reads them.
+    reward: (params, images [B, H, W, 3] in [-1, 1], prompts) -> [B] float32. Pure; has a gradient
+      to the images.
+    evaluate: the same for evaluation: of the images as 8-bit files, read as the published code
+      reads them.
     tokenize: B texts -> prompts, a tree of NumPy arrays [B, ...]; None where only shapes are known.
     shapes: of prompts for one text, a tree like it of `jax.ShapeDtypeStruct` [1, ...].
     """
+
     params: Any
     reward: Score
     evaluate: Score

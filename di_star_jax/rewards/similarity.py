@@ -8,28 +8,37 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.storage import weights
 from di_star_jax.config import UserError
 from di_star_jax.models.clip import CLIPModel
+from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.folder import Model
 from di_star_jax.prompts.files import Tokenizer
-from di_star_jax.rewards.pixels import (Pixels, clip_pixels, clip_pixels_rounded)
-from di_star_jax.rewards.reward import (Reward, Tokenize, listed)
+from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
+from di_star_jax.rewards.reward import Reward, Tokenize, listed
+from di_star_jax.storage import weights
 
 
 def read_config(folder: Path) -> dict:
-    """config.json of a `CLIPModel`'s folder. Raises: UserError where it is missing, broken, or of another model."""
+    """config.json of a `CLIPModel`'s folder.
+
+    Raises: UserError where it is missing, broken, or of another model.
+    """
     config = weights.read_config(folder)
     found = pipeline.model_class(config)[0]
     if found is not CLIPModel:
-        raise UserError(f"{folder} holds a {found.__name__}, expected a CLIPModel, with both towers; give the folder of one "
-                        "such as openai/clip-vit-base-patch32")
+        raise UserError(
+            f"{folder} holds a {found.__name__}, expected a CLIPModel, with both towers; give the folder of one "
+            "such as openai/clip-vit-base-patch32"
+        )
     return config
 
 
 def check_weights(folder: Path, needed: dict[str, str]) -> None:
-    """Raises: UserError for a folder without safetensors. Args: needed, where the files it should have are from."""
+    """Raises:
+
+    UserError for a folder without safetensors. Args: needed, where the files it should have are
+    from.
+    """
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"no weights in {folder}; it must hold {listed(needed)}")
 
@@ -52,8 +61,9 @@ def text_embeddings(graphdef: nnx.GraphDef, params: dict, token_ids: jax.Array) 
     return normalise(nnx.merge(graphdef, params).text_features(token_ids))
 
 
-def image_embeddings(graphdef: nnx.GraphDef, params: dict, images: jax.Array, *,
-                     pixels: Pixels = clip_pixels) -> jax.Array:
+def image_embeddings(
+    graphdef: nnx.GraphDef, params: dict, images: jax.Array, *, pixels: Pixels = clip_pixels
+) -> jax.Array:
     """The pictures' half of the score.
 
     Args:
@@ -63,21 +73,31 @@ def image_embeddings(graphdef: nnx.GraphDef, params: dict, images: jax.Array, *,
     Returns: float32 [B, P], of length 1.
     """
     model = nnx.merge(graphdef, params)
-    return normalise(model.image_features(pixels(images, size=model.config.vision_config.image_size)))
+    return normalise(
+        model.image_features(pixels(images, size=model.config.vision_config.image_size))
+    )
 
 
-def cosine(graphdef: nnx.GraphDef, pixels: Pixels, params: dict, images: jax.Array, token_ids: jax.Array) -> jax.Array:
+def cosine(
+    graphdef: nnx.GraphDef, pixels: Pixels, params: dict, images: jax.Array, token_ids: jax.Array
+) -> jax.Array:
     """Cosine between image and prompt, without the logit scale.
 
     Args: as of `image_embeddings` and `text_embeddings`.
-    Returns: float32 [B] in [-1, 1]; differentiable with respect to the images, but for saturated pixels.
+    Returns: float32 [B] in [-1, 1]; differentiable with respect to the images, but for saturated
+      pixels.
     """
     text = jax.lax.stop_gradient(text_embeddings(graphdef, params, token_ids))
     return jnp.sum(image_embeddings(graphdef, params, images, pixels=pixels) * text, axis=-1)
 
 
-def reward_of(model: Model, tokenize: Tokenize | None, *, training: Pixels = clip_pixels,
-              evaluation: Pixels = clip_pixels_rounded) -> Reward:
+def reward_of(
+    model: Model,
+    tokenize: Tokenize | None,
+    *,
+    training: Pixels = clip_pixels,
+    evaluation: Pixels = clip_pixels_rounded,
+) -> Reward:
     """A CLIP's cosine as a reward.
 
     Args:
@@ -86,9 +106,13 @@ def reward_of(model: Model, tokenize: Tokenize | None, *, training: Pixels = cli
       training, evaluation: from images to the model's pixels.
     """
     length = pipeline.model_class(model.config)[1].text_config.max_position_embeddings
-    return Reward(model.params, functools.partial(cosine, model.graphdef, training),
-                  functools.partial(cosine, model.graphdef, evaluation), tokenize,
-                  jax.ShapeDtypeStruct((1, length), jnp.int32))
+    return Reward(
+        model.params,
+        functools.partial(cosine, model.graphdef, training),
+        functools.partial(cosine, model.graphdef, evaluation),
+        tokenize,
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+    )
 
 
 def abstract(config: dict, **options) -> Reward:
@@ -99,8 +123,8 @@ def abstract(config: dict, **options) -> Reward:
 def load(folder: Path, *, needed: dict[str, str], tokenizer: str | Path, **options) -> Reward:
     """From a folder with a `CLIPModel`'s config.json and safetensors.
 
-    Args: folder; needed, the NEEDED of the reward's file; tokenizer, a folder or Hub name; options, of
-      `pipeline.load_model`.
+    Args: folder; needed, the NEEDED of the reward's file; tokenizer, a folder or Hub name; options,
+      of `pipeline.load_model`.
     Raises: UserError for a folder without weights, or of another model.
     """
     config = read_config(folder)

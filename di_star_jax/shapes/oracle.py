@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a scene back from pixels: background, and for each colour how many objects, which kind, size and texture.
+"""Reads a scene back from pixels: background, and for each colour how many objects, which kind,
+size and texture.
 
-The renderer's backdrop is linear in x and y and the outermost BORDER pixels are always backdrop, so a plane fitted to
-them tells what lies in front of it. Everything else is moments of the parts that do.
+The renderer's backdrop is linear in x and y and the outermost BORDER pixels are always backdrop, so
+a plane fitted to them tells what lies in front of it. Everything else is moments of the parts that
+do.
 """
 
 from dataclasses import dataclass
@@ -15,8 +17,13 @@ from di_star_jax.shapes.scenes import Scene
 CONTRAST = 0.13  # from the backdrop, where an object begins
 SMALLEST = 20  # pixels of a part; less is noise
 # kind: area over r^2, and how far below its centre the centroid lies, over r
-MOMENTS = {"circle": (3.1416, 0.0), "square": (3.0976, 0.0), "triangle": (1.9425, 0.1833), "cross": (2.2576, 0.0)}
-_Y, _X = np.mgrid[0:scenes.SIZE, 0:scenes.SIZE].astype(np.float64) + 0.5
+MOMENTS = {
+    "circle": (3.1416, 0.0),
+    "square": (3.0976, 0.0),
+    "triangle": (1.9425, 0.1833),
+    "cross": (2.2576, 0.0),
+}
+_Y, _X = np.mgrid[0 : scenes.SIZE, 0 : scenes.SIZE].astype(np.float64) + 0.5
 _FRAME = np.minimum(np.minimum(_X, _Y), scenes.SIZE - np.maximum(_X, _Y)) < 2.0
 _PLANE = np.stack([np.ones_like(_X), _X / 32 - 1, _Y / 32 - 1], axis=-1)  # [64, 64, 3]
 _SOLVE = np.linalg.pinv(_PLANE[_FRAME])
@@ -24,7 +31,10 @@ _SOLVE = np.linalg.pinv(_PLANE[_FRAME])
 
 @dataclass(frozen=True)
 class Seen:
-    """Objects of one colour: how many, kind and size ("small" or "large") of most, whether striped, mean place."""
+    """Objects of one colour: how many, kind and size ("small" or "large") of most, whether striped,
+    mean place.
+    """
+
     count: int
     kind: str
     size: str
@@ -36,22 +46,30 @@ class Seen:
 @dataclass(frozen=True)
 class Reading:
     """What an image shows: the background's name, and what is seen of each colour."""
+
     background: str
     groups: dict[str, Seen]
 
 
 def backdrop(image: np.ndarray) -> np.ndarray:
-    """The plane behind the objects. Args: image [64, 64, 3] in [0, 1]. Returns: its coefficients, [3, 3]:
-    value at the centre, slope to the right and slope downwards (per half image), for each of RGB."""
+    """The plane behind the objects. Args: image [64, 64, 3] in [0, 1]. Returns: its coefficients,
+    [3, 3]: value at the centre, slope to the right and slope downwards (per half image), for each
+    of RGB.
+    """
     return _SOLVE @ image[_FRAME].astype(np.float64)
 
 
 def parts(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected parts (4 neighbours) of a mask. Args: bool [H, W]. Returns: bool masks of SMALLEST pixels or more."""
+    """Connected parts (4 neighbours) of a mask.
+
+    Args: bool [H, W]. Returns: bool masks of SMALLEST pixels or more.
+    """
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:  # the largest number spreads through each part
         padded = np.pad(label, 1)
-        spread = np.maximum.reduce([label, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
+        spread = np.maximum.reduce(
+            [label, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+        )
         spread = np.where(mask, spread, 0)
         if np.array_equal(spread, label):
             break
@@ -74,7 +92,8 @@ def _kind_and_radius(mask: np.ndarray) -> tuple[str, float]:
 
 
 def _colour_and_whiteness(pixels: np.ndarray) -> tuple[str, float]:
-    """Name of the colour of an object's most saturated pixels, and how far its mean lies towards white.
+    """Name of the colour of an object's most saturated pixels, and how far its mean lies towards
+    white.
 
     The most saturated, because half-white edges of red stripes look pink.
     """
@@ -94,23 +113,38 @@ def read(image: np.ndarray) -> Reading:
     found = {}
     for mask in parts(np.abs(image - _PLANE @ plane).max(axis=-1) > CONTRAST):
         # The outermost ring is mixed with the backdrop.
-        inner = mask & np.roll(mask, 1, 0) & np.roll(mask, -1, 0) & np.roll(mask, 1, 1) & np.roll(mask, -1, 1)
+        inner = (
+            mask
+            & np.roll(mask, 1, 0)
+            & np.roll(mask, -1, 0)
+            & np.roll(mask, 1, 1)
+            & np.roll(mask, -1, 1)
+        )
         colour, white = _colour_and_whiteness(image[inner if inner.sum() >= 8 else mask])
-        found.setdefault(colour, []).append((*_kind_and_radius(mask), white, _X[mask].mean(), _Y[mask].mean()))
+        found.setdefault(colour, []).append(
+            (*_kind_and_radius(mask), white, _X[mask].mean(), _Y[mask].mean())
+        )
     groups = {}
     for colour, objects in found.items():
         kinds, radii, whites, xs, ys = zip(*objects)
         size = "small" if np.mean(radii) < 8.0 else "large"
-        groups[colour] = Seen(len(objects), max(kinds, key=kinds.count), size, bool(np.mean(whites) > 0.17),
-                              float(np.mean(xs)), float(np.mean(ys)))
+        groups[colour] = Seen(
+            len(objects),
+            max(kinds, key=kinds.count),
+            size,
+            bool(np.mean(whites) > 0.17),
+            float(np.mean(xs)),
+            float(np.mean(ys)),
+        )
     return Reading(background, groups)
 
 
 def attributes(scene: Scene, image: np.ndarray) -> tuple[int, int]:
     """How many of a caption's attributes an image shows.
 
-    Counted: for each group colour (something of it is there), count, kind, texture and, where stated, size; the
-    relation where there are two groups; the background. Of a group whose colour is missing, nothing is right.
+    Counted: for each group colour (something of it is there), count, kind, texture and, where
+    stated, size; the relation where there are two groups; the background. Of a group whose colour
+    is missing, nothing is right.
 
     Args: scene; image float [64, 64, 3] in [0, 1]. Returns: (right, all).
     """
@@ -121,12 +155,19 @@ def attributes(scene: Scene, image: np.ndarray) -> tuple[int, int]:
         total += stated
         seen = reading.groups.get(group.colour)
         if seen is not None:
-            right += (1 + (seen.count == group.count) + (seen.kind == group.kind)
-                      + (seen.striped == bool(group.texture)) + (bool(group.size) and seen.size == group.size))
+            right += (
+                1
+                + (seen.count == group.count)
+                + (seen.kind == group.kind)
+                + (seen.striped == bool(group.texture))
+                + (bool(group.size) and seen.size == group.size)
+            )
     if scene.relation:
         total += 1
         first, second = (reading.groups.get(group.colour) for group in scene.groups)
-        right += first is not None and second is not None and _relation(first, second) == scene.relation
+        right += (
+            first is not None and second is not None and _relation(first, second) == scene.relation
+        )
     return right, total
 
 

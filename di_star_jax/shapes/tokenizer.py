@@ -9,13 +9,18 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def _byte_symbols() -> list[str]:
     """The printable stand-ins of the 256 bytes, in the order of CLIP's vocabulary."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, in order, that make every word one symbol; replaying them is what a tokenizer does.
+    """Byte-pair merges, in order, that make every word one symbol; replaying them is what a
+    tokenizer does.
 
     Args: words, lower-case ASCII. Returns: pairs; the last symbol of a word ends in "</w>".
     """
@@ -32,7 +37,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     merged, i = [], 0
     while i < len(symbols):
-        if tuple(symbols[i:i + 2]) == pair:
+        if tuple(symbols[i : i + 2]) == pair:
             merged.append("".join(pair))
             i += 2
         else:
@@ -53,9 +58,18 @@ def make_word_tokenizer(words: list[str], folder: Path, *, max_length: int, pad_
       the vocabulary's size; START and END are its last two ids, as in CLIP.
     """
     from transformers import CLIPTokenizer
+
     merges = learn_merges(words)
     alphabet = _byte_symbols()
-    symbols = [*alphabet, *(s + "</w>" for s in alphabet), *("".join(pair) for pair in merges), START, END]
+    symbols = [
+        *alphabet,
+        *(s + "</w>" for s in alphabet),
+        *("".join(pair) for pair in merges),
+        START,
+        END,
+    ]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
-    CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=max_length).save_pretrained(folder)
+    CLIPTokenizer(
+        vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=max_length
+    ).save_pretrained(folder)
     return len(vocab)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run, by Orbax: one item per field of the state, so that one network can be read without the rest."""
+"""Checkpoints of a run, by Orbax: one item per field of the state, so that one network can be read
+without the rest.
+"""
 
 import os
 from typing import Any
@@ -28,9 +30,12 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
-                self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+                self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            )
         except OSError as error:
-            raise UserError(f"cannot write checkpoints in {folder} ({error.strerror}); give another folder") from None
+            raise UserError(
+                f"cannot write checkpoints in {folder} ({error.strerror}); give another folder"
+            ) from None
 
     def save(self, step: int, state: Any, metadata: dict) -> None:
         """Starts to write `state`; its buffers may be donated as soon as this returns.
@@ -42,9 +47,14 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        items = {name: ocp.args.StandardSave({name: tree}) for name, tree in _fields(state)[0].items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, **{_METADATA: ocp.args.JsonSave(metadata)}),
-                           force=True)
+        items = {
+            name: ocp.args.StandardSave({name: tree}) for name, tree in _fields(state)[0].items()
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(**items, **{_METADATA: ocp.args.JsonSave(metadata)}),
+            force=True,
+        )
 
     def latest_step(self) -> int | None:
         """The newest step whose checkpoint is complete."""
@@ -54,15 +64,21 @@ class Checkpoints:
         """The whole state at `step`.
 
         Args:
-          abstract_state: like the state, of `jax.ShapeDtypeStruct` with the shardings to restore to, which need not
-            be those it was saved with; a leaf without sharding goes to the first device.
+          abstract_state: like the state, of `jax.ShapeDtypeStruct` with the shardings to restore
+            to, which need not be those it was saved with; a leaf without sharding goes to the first
+            device.
         Raises: UserError where the checkpoint is missing or is not of this model.
         """
         fields, treedef = _fields(abstract_state)
-        return treedef.unflatten([self.restore_item(step, name, tree) for name, tree in fields.items()])
+        return treedef.unflatten(
+            [self.restore_item(step, name, tree) for name, tree in fields.items()]
+        )
 
     def restore_item(self, step: int, name: str, abstract: Any) -> Any:
-        """One field of the state, such as "generator", "ema" or "assistant". Otherwise as `restore`."""
+        """One field of the state, such as "generator", "ema" or "assistant".
+
+        Otherwise as `restore`.
+        """
         target = jax.tree.map(_placed, {name: abstract})
         self._check_fit(step, name, target)
         return self._read(step, name, ocp.args.StandardRestore(target))[name]
@@ -86,7 +102,9 @@ class Checkpoints:
     def _item_folder(self, step: int, name: str) -> epath.Path:
         steps = sorted(self._manager.all_steps())
         if step not in steps:
-            raise UserError(f"no checkpoint of step {step} in {self.folder}, there are {steps}; give one of these")
+            raise UserError(
+                f"no checkpoint of step {step} in {self.folder}, there are {steps}; give one of these"
+            )
         folder = self.folder / str(step)
         if not (folder / name).is_dir():
             items = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -97,24 +115,34 @@ class Checkpoints:
         folder = self._item_folder(step, name)
         stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
         wanted = _shapes(target)
-        wrong = [f"{path} is {list(stored[path])}, expected {list(shape)}" for path, shape in wanted.items()
-                 if path in stored and stored[path] != shape]
+        wrong = [
+            f"{path} is {list(stored[path])}, expected {list(shape)}"
+            for path, shape in wanted.items()
+            if path in stored and stored[path] != shape
+        ]
         missing = [f"missing {path}" for path in wanted if path not in stored]
         extra = [f"extra {path}" for path in stored if path not in wanted]
         if wrong or missing or extra:
             first = (wrong + missing + extra)[:10]
-            raise UserError(f"{folder} does not fit the model: {len(missing)} arrays missing, {len(extra)} extra, "
-                            f"{len(wrong)} of the wrong shape; first {len(first)}: {'; '.join(first)}; "
-                            "give the config it was saved with")
+            raise UserError(
+                f"{folder} does not fit the model: {len(missing)} arrays missing, {len(extra)} extra, "
+                f"{len(wrong)} of the wrong shape; first {len(first)}: {'; '.join(first)}; "
+                "give the config it was saved with"
+            )
 
 
 def existing(folder: str | os.PathLike) -> Checkpoints:
-    """The checkpoints in a folder, or in a run's workdir. Raises: UserError where there are none."""
+    """The checkpoints in a folder, or in a run's workdir.
+
+    Raises: UserError where there are none.
+    """
     for candidate in (_absolute(folder), _absolute(folder) / FOLDER):
         if candidate.is_dir() and ocp.utils.checkpoint_steps(candidate):
             return Checkpoints(candidate, keep=None)
     what = "no checkpoint in" if _absolute(folder).is_dir() else "no folder"
-    raise UserError(f"{what} {folder}; give the workdir of a run that has saved one, or its {FOLDER} folder")
+    raise UserError(
+        f"{what} {folder}; give the workdir of a run that has saved one, or its {FOLDER} folder"
+    )
 
 
 def _absolute(folder: str | os.PathLike) -> epath.Path:
@@ -124,7 +152,9 @@ def _absolute(folder: str | os.PathLike) -> epath.Path:
 
 def _fields(state: Any) -> tuple[dict[str, Any], Any]:
     """{name: tree} of the state's fields, and the definition that puts them together again."""
-    fields, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda node: node is not state)
+    fields, treedef = jax.tree_util.tree_flatten_with_path(
+        state, is_leaf=lambda node: node is not state
+    )
     return {jax.tree_util.keystr(path, simple=True): tree for path, tree in fields}, treedef
 
 
@@ -136,4 +166,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _shapes(tree: Any) -> dict[str, tuple]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }

@@ -22,14 +22,19 @@ _TOWERS = {
     "ln_final": "text_model.final_layer_norm",
     "text_projection": "text_projection.weight",
 }
-_BLOCK = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
-          "mlp.c_proj": "mlp.fc2"}
+_BLOCK = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 
 
 def _rename(name: str) -> str:
     for old, new in _TOWERS.items():
         if name == old or name.startswith(old + "."):
-            name = new + name[len(old):]
+            name = new + name[len(old) :]
             break
     layer = re.fullmatch(r"(\w+\.encoder\.layers\.\d+\.)(.*)\.(weight|bias)", name)
     return f"{layer[1]}{_BLOCK[layer[2]]}.{layer[3]}" if layer and layer[2] in _BLOCK else name
@@ -38,11 +43,18 @@ def _rename(name: str) -> str:
 def _part(tensor: Stored, index: int) -> Stored:
     """One third of queries, keys and values, which open_clip stacks."""
     rows = tensor.shape[0] // 3
-    return Stored((rows, *tensor.shape[1:]), tensor.dtype, lambda: tensor.read()[index * rows:(index + 1) * rows])
+    return Stored(
+        (rows, *tensor.shape[1:]),
+        tensor.dtype,
+        lambda: tensor.read()[index * rows : (index + 1) * rows],
+    )
 
 
 def to_transformers(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """A file's tensors under transformers' names; one that has these already is left alone. For `weights.load`."""
+    """A file's tensors under transformers' names; one that has these already is left alone.
+
+    For `weights.load`.
+    """
     if "visual.conv1.weight" not in stored:
         return stored
     arranged = {}
@@ -52,7 +64,9 @@ def to_transformers(stored: dict[str, Stored]) -> dict[str, Stored]:
             for i, part in enumerate("qkv"):
                 arranged[f"{stacked[1]}.self_attn.{part}_proj.{stacked[2]}"] = _part(tensor, i)
         elif name in ("visual.proj", "text_projection"):  # open_clip multiplies from the other side
-            transposed = Stored(tensor.shape[::-1], tensor.dtype, lambda read=tensor.read: np.transpose(read()))
+            transposed = Stored(
+                tensor.shape[::-1], tensor.dtype, lambda read=tensor.read: np.transpose(read())
+            )
             arranged[_rename(name)] = transposed
         else:
             arranged[_rename(name)] = tensor

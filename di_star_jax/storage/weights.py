@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between folders in the layout of diffusers and parameter trees, by one mechanical rule (`torch_keys`).
+"""Between folders in the layout of diffusers and parameter trees, by one mechanical rule
+(`torch_keys`).
 
-Files are read one tensor at a time. A folder that is written appears whole under its name, or not at all.
+Files are read one tensor at a time. A folder that is written appears whole under its name, or not
+at all.
 """
 
 import contextlib
@@ -24,16 +26,30 @@ from jax.experimental import multihost_utils
 
 from di_star_jax.config import UserError
 
-STACKED = ("transformer_blocks", "layers", "layer", "blocks")  # modules whose leaves have a leading axis, one row per PyTorch block
+STACKED = (
+    "transformer_blocks",
+    "layers",
+    "layer",
+    "blocks",
+)  # modules whose leaves have a leading axis, one row per PyTorch block
 MAX_SHARD = 5 * 10**9  # bytes; the hub's own limit for one file of weights
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _TEXT = ["*.json", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}  # ours in PyTorch's order: [O, I], [O, I, kh, kw]
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # VAE files of SD 1.5
+_AXES = {
+    ("kernel", 2): (1, 0),
+    ("kernel", 4): (3, 2, 0, 1),
+}  # ours in PyTorch's order: [O, I], [O, I, kh, kw]
+_OLD_NAMES = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}  # VAE files of SD 1.5
 
 
 # The rule.
+
 
 def torch_keys(path: tuple, leaf: Any) -> str | list[str]:
     """PyTorch's name of a parameter.
@@ -48,13 +64,17 @@ def torch_keys(path: tuple, leaf: Any) -> str | list[str]:
     name = "weight" if name in ("kernel", "scale", "embedding") else name
     for i, module in enumerate(modules):
         if module in STACKED and not isinstance(path[i + 1], int):
-            head, tail = modules[: i + 1], [*modules[i + 1:], name]
+            head, tail = modules[: i + 1], [*modules[i + 1 :], name]
             return [".".join(map(str, [*head, row, *tail])) for row in range(leaf.shape[0])]
     return ".".join(map(str, [*modules, name]))
 
 
 class _Rows(NamedTuple):
-    """One leaf as PyTorch stores it: `keys` name its rows, each of `shape`, whose axes are ours in order `axes`."""
+    """One leaf as PyTorch stores it:
+
+    `keys` name its rows, each of `shape`, whose axes are ours in order `axes`.
+    """
+
     keys: list[str]
     stacked: bool
     shape: tuple[int, ...]
@@ -79,18 +99,26 @@ def _leaves(tree: Any) -> tuple[list[tuple[_Rows, Any]], Any]:
 def _check_finite(where: str, name: str, tensor: np.ndarray) -> None:
     count = tensor.size - np.count_nonzero(np.isfinite(tensor))
     if count:
-        raise UserError(f"{where}: {count} of the {tensor.size} values of {name} are not finite in {tensor.dtype}, "
-                        "expected finite weights; use an undamaged file, or float32")
+        raise UserError(
+            f"{where}: {count} of the {tensor.size} values of {name} are not finite in {tensor.dtype}, "
+            "expected finite weights; use an undamaged file, or float32"
+        )
 
 
 # Tensors in.
 
+
 def _current_name(name: str, wanted: set[str]) -> str:
-    """The name that a file's tensor has in the model, where the file follows an older or newer convention."""
+    """The name that a file's tensor has in the model, where the file follows an older or newer
+    convention.
+    """
     if name in wanted:
         return name
     renamed = ".".join(_OLD_NAMES[part] if part in _OLD_NAMES else part for part in name.split("."))
-    for candidate in (renamed, f"text_model.{name}"):  # transformers >= 5 writes text encoders without the prefix
+    for candidate in (
+        renamed,
+        f"text_model.{name}",
+    ):  # transformers >= 5 writes text encoders without the prefix
         if candidate in wanted:
             return candidate
     return name
@@ -99,18 +127,27 @@ def _current_name(name: str, wanted: set[str]) -> str:
 def _check_fit(where: str, leaves: list, shapes: Mapping[str, tuple]) -> None:
     """Raises: UserError with the first ten tensors that are missing, extra or of another shape."""
     expected = {key: rows.shape for rows, _ in leaves for key in rows.keys}
-    missing = [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in shapes]
+    missing = [
+        f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in shapes
+    ]
     extra = [f"extra {key} {list(shape)}" for key, shape in shapes.items() if key not in expected]
-    wrong = [f"{key} is {list(shapes[key])}, expected {list(shape)}" for key, shape in expected.items()
-             if key in shapes and tuple(shapes[key]) != shape]
+    wrong = [
+        f"{key} is {list(shapes[key])}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in shapes and tuple(shapes[key]) != shape
+    ]
     if missing or extra or wrong:
         first = (wrong + missing + extra)[:10]
-        raise UserError(f"{where} does not fit the model: {len(missing)} tensors missing, {len(extra)} extra, "
-                        f"{len(wrong)} of the wrong shape; first {len(first)}: {'; '.join(first)}; "
-                        "give weights and config.json of the same model")
+        raise UserError(
+            f"{where} does not fit the model: {len(missing)} tensors missing, {len(extra)} extra, "
+            f"{len(wrong)} of the wrong shape; first {len(first)}: {'; '.join(first)}; "
+            "give weights and config.json of the same model"
+        )
 
 
-def _read_leaf(where: str, rows: _Rows, shape: tuple, dtype: Any, read: Callable[[str], np.ndarray]) -> np.ndarray:
+def _read_leaf(
+    where: str, rows: _Rows, shape: tuple, dtype: Any, read: Callable[[str], np.ndarray]
+) -> np.ndarray:
     leaf = np.empty(shape, dtype)
     for i, key in enumerate(rows.keys):
         tensor = read(key)
@@ -120,7 +157,8 @@ def _read_leaf(where: str, rows: _Rows, shape: tuple, dtype: Any, read: Callable
 
 
 def params_from_tensors(tensors: Mapping[str, np.ndarray], abstract_params: Any) -> Any:
-    """A parameter tree of NumPy arrays from tensors in PyTorch's names and layout; `position_ids` are ignored.
+    """A parameter tree of NumPy arrays from tensors in PyTorch's names and layout; `position_ids`
+    are ignored.
 
     Args:
       tensors: in memory, of any float dtype.
@@ -129,15 +167,22 @@ def params_from_tensors(tensors: Mapping[str, np.ndarray], abstract_params: Any)
     """
     leaves, treedef = _leaves(abstract_params)
     wanted = {key for rows, _ in leaves for key in rows.keys}
-    found = {_current_name(name, wanted): name for name in tensors if not name.endswith("position_ids")}
+    found = {
+        _current_name(name, wanted): name for name in tensors if not name.endswith("position_ids")
+    }
     where = "the set of tensors"
     _check_fit(where, leaves, {key: tensors[name].shape for key, name in found.items()})
-    return treedef.unflatten([_read_leaf(where, rows, leaf.shape, leaf.dtype, lambda key: tensors[found[key]])
-                              for rows, leaf in leaves])
+    return treedef.unflatten(
+        [
+            _read_leaf(where, rows, leaf.shape, leaf.dtype, lambda key: tensors[found[key]])
+            for rows, leaf in leaves
+        ]
+    )
 
 
 class Stored(NamedTuple):
     """A tensor in a file, not read yet. dtype: safetensors' name, such as F16."""
+
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
@@ -146,17 +191,24 @@ class Stored(NamedTuple):
 Arrange = Callable[[dict[str, Stored]], dict[str, Stored]]
 
 
-def load(folder: str | os.PathLike, abstract_params: Any, *, shardings: Any = None, dtype: Any = None,
-         arrange: Arrange | None = None) -> Any:
+def load(
+    folder: str | os.PathLike,
+    abstract_params: Any,
+    *,
+    shardings: Any = None,
+    dtype: Any = None,
+    arrange: Arrange | None = None,
+) -> Any:
     """The parameters in a model's folder; host memory holds about one leaf beside them.
 
     Args:
-      folder: with one or several safetensors files; half-precision ones are taken where there are no others. Or one
-        such file.
+      folder: with one or several safetensors files; half-precision ones are taken where there are
+        no others. Or one such file.
       abstract_params: tree of `jax.ShapeDtypeStruct`.
       shardings: tree of shardings like it, or None for the default device.
       dtype: of all leaves; None for those of `abstract_params`.
-      arrange: from the stored tensors by name to those that the model has, where a file follows another convention.
+      arrange: from the stored tensors by name to those that the model has, where a file follows
+        another convention.
     Returns: tree of `jax.Array`.
     Raises: UserError for a folder, file or tensor that cannot be used.
     """
@@ -169,11 +221,16 @@ def load(folder: str | os.PathLike, abstract_params: Any, *, shardings: Any = No
         stored = {}
         for path in [Path(folder)] if Path(folder).is_file() else _weight_files(Path(folder))[0]:
             stored |= _stored(stack.enter_context(_open(path)))
-        found = {_current_name(name, wanted): tensor for name, tensor in (arrange or dict)(stored).items()}
+        found = {
+            _current_name(name, wanted): tensor
+            for name, tensor in (arrange or dict)(stored).items()
+        }
         _check_fit(where, leaves, {key: tensor.shape for key, tensor in found.items()})
         _check_floats(where, found)
         for (rows, leaf), place in zip(leaves, places):
-            array = _read_leaf(where, rows, leaf.shape, dtype or leaf.dtype, lambda key: found[key].read())
+            array = _read_leaf(
+                where, rows, leaf.shape, dtype or leaf.dtype, lambda key: found[key].read()
+            )
             # Waiting keeps one leaf on the host at a time.
             params.append(jax.block_until_ready(_place(array, place)))
     return treedef.unflatten(params)
@@ -183,8 +240,12 @@ def _stored(file: Any) -> dict[str, Stored]:
     """The tensors of an open safetensors file, without the `position_ids` that old files carry."""
     names = [name for name in file.keys() if not name.endswith("position_ids")]
     views = {name: file.get_slice(name) for name in names}
-    return {name: Stored(tuple(view.get_shape()), view.get_dtype(), functools.partial(file.get_tensor, name))
-            for name, view in views.items()}
+    return {
+        name: Stored(
+            tuple(view.get_shape()), view.get_dtype(), functools.partial(file.get_tensor, name)
+        )
+        for name, view in views.items()
+    }
 
 
 def _place(array: np.ndarray, sharding: Any) -> jax.Array:
@@ -196,11 +257,14 @@ def _place(array: np.ndarray, sharding: Any) -> jax.Array:
 def _check_floats(where: str, found: dict[str, Stored]) -> None:
     for name, tensor in found.items():
         if tensor.dtype not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{where}: {name} is stored as {tensor.dtype}, expected F32, F16 or BF16; give a model that "
-                            "is not quantised")
+            raise UserError(
+                f"{where}: {name} is stored as {tensor.dtype}, expected F32, F16 or BF16; give a model that "
+                "is not quantised"
+            )
 
 
 # Tensors out.
+
 
 def _tensors(params: Any) -> Iterator[tuple[str, np.ndarray]]:
     """(PyTorch's name, contiguous array in PyTorch's layout), one leaf on the host at a time."""
@@ -215,12 +279,16 @@ def tensors_from_params(params: Any) -> dict[str, np.ndarray]:
     return dict(_tensors(params))
 
 
-def save(folder: str | os.PathLike, params: Any, *, config: dict, file_name: str, dtype: Any = None) -> None:
-    """Writes a model's folder: config.json and safetensors, in shards of at most MAX_SHARD bytes with an index.
+def save(
+    folder: str | os.PathLike, params: Any, *, config: dict, file_name: str, dtype: Any = None
+) -> None:
+    """Writes a model's folder: config.json and safetensors, in shards of at most MAX_SHARD bytes
+    with an index.
 
     Args:
       folder: replaced as a whole if it is an earlier model.
-      params: tree of arrays. If they are spread over several hosts, all must call this; the first one writes.
+      params: tree of arrays. If they are spread over several hosts, all must call this; the first
+        one writes.
       config: content of config.json.
       file_name: e.g. diffusion_pytorch_model.safetensors.
       dtype: to cast to, or None.
@@ -234,8 +302,14 @@ def save(folder: str | os.PathLike, params: Any, *, config: dict, file_name: str
 
 def _on_hosts(params: Any) -> Any:
     """Makes leaves that are spread over hosts whole on each of them."""
+
     def whole(leaf):
-        return leaf if getattr(leaf, "is_fully_addressable", True) else multihost_utils.process_allgather(leaf, True)
+        return (
+            leaf
+            if getattr(leaf, "is_fully_addressable", True)
+            else multihost_utils.process_allgather(leaf, True)
+        )
+
     return jax.tree.map(whole, params)
 
 
@@ -249,15 +323,25 @@ def _write_model(folder: Path, params: Any, config: dict, file_name: str, dtype:
     if len(shards) == 1:
         (folder / "0").rename(folder / file_name)
         return
-    names = [f"{Path(file_name).stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [
+        f"{Path(file_name).stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
+        for i in range(len(shards))
+    ]
     for i, name in enumerate(names):
         (folder / str(i)).rename(folder / name)
     weight_map = {key: name for name, keys in zip(names, shards) for key in keys}
-    _write_json(folder / f"{file_name}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(
+        folder / f"{file_name}.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
 
 
-def _packed(tensors: Iterator[tuple[str, np.ndarray]], dtype: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Groups of tensors, cast to `dtype`, of at most MAX_SHARD bytes; each is emptied when the next is asked for."""
+def _packed(
+    tensors: Iterator[tuple[str, np.ndarray]], dtype: Any
+) -> Iterator[dict[str, np.ndarray]]:
+    """Groups of tensors, cast to `dtype`, of at most MAX_SHARD bytes; each is emptied when the next
+    is asked for.
+    """
     held, size = {}, 0
     for key, tensor in tensors:
         with np.errstate(over="ignore"):  # reported by the next line
@@ -275,13 +359,19 @@ def _packed(tensors: Iterator[tuple[str, np.ndarray]], dtype: Any) -> Iterator[d
 def check_output(folder: str | os.PathLike) -> None:
     """Raises: UserError if `save` or `export_pipeline` would refuse to replace this folder."""
     folder = Path(folder)
-    if folder.exists() and not any((folder / name).is_file() for name in ("config.json", "model_index.json")):
-        raise UserError(f"{folder} exists and is no model folder, so it is not overwritten; give another output")
+    if folder.exists() and not any(
+        (folder / name).is_file() for name in ("config.json", "model_index.json")
+    ):
+        raise UserError(
+            f"{folder} exists and is no model folder, so it is not overwritten; give another output"
+        )
 
 
 @contextlib.contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write in, which takes the name `folder` at the end, or vanishes after an error."""
+    """A new folder to write in, which takes the name `folder` at the end, or vanishes after an
+    error.
+    """
     check_output(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     old = partial.with_suffix(".old")
@@ -292,7 +382,9 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         partial.rename(folder)
     except OSError as error:
-        raise UserError(f"cannot write {folder} ({error.strerror}); give an output on a disk with room") from None
+        raise UserError(
+            f"cannot write {folder} ({error.strerror}); give an output on a disk with room"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -300,21 +392,28 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 
 # Files.
 
+
 def _open(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError) as error:
         with contextlib.suppress(OSError), path.open("rb") as file:
-            start = file.read(9)  # a safetensors file may begin with 0x80 too, but its ninth byte is "{"
+            start = file.read(
+                9
+            )  # a safetensors file may begin with 0x80 too, but its ninth byte is "{"
             if start[:1] == b"\x80" and start[8:] != b"{" or start[:2] == b"PK":
                 raise _pickle_error(path) from None
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable safetensors file ({reason}); download it again") from None
+        raise UserError(
+            f"{path} is not a readable safetensors file ({reason}); download it again"
+        ) from None
 
 
 def _pickle_error(path: Path) -> UserError:
-    return UserError(f"{path} is a pickle, which can run code when it is read; expected safetensors: convert it first "
-                     "with safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')")
+    return UserError(
+        f"{path} is a pickle, which can run code when it is read; expected safetensors: convert it first "
+        "with safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+    )
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
@@ -323,7 +422,10 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
         raise UserError(f"no folder {folder}; give a folder with safetensors weights")
     for variant in ("", ".fp16"):
         for stem in _STEMS:
-            single, index = folder / f"{stem}{variant}.safetensors", folder / f"{stem}.safetensors.index{variant}.json"
+            single, index = (
+                folder / f"{stem}{variant}.safetensors",
+                folder / f"{stem}.safetensors.index{variant}.json",
+            )
             if variant and (single.is_file() or index.is_file()):
                 logging.info("%s has half-precision weights only: taking its .fp16 files", folder)
             if single.is_file():
@@ -333,8 +435,10 @@ def _weight_files(folder: Path) -> tuple[list[Path], Path | None]:
     pickles = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise _pickle_error(pickles[0])
-    raise UserError(f"no weights in {folder}, expected e.g. {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; "
-                    "give the folder of one model, such as PIPELINE/unet")
+    raise UserError(
+        f"no weights in {folder}, expected e.g. {_STEMS[0]}.safetensors or {_STEMS[1]}.safetensors; "
+        "give the folder of one model, such as PIPELINE/unet"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -344,8 +448,10 @@ def _shards(index: Path) -> list[Path]:
         raise UserError(f"{index} has no table 'weight_map'; download the folder again") from None
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):  # nothing that leaves the folder
-            raise UserError(f"{index} names a file {name!r}, expected plain names of safetensors files beside it; "
-                            "get the weights from a source you trust")
+            raise UserError(
+                f"{index} names a file {name!r}, expected plain names of safetensors files beside it; "
+                "get the weights from a source you trust"
+            )
         if not (index.parent / name).is_file():
             raise UserError(f"{index} names {name}, which is not there; download the folder again")
     return [index.parent / name for name in names]
@@ -359,7 +465,9 @@ def _read_json(path: Path) -> dict:
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); download it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, expected a JSON object; download it again")
+        raise UserError(
+            f"{path} holds {type(content).__name__}, expected a JSON object; download it again"
+        )
     return content
 
 
@@ -375,16 +483,22 @@ def read_config(folder: str | os.PathLike, subfolder: str = "", name: str = "con
 
 
 def resolve(name: str) -> Path:
-    """A local folder for a folder's or a Hub repository's name; of the Hub's, safetensors, json and txt files only.
+    """A local folder for a folder's or a Hub repository's name; of the Hub's, safetensors, json and
+    txt files only.
 
-    Raises: UserError for a path that is no folder (without asking the network), or when the Hub does not deliver.
+    Raises: UserError for a path that is no folder (without asking the network), or when the Hub
+      does not deliver.
     """
     if _is_folder(name):
         return Path(name)
     folder = _fetch(name, _TEXT)
     # Beside the components of a pipeline, repositories keep the same weights again in single files.
     is_pipeline = (folder / "model_index.json").is_file()
-    parts = [f"{part}/*.safetensors" for part in components(folder)] if is_pipeline else ["*.safetensors"]
+    parts = (
+        [f"{part}/*.safetensors" for part in components(folder)]
+        if is_pipeline
+        else ["*.safetensors"]
+    )
     _fetch(name, parts, ignore="*.fp16*")
     if not any(folder.rglob("*.safetensors")):
         _fetch(name, parts)
@@ -397,39 +511,68 @@ def resolve_tokenizer(name: str) -> Path:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether `name` is local. Raises: UserError if it is neither a folder nor what a repository could be called."""
+    """Whether `name` is local.
+
+    Raises: UserError if it is neither a folder nor what a repository could be called.
+    """
     if Path(name).is_dir():
         return True
     if Path(name).exists():
-        raise UserError(f"{name} is a file, expected a folder in the layout of diffusers; give the folder around it")
+        raise UserError(
+            f"{name} is a file, expected a folder in the layout of diffusers; give the folder around it"
+        )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise UserError(f"no folder {name}; give an existing folder, or a name on the Hub such as "
-                        "stabilityai/stable-diffusion-xl-base-1.0")
+        raise UserError(
+            f"no folder {name}; give an existing folder, or a name on the Hub such as "
+            "stabilityai/stable-diffusion-xl-base-1.0"
+        )
     return False
 
 
 def _fetch(name: str, patterns: list[str], ignore: str | None = None) -> Path:
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore))
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore)
+        )
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name} is no local folder and could not be had from the Hub ({reason}); check the name and "
-                        f"the network, or run `hf download {name}` where there is one and give the folder") from None
+        raise UserError(
+            f"{name} is no local folder and could not be had from the Hub ({reason}); check the name and "
+            f"the network, or run `hf download {name}` where there is one and give the folder"
+        ) from None
 
 
 # Pipelines.
 
+
 def one_step_scheduler(reference_folder: str | os.PathLike) -> dict:
-    """Content of scheduler_config.json for a one-step generator: LCMScheduler with the reference's noise schedule."""
+    """Content of scheduler_config.json for a one-step generator:
+
+    LCMScheduler with the reference's noise schedule.
+    """
     reference = read_config(reference_folder, "scheduler", "scheduler_config.json")
     schedule = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-    return {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_spacing": "leading",
-            "clip_sample": False, "steps_offset": 1, **{k: reference[k] for k in schedule if k in reference}}
+    return {
+        "_class_name": "LCMScheduler",
+        "original_inference_steps": 50,
+        "timestep_spacing": "leading",
+        "clip_sample": False,
+        "steps_offset": 1,
+        **{k: reference[k] for k in schedule if k in reference},
+    }
 
 
-def export_pipeline(unet_params: Any, *, unet_config: dict, reference_folder: str | os.PathLike,
-                    output: str | os.PathLike, scheduler: dict, dtype: Any = None) -> None:
-    """Writes a pipeline folder that diffusers loads: a trained UNet, with all else copied from the reference.
+def export_pipeline(
+    unet_params: Any,
+    *,
+    unet_config: dict,
+    reference_folder: str | os.PathLike,
+    output: str | os.PathLike,
+    scheduler: dict,
+    dtype: Any = None,
+) -> None:
+    """Writes a pipeline folder that diffusers loads: a trained UNet, with all else copied from the
+    reference.
 
     Args:
       unet_params: tree of arrays; if they are spread over several hosts, all must call this.
@@ -457,21 +600,32 @@ def export_pipeline(unet_params: Any, *, unet_config: dict, reference_folder: st
 
 
 def components(pipeline: str | os.PathLike) -> list[str]:
-    """Names of the subfolders of a pipeline. Raises: UserError where its model_index.json is missing or suspicious."""
+    """Names of the subfolders of a pipeline.
+
+    Raises: UserError where its model_index.json is missing or suspicious.
+    """
     model_index = Path(pipeline) / "model_index.json"
     content = _read_json(model_index)
-    names = [name for name, kind in content.items() if isinstance(kind, list) and kind[:1] not in ([], [None])]
+    names = [
+        name
+        for name, kind in content.items()
+        if isinstance(kind, list) and kind[:1] not in ([], [None])
+    ]
     for name in names:
         if not re.fullmatch(r"\w+", name):
-            raise UserError(f"{model_index} names a component {name!r}, expected a plain name; get it from a source "
-                            "you trust")
+            raise UserError(
+                f"{model_index} names a component {name!r}, expected a plain name; get it from a source "
+                "you trust"
+            )
     return names
 
 
 def _copy_component(source: Path, target: Path) -> None:
     """Copies data files (never code) of a pipeline's component."""
     if not source.is_dir():
-        raise UserError(f"the reference has no folder {source}, but its model_index.json names it; download it again")
+        raise UserError(
+            f"the reference has no folder {source}, but its model_index.json names it; download it again"
+        )
     for file in source.iterdir():
         if file.suffix in (".json", ".txt") and ".index." not in file.name:
             shutil.copyfile(file, target / file.name)
@@ -482,5 +636,7 @@ def _copy_component(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name.replace(".fp16", ""))
     if index is not None:
         content = _read_json(index)
-        content["weight_map"] = {k: v.replace(".fp16", "") for k, v in content["weight_map"].items()}
+        content["weight_map"] = {
+            k: v.replace(".fp16", "") for k, v in content["weight_map"].items()
+        }
         _write_json(target / index.name.replace(".fp16", ""), content)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every objective on a mixture in the plane, with the real training step: `python -m di_star_jax.studies.mixture --out=docs`.
+"""Every objective on a mixture in the plane, with the real training step:
 
-The reference is the exact score of the mixture; generator and assistant are small networks. Each objective trains a
-one-step generator to convergence, without a reward and with two strengths of one that is highest at a single mode.
-Writes OUT/mixture.md and OUT/mixture.png.
+`python -m di_star_jax.studies.mixture --out=docs`.
+
+The reference is the exact score of the mixture; generator and assistant are small networks. Each
+objective trains a one-step generator to convergence, without a reward and with two strengths of one
+that is highest at a single mode. Writes OUT/mixture.md and OUT/mixture.png.
 """
 
 import dataclasses
@@ -16,13 +18,15 @@ import numpy as np
 import optax
 from absl import app, flags
 
-from di_star_jax import (diffusion, gradients, log as metrics, objectives, sharding, step)
-from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.config import (UserError, exit_on_user_error)
+from di_star_jax import diffusion, gradients, objectives, sharding, step
+from di_star_jax import log as metrics
+from di_star_jax.config import UserError, exit_on_user_error
 from di_star_jax.models.unet import Condition
+from di_star_jax.pipelines import folder as pipeline
 
-SCHEDULE = diffusion.make_schedule(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-                                   beta_schedule="scaled_linear")
+SCHEDULE = diffusion.make_schedule(
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+)
 CENTRES = np.array([[-1.4, -0.8], [1.4, -0.8], [0.0, 1.6], [0.0, 0.1]], np.float32)
 MODE_WEIGHTS = np.array([0.3, 0.3, 0.25, 0.15], np.float32)
 STD = 0.25  # of each mode
@@ -30,26 +34,48 @@ REWARD_SCALES = (0.0, 1.0, 4.0)
 BATCH = 512
 GRID = np.linspace(-3.0, 3.0, 121)  # edges of the histogram's bins
 METHODS = {  # name: what it changes in SETTINGS
-    "di_star": {}, "di_star_l2": {"objective": "di_star_l2"},
-    "sid, alpha 0.5": {"objective": "sid", "constants": objectives.Constants(0.00054, 0.0, sid_alpha=0.5)},
-    "kl": {"objective": "kl"}, "dmd": {"objective": "dmd"}, "reward_only": {"objective": "reward_only"},
+    "di_star": {},
+    "di_star_l2": {"objective": "di_star_l2"},
+    "sid, alpha 0.5": {
+        "objective": "sid",
+        "constants": objectives.Constants(0.00054, 0.0, sid_alpha=0.5),
+    },
+    "kl": {"objective": "kl"},
+    "dmd": {"objective": "dmd"},
+    "reward_only": {"objective": "reward_only"},
 }
 SETTINGS = gradients.Settings(
-    objective="di_star", omega=1.0, constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
-    weighting="eps", reduction="sum", generator_times=(20, 980), assistant_times=(0, 999),
-    assistant_updates=3, sharing="x0", generator_timesteps=(399,), latent_shape=(2,), ema_decay=0.995)
+    objective="di_star",
+    omega=1.0,
+    constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
+    weighting="eps",
+    reduction="sum",
+    generator_times=(20, 980),
+    assistant_times=(0, 999),
+    assistant_updates=3,
+    sharing="x0",
+    generator_timesteps=(399,),
+    latent_shape=(2,),
+    ema_decay=0.995,
+)
 
 
 def reward(x0: jax.Array) -> jax.Array:
-    """Highest, 1, at the second mode, and wide enough to be felt at the others. Args: [B, 2]. Returns: [B]."""
+    """Highest, 1, at the second mode, and wide enough to be felt at the others.
+
+    Args: [B, 2]. Returns: [B].
+    """
     return jnp.exp(-((x0 - CENTRES[1]) ** 2).sum(-1) / 8.0)
 
 
 def exact_eps(x_t: jax.Array, t: jax.Array) -> jax.Array:
     """The mixture's noise prediction. Args: x_t [B, 2], t [B]. Returns: [B, 2]."""
+
     def log_density(x, alpha, sigma):
         variance = (alpha * STD) ** 2 + sigma**2
-        return jax.nn.logsumexp(-0.5 * ((x - alpha * CENTRES) ** 2).sum(-1) / variance + jnp.log(MODE_WEIGHTS))
+        return jax.nn.logsumexp(
+            -0.5 * ((x - alpha * CENTRES) ** 2).sum(-1) / variance + jnp.log(MODE_WEIGHTS)
+        )
 
     alpha, sigma = SCHEDULE.alpha[t], SCHEDULE.sigma[t]
     return -sigma[:, None] * jax.vmap(jax.grad(log_density))(x_t, alpha, sigma)
@@ -59,8 +85,13 @@ def init_network(seed: int, width: int = 128) -> dict:
     """Parameters of a network (x_t, t) -> eps with three hidden layers."""
     shapes = [(2 + 16, width), (width, width), (width, width), (width, 2)]
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {f"layer_{i}": {"kernel": jax.random.normal(key, shape) * (2.0 / shape[0]) ** 0.5, "bias": jnp.zeros(shape[1])}
-            for i, (key, shape) in enumerate(zip(keys, shapes))}
+    return {
+        f"layer_{i}": {
+            "kernel": jax.random.normal(key, shape) * (2.0 / shape[0]) ** 0.5,
+            "bias": jnp.zeros(shape[1]),
+        }
+        for i, (key, shape) in enumerate(zip(keys, shapes))
+    }
 
 
 def network(params: dict, x_t: jax.Array, t: jax.Array) -> jax.Array:
@@ -73,7 +104,9 @@ def network(params: dict, x_t: jax.Array, t: jax.Array) -> jax.Array:
     return h
 
 
-def apply_unet(params: dict | tuple, x_t: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+def apply_unet(
+    params: dict | tuple, x_t: jax.Array, t: jax.Array, condition: Condition
+) -> jax.Array:
     """The step's `unet`: the reference has no parameters, for it is exact."""
     del condition
     return network(params, x_t, t) if params else exact_eps(x_t, t)
@@ -95,11 +128,15 @@ def sample_mixture(key: jax.Array, count: int) -> jax.Array:
 
 def run_steps(update, state, count: int):
     """`count` calls of state = update(state, k) as one compiled loop."""
-    return jax.jit(lambda state: jax.lax.fori_loop(0, count, lambda k, state: update(state, k), state))(state)
+    return jax.jit(
+        lambda state: jax.lax.fori_loop(0, count, lambda k, state: update(state, k), state)
+    )(state)
 
 
 def pretrain(steps: int) -> dict:
-    """A network that knows the mixture's scores: where generator and assistant start, as DI*'s do from SDXL."""
+    """A network that knows the mixture's scores: where generator and assistant start, as DI*'s do
+    from SDXL.
+    """
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     params = init_network(0)
 
@@ -108,7 +145,9 @@ def pretrain(steps: int) -> dict:
         x0, eps = sample_mixture(keys[0], BATCH), jax.random.normal(keys[1], (BATCH, 2))
         t = jax.random.randint(keys[2], (BATCH,), 0, 1000)
         x_t = diffusion.add_noise(x0, eps, SCHEDULE.alpha[t], SCHEDULE.sigma[t])
-        grads = jax.grad(lambda p: objectives.denoising_score_matching(network(p, x_t, t), eps).mean())(state[0])
+        grads = jax.grad(
+            lambda p: objectives.denoising_score_matching(network(p, x_t, t), eps).mean()
+        )(state[0])
         updates, opt = optimizer.update(grads, state[1])
         return optax.apply_updates(state[0], updates), opt
 
@@ -117,34 +156,64 @@ def pretrain(steps: int) -> dict:
 
 def train(start: dict, settings: gradients.Settings, scale: float, steps: int) -> dict:
     """The generator's averaged parameters after `steps` of the project's own step."""
-    networks = gradients.Networks(apply_unet, encode_text, lambda frozen, x0, token_ids, crop: (scale * reward(x0), {}))
-    opts = [optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(rate, steps, 0.1), b1=0.0))
-            for rate in (3e-4, 1e-3)]
-    update = step.make_train_step(networks, settings, SCHEDULE, *opts,
-                                  sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
+    networks = gradients.Networks(
+        apply_unet, encode_text, lambda frozen, x0, token_ids, crop: (scale * reward(x0), {})
+    )
+    opts = [
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adam(optax.cosine_decay_schedule(rate, steps, 0.1), b1=0.0),
+        )
+        for rate in (3e-4, 1e-3)
+    ]
+    update = step.make_train_step(
+        networks, settings, SCHEDULE, *opts, sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    )
     state = step.init_state(start, start, *opts)
-    return run_steps(lambda state, k: update(state, {"unet": ()}, {"prompt": jnp.zeros(BATCH)}, jax.random.key(2))[0], state, steps).ema
+    return run_steps(
+        lambda state, k: update(
+            state, {"unet": ()}, {"prompt": jnp.zeros(BATCH)}, jax.random.key(2)
+        )[0],
+        state,
+        steps,
+    ).ema
 
 
 def measure(x0: np.ndarray) -> dict[str, float | list[float]]:
-    """KL(samples | mixture) over bins of 0.05, mean reward, share of samples by nearest mode. Args: [N, 2]."""
+    """KL(samples | mixture) over bins of 0.05, mean reward, share of samples by nearest mode.
+
+    Args: [N, 2].
+    """
     count, _, _ = np.histogram2d(x0[:, 0], x0[:, 1], bins=(GRID, GRID))
     middle = (GRID[1:] + GRID[:-1]) / 2
     points = np.stack(np.meshgrid(middle, middle, indexing="ij"), axis=-1)
-    density = sum(w * np.exp(-((points - c) ** 2).sum(-1) / (2 * STD**2)) for c, w in zip(CENTRES, MODE_WEIGHTS))
+    density = sum(
+        w * np.exp(-((points - c) ** 2).sum(-1) / (2 * STD**2))
+        for c, w in zip(CENTRES, MODE_WEIGHTS)
+    )
     q = np.maximum(density / density.sum(), 1e-12)
     p = count / len(x0)  # samples beyond the grid are missing from p: their share is `outside`
     kl = float(np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0])))
     nearest = ((x0[:, None] - CENTRES) ** 2).sum(-1).argmin(-1)
-    return {"kl": kl, "outside": float(1 - p.sum()), "reward": float(reward(jnp.asarray(x0)).mean()),
-            "modes": (np.bincount(nearest, minlength=len(CENTRES)) / len(x0)).tolist()}
+    return {
+        "kl": kl,
+        "outside": float(1 - p.sum()),
+        "reward": float(reward(jnp.asarray(x0)).mean()),
+        "modes": (np.bincount(nearest, minlength=len(CENTRES)) / len(x0)).tolist(),
+    }
 
 
 def draw(generator: dict, count: int = 200_000) -> np.ndarray:
     """[count, 2] samples of a one-step generator, the same noise for all."""
     z = jax.random.normal(jax.random.key(3), (count, 2))
-    x0 = gradients.denoise(generator, z, jnp.array(399), None, networks=gradients.Networks(apply_unet, None, None),
-                           schedule=SCHEDULE)
+    x0 = gradients.denoise(
+        generator,
+        z,
+        jnp.array(399),
+        None,
+        networks=gradients.Networks(apply_unet, None, None),
+        schedule=SCHEDULE,
+    )
     return np.asarray(x0)
 
 
@@ -153,12 +222,14 @@ def table(results: dict[str, dict]) -> str:
     head = "| objective | reward scale | KL to the mixture | mean reward | share of each mode |\n|---|---|---|---|---|\n"
     return head + "".join(
         f"| {name} | {m['kl']:.3f} | {m['reward']:.3f} | {' '.join(f'{share:.2f}' for share in m['modes'])} |\n"
-        for name, m in results.items())
+        for name, m in results.items()
+    )
 
 
 def figure(samples: dict[str, np.ndarray], path: pathlib.Path) -> None:
     """Scatter plots, a row per reward scale. Args: [N, 2] by 'name | reward scale'."""
     from matplotlib.figure import Figure
+
     columns = len(METHODS) + 1
     fig = Figure(figsize=(2.1 * columns, 2.3 * len(REWARD_SCALES)), layout="constrained")
     axes = fig.subplots(len(REWARD_SCALES), columns, squeeze=False)
@@ -168,7 +239,9 @@ def figure(samples: dict[str, np.ndarray], path: pathlib.Path) -> None:
             axis.scatter(x0[:, 0], x0[:, 1], s=1, alpha=0.3, linewidths=0, color="#1f4e79")
             axis.scatter(*CENTRES[1], marker="+", color="#c0392b")
             axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
-            axis.set_title(f"{name}\nreward x {scale:g}" if name != "mixture" else "mixture", fontsize=8)
+            axis.set_title(
+                f"{name}\nreward x {scale:g}" if name != "mixture" else "mixture", fontsize=8
+            )
     fig.savefig(path, dpi=110)
 
 
@@ -176,12 +249,18 @@ def run(out: pathlib.Path, steps: int) -> None:
     """All objectives; prints and writes the table and the figure."""
     out.mkdir(parents=True, exist_ok=True)
     start = pretrain(steps)
-    samples = {"mixture | -": np.asarray(sample_mixture(jax.random.key(4), 200_000)), "start | -": draw(start)}
+    samples = {
+        "mixture | -": np.asarray(sample_mixture(jax.random.key(4), 200_000)),
+        "start | -": draw(start),
+    }
     for name, changes in METHODS.items():
         for scale in REWARD_SCALES:
             settings = dataclasses.replace(SETTINGS, **changes)
             samples[f"{name} | {scale:g}"] = draw(train(start, settings, scale, steps))
-            print(f"{name}, reward x {scale:g}: {json.dumps(measure(samples[f'{name} | {scale:g}']))}", flush=True)
+            print(
+                f"{name}, reward x {scale:g}: {json.dumps(measure(samples[f'{name} | {scale:g}']))}",
+                flush=True,
+            )
     page = out / "mixture.md"
     page.write_text(
         "# Every objective on a mixture in the plane\n\n"
@@ -189,8 +268,11 @@ def run(out: pathlib.Path, steps: int) -> None:
         f"of {BATCH}\nsamples by the project's own step; made by `python -m di_star_jax.studies.mixture --out=docs "
         f"--steps={steps}`. The reward is highest\nat the second mode (the cross). Modes are listed in the order "
         f"{', '.join(f'({x:.1f}, {y:.1f})' for x, y in CENTRES)};\ntheir weights are "
-        f"{', '.join(f'{w:g}' for w in MODE_WEIGHTS)}.\n\n" + table({n: measure(x0) for n, x0 in samples.items()})
-        + "\n![samples of every objective](mixture.png)\n\n" + metrics.conclusion_of(page))
+        f"{', '.join(f'{w:g}' for w in MODE_WEIGHTS)}.\n\n"
+        + table({n: measure(x0) for n, x0 in samples.items()})
+        + "\n![samples of every objective](mixture.png)\n\n"
+        + metrics.conclusion_of(page)
+    )
     figure(samples, out / "mixture.png")
 
 
