@@ -16,7 +16,7 @@ again.
 
 import ml_collections
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 # One row per method and per row of the paper's Table 2, named NAME_REWARD_GUIDANCE; every field
 # named here overrides the default below. Guidance 0 in the paper is omega = 1: conditional, without

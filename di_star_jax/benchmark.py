@@ -22,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 
+from di_star_jax import assembly
+
 if any(arg.startswith("--vs") for arg in sys.argv):
     os.environ.setdefault(
         "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
@@ -30,22 +32,18 @@ if any(arg.startswith("--vs") for arg in sys.argv):
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from di_star_jax import sharding, train, xla_flags
-from di_star_jax.config import (
-    UserError,
-    check,
-    exit_on_user_error,
-    mesh_shape,
-    parse_flags,
-    rewards_used,
-)
+from di_star_jax import sharding, xla_flags
+from di_star_jax.checks import check
+from di_star_jax.config import parse_flags
 from di_star_jax.cost import compile as aot
 from di_star_jax.cost import flops, plan
-from di_star_jax.objectives import OBJECTIVES, OUTSIDE
-from di_star_jax.rewards import REWARDS
+from di_star_jax.errors import UserError
+from di_star_jax.errors import run as run_command
+from di_star_jax.rewards import rewards_used
+from di_star_jax.sharding import mesh_shape
 
 WARM_UP = 3
 
@@ -266,7 +264,7 @@ def run(
         config.data.batch_size = (per_device or 1) * math.prod(
             mesh_shape(m.data, m.fsdp, m.context, len(devices))[:2]
         )
-    check(config, len(devices), objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
+    check(config, len(devices))
     if what == "train":
         plan.check_memory(config, devices[0], len(devices))
     mesh = sharding.make_mesh(m.data, m.fsdp, m.context, devices=devices)
@@ -283,7 +281,7 @@ def run(
         "resolution": config.data.resolution,
         "dtype": config.compute.dtype,
         "batch_size": config.data.batch_size,
-        "attention": train.kernel_of(config, device.platform),
+        "attention": assembly.kernel_of(config, device.platform),
         "settings": config.compute.to_dict() | {"decode": config.decode.to_dict()},
         "environment": environment(mesh),
         "seconds": compiled.seconds,
@@ -348,7 +346,7 @@ def _torch_times(config, what: str, repeats: int) -> list[float]:
     configs, _ = plan.model_configs(config)
     configs["reward"] = configs.pop("pickscore")
     latent = config.data.resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    settings = train.settings_of(config, (latent, latent, configs["unet"].get("in_channels", 4)))
+    settings = assembly.settings_of(config, (latent, latent, configs["unet"].get("in_channels", 4)))
     call = peer.make(
         what,
         configs,
@@ -368,9 +366,7 @@ def _torch_times(config, what: str, repeats: int) -> list[float]:
     return seconds
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise UserError(f"got {argv[1]!r}, expected flags only; write --name=value")
+def main() -> None:
     args = flags.FLAGS
     if args.config is None:
         raise UserError("no --config; give e.g. --config=configs/sdxl.py")
@@ -415,4 +411,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("vs", None, ["torch"], "Measures the same work in PyTorch too.")
     flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for the result, with every sample and setting.")
-    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(parse_flags))
+    run_command(main, parse_flags)

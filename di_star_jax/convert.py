@@ -11,9 +11,10 @@ with one item per model. The second reads a checkpoint of a run, or one written 
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from di_star_jax.config import UserError, exit_on_user_error
+from di_star_jax.errors import UserError
+from di_star_jax.errors import run as run_command
 from di_star_jax.models.unet import UNet2DConditionModel
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.storage import checkpoint, weights
@@ -132,9 +133,7 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
     )
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise UserError(f"got {argv[1]!r}, expected flags only; write --name=value")
+def main() -> None:
     args = flags.FLAGS
     if args.to == "orbax":
         to_orbax(weights.resolve(args.input), Path(args.output))
@@ -152,4 +151,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(flags.FLAGS))
+    run_command(main)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 
 class Schedule(NamedTuple):

@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 
 from di_star_jax import log as metrics
 from di_star_jax import rewards, sample, sharding
-from di_star_jax.config import UserError, exit_on_user_error, suggest
+from di_star_jax.errors import UserError, suggest
+from di_star_jax.errors import run as run_command
 from di_star_jax.evaluation import drawn as drawing
 from di_star_jax.evaluation import frechet, measures, results
 from di_star_jax.evaluation import scores as scoring
@@ -34,6 +35,7 @@ from di_star_jax.evaluation.scores import Scores, Shot
 from di_star_jax.prompts import sets as prompt_sets
 from di_star_jax.shapes import scenes
 from di_star_jax.storage import checkpoint
+from di_star_jax.storage.files import digest_of, read_json, write_text
 
 SCORES, STATE, PROMPTS = "scores", "settings.json", "prompts"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -201,7 +203,7 @@ def keep_asked(out: Path, given: dict) -> None:
 
     Raises: UserError where they differ.
     """
-    kept = results.read_json(out / STATE)
+    kept = read_json(out / STATE)
     # Before there is an image or a score, a mistake may be mended.
     started = (out / drawing.DRAWN).exists() or any(
         file.stem != _READABLE for file in (out / SCORES).glob("*")
@@ -217,7 +219,7 @@ def keep_asked(out: Path, given: dict) -> None:
         raise UserError(
             f"--out={out} holds an evaluation with {name}={was}, this one has {now}; give another --out"
         )
-    results.write_text(
+    write_text(
         out / STATE,
         json.dumps(
             {"asked": given, "metrics": kept["metrics"] if started and kept else {}}, indent=1
@@ -231,7 +233,7 @@ def keep_metrics(out: Path, given: dict[str, dict]) -> None:
 
     Args: given, as of `check_metrics`.
     """
-    kept = results.read_json(out / STATE)
+    kept = read_json(out / STATE)
     for name, now in given.items():
         was = kept["metrics"].get(name, now)
         if was != now:
@@ -240,7 +242,7 @@ def keep_metrics(out: Path, given: dict[str, dict]) -> None:
                 f"--out={out} holds scores of {name} with {key}={results.short(was.get(key))}, this "
                 f"evaluation has {results.short(now.get(key))}; give another --out"
             )
-    results.write_text(
+    write_text(
         out / STATE, json.dumps(kept | {"metrics": kept["metrics"] | given}, indent=1) + "\n"
     )
 
@@ -342,9 +344,7 @@ def _reference_digest(reference: str) -> str:
         return reference
     path = Path(reference)
     return (
-        results.digest_of(path)
-        if path.is_file()
-        else scoring.listing_digest(scoring.images_in(path), path)
+        digest_of(path) if path.is_file() else scoring.listing_digest(scoring.images_in(path), path)
     )
 
 
@@ -409,9 +409,7 @@ def score_by_cleanfid(job: Job, broken: list[Path]) -> tuple[dict, dict[str, str
             kept = job.out / SCORES / f"{name}.json"
             if not kept.exists():
                 files = [shot.file for shot in job.shots if shot.file not in left_out]
-                results.write_text(
-                    kept, json.dumps(frechet.clean_fid(name, files, job.reference, job.out))
-                )
+                write_text(kept, json.dumps(frechet.clean_fid(name, files, job.reference, job.out)))
             whole[name], notes[name] = json.loads(kept.read_text())
     return whole, notes
 
@@ -646,9 +644,7 @@ def run(args) -> Evaluation:
     return evaluation
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise UserError(f"got {argv[1]!r}, expected flags only; write --name=value")
+def main() -> None:
     out = run(flags.FLAGS).folder
     print((out / results.TABLE).read_text())
     print(f"wrote {results.FILE}, {results.SCORES}, {results.TABLE} and {results.PAGE} in {out}")
@@ -703,4 +699,4 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
 
 if __name__ == "__main__":
     define_flags()
-    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(flags.FLAGS))
+    run_command(main)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from di_star_jax.config import UserError, mesh_shape
+from di_star_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context")
 BATCH = ("data", "fsdp")  # split the first axis of prompts, noise, latents and images
@@ -210,3 +210,33 @@ def with_halo(x: jax.Array, above: int, below: int) -> jax.Array:
     if below:
         parts.append(jax.lax.ppermute(x[:, :below], "context", [(i + 1, i) for i in range(n - 1)]))
     return jnp.concatenate(parts, axis=1)
+
+
+def mesh_shape(data: int, fsdp: int, context: int, device_count: int) -> tuple[int, int, int]:
+    """(data, fsdp, context) of the mesh, with -1 filled in.
+
+    Raises: UserError where they do not make up `device_count`.
+    """
+    if data == -1 and fsdp == -1:
+        raise UserError(
+            "mesh.data=-1 and mesh.fsdp=-1: expected one of them at most; set mesh.fsdp to a number"
+        )
+    for name, size in (("data", data), ("fsdp", fsdp), ("context", context)):
+        if size < 1 and (size != -1 or name == "context"):
+            raise UserError(
+                f"mesh.{name}={size}, expected 1 or more, or -1 (not context) for what is left; use 1"
+            )
+    given = f"mesh data={data} x fsdp={fsdp}" + (f" x context={context}" if context > 1 else "")
+    data = device_count // (fsdp * context) if data == -1 else data
+    fsdp = (
+        device_count // (data * context) if fsdp == -1 and data * context <= device_count else fsdp
+    )
+    if data * fsdp * context != device_count:
+        divisors = " or ".join(
+            str(n) for n in range(1, device_count + 1) if device_count % (n * context) == 0
+        )
+        raise UserError(
+            f"{given} does not make up the {device_count} devices; set mesh.data=-1 and mesh.fsdp to "
+            f"{divisors or 'less, or mesh.context=1'}"
+        )
+    return data, fsdp, context

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from di_star_jax import gradients, sharding
+from di_star_jax import gradients, schemes, sharding
 from di_star_jax.diffusion import Schedule
 from di_star_jax.gradients import Networks, Params, Settings
 
@@ -197,7 +197,7 @@ def make_train_step(
     further_updates = make_assistant_updates(networks, settings, schedule, opt_assistant, mesh)
 
     def gradient(generator, assistant, frozen, token_ids, draws):
-        return gradients.GRADIENTS[settings.sharing](
+        return schemes.GRADIENTS[settings.sharing](
             generator,
             assistant,
             frozen,

@@ -11,7 +11,7 @@ does not import jax.
 
 import sys
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 # MaxText's CF_FOR_ALL_GATHER (the next layer's parameters are gathered while this one computes),
 # but for its fusions, and DATA_PARALLEL_OVERLAP (sums of gradients over the data axis are pipelined

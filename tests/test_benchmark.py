@@ -17,9 +17,9 @@ from test_step import CONFIGS
 from test_train import UNET
 
 from di_star_jax import benchmark, sharding
-from di_star_jax.config import UserError
 from di_star_jax.cost import compile as aot
 from di_star_jax.cost import flops, plan
+from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 

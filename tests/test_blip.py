@@ -16,7 +16,7 @@ import transformers
 from flax import nnx
 
 from di_star_jax import models, sharding
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models.blip import BLIPConfig, ImageReward
 from di_star_jax.rewards import imagereward
 from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD

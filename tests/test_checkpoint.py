@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.storage import checkpoint
 
 

@@ -16,7 +16,7 @@ import transformers
 from flax import nnx
 
 from di_star_jax import models
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models import clip
 from di_star_jax.storage import weights
 

@@ -25,8 +25,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import models, rewards, sharding, train
-from di_star_jax.config import UserError
+from di_star_jax import assembly, models, rewards, sharding
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import scores as scoring
 from di_star_jax.models import published
 from di_star_jax.models.clip import CLIPConfig
@@ -618,7 +618,7 @@ def mixture(tokenizer, tmp_path_factory):
         sources = rewards.sources_of(config)
         for name in sources.keys() - loaded.keys():
             loaded.update(rewards.load_rewards({name: sources[name]}, str(tokenizer[0])))
-        frozen = train.assemble(
+        frozen = assembly.assemble(
             config,
             parts,
             {name: loaded[name] for name in sources},

@@ -7,17 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax.config import (
-    UserError,
-    check,
-    check_workdir,
-    fields,
-    generator_timesteps,
-    planned_devices,
-    suggest,
-)
-from di_star_jax.objectives import OBJECTIVES, OUTSIDE
-from di_star_jax.rewards import REWARDS
+from di_star_jax.checks import check, check_workdir
+from di_star_jax.config import fields
+from di_star_jax.cost.plan import planned_devices
+from di_star_jax.errors import UserError, suggest
+from di_star_jax.samplers import generator_timesteps
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +31,7 @@ def dry(**changes):
 
 
 def test_defaults_pass_and_both_configs_have_the_same_fields():
-    check(dry(), 16, objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
+    check(dry(), 16)
     assert fields(load("sdxl")).keys() == fields(load("shapes")).keys()
     assert load("sdxl", "sim").reward.pickscore == load("shapes", "sim").reward.pickscore == 0.0
 
@@ -54,13 +48,7 @@ def test_every_preset_passes_the_checks(name):
     for preset in presets(name):
         config = load(name, preset)
         config.dry_run = True
-        check(
-            config,
-            16 if name == "sdxl" else 4,
-            objectives=OBJECTIVES,
-            outside=OUTSIDE,
-            rewards=REWARDS,
-        )
+        check(config, 16 if name == "sdxl" else 4)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +250,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 )
 def test_a_config_that_cannot_run_is_refused_in_one_line(changes, devices, message):
     with pytest.raises(UserError, match=message) as error:
-        check(dry(**changes), devices, objectives=OBJECTIVES, outside=OUTSIDE, rewards=REWARDS)
+        check(dry(**changes), devices)
     assert "\n" not in str(error.value)
 
 
@@ -277,11 +265,7 @@ def test_a_missing_weights_folder_is_refused_before_the_network_is_asked(
     prompts.write_text("a cat\n")
     with pytest.raises(UserError, match=f"weights.generator={name}: no such folder"):
         check(
-            dry(**{"dry_run": False, "data.prompts": str(prompts), "weights.generator": name}),
-            16,
-            objectives=OBJECTIVES,
-            outside=OUTSIDE,
-            rewards=REWARDS,
+            dry(**{"dry_run": False, "data.prompts": str(prompts), "weights.generator": name}), 16
         )
 
 

@@ -18,7 +18,7 @@ import transformers
 from flax import nnx
 
 from di_star_jax import convert, diffusion, samplers
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.storage import checkpoint, weights
 

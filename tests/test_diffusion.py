@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from di_star_jax import diffusion
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 SDXL = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"

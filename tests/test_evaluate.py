@@ -24,7 +24,7 @@ from PIL import Image
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax import config, evaluate, models, rewards, sharding
+from di_star_jax import errors, evaluate, models, rewards, sharding
 from di_star_jax import log as metrics
 from di_star_jax.evaluation import drawn as drawing
 from di_star_jax.evaluation import scores as scoring
@@ -70,8 +70,8 @@ def command(capsys, monkeypatch):
         with flagsaver.flagsaver():
             flags.FLAGS.unparse_flags()
             try:
-                rest = config.exit_on_user_error(flags.FLAGS)(["evaluate", *map(str, arguments)])
-                config.exit_on_user_error(evaluate.main)(rest)
+                rest = errors.exit_on_user_error(flags.FLAGS)(["evaluate", *map(str, arguments)])
+                errors.command(evaluate.main)(rest)
             except SystemExit as stop:
                 code = stop.code
         return code, *capsys.readouterr()

@@ -14,7 +14,7 @@ import pytest
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax import sharding, step, train
+from di_star_jax import assembly, sharding, step
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.storage import checkpoint
 
@@ -22,8 +22,8 @@ from di_star_jax.storage import checkpoint
 # time.
 RUN = """
 import json, os, pathlib, sys
-from di_star_jax import main, prompts, train
-main.connect(os.environ)
+from di_star_jax import hosts, prompts, train
+hosts.connect(os.environ)
 import jax
 from test_train import config_for
 seen, plain = [], prompts.token_batch
@@ -36,9 +36,9 @@ train.run(config_for(folder, **changes), str(workdir))
 # Two processes meet; then the second dies and the first waits for it.
 DEATH = """
 import os, time
-from di_star_jax import main
+from di_star_jax import hosts
 main.SILENCE = 10
-main.connect(os.environ)
+hosts.connect(os.environ)
 import jax
 from jax.experimental import multihost_utils
 multihost_utils.sync_global_devices("met")
@@ -96,7 +96,7 @@ def runs(tmp_path_factory):
 
 def state_of(workdir, mesh):
     unet = pipeline.abstract_model(UNET)
-    abstract = train.abstract_state(
+    abstract = assembly.abstract_state(
         unet,
         2
         * (

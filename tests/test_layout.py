@@ -2,6 +2,8 @@
 """Imports run one way, so that the architecture cannot erode unseen."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,73 +11,31 @@ import pytest
 import di_star_jax
 
 PACKAGE = Path(di_star_jax.__file__).parent
-# A module may import from its own line and from those above.
-LEVELS = [
-    {"config", "storage", "cost", "evaluation", "pipelines", "studies"},
-    {"diffusion", "models.attention", "cost.flops", "sharding", "xla_flags"},
-    {
-        "objectives",
-        "models",
-        "models.layers",
-        "models.unet",
-        "models.vae",
-        "models.clip",
-        "models.blip",
-        "models.published",
-        "shapes.scenes",
-        "shapes.oracle",
-        "shapes.taste",
-    },
-    {
-        "samplers",
-        "storage.weights",
-        "storage.checkpoint",
-        "prompts",
-        "prompts.files",
-        "log",
-        "evaluation.measures",
-    },
-    {"pipelines.folder", "prompts.sets"},
-    {
-        "rewards",
-        "rewards.reward",
-        "rewards.pixels",
-        "rewards.views",
-        "storage.open_clip",
-        "rewards.similarity",
-        "rewards.pickscore",
-        "rewards.hpsv2",
-        "rewards.hpsv2_legacy",
-        "rewards.clipscore",
-        "rewards.aesthetic",
-        "rewards.imagereward",
-    },
-    {"gradients", "cost.plan", "evaluation.before_after"},
-    {"step"},
-    {"train"},
-    {"cost.compile", "cost.peer"},
-    {"evaluation.scores", "evaluation.papers", "evaluation.page"},
-    {"evaluation.results"},
-    {
-        "main",
-        "convert",
-        "sample",
-        "evaluation.drawn",
-        "evaluation.frechet",
-        "evaluate",
-        "benchmark",
-        "shapes",
-        "studies.mixture",
-        "shapes.pretrain",
-        "studies.ablation",
-        "shapes.tokenizer",
-    },
-]
-LEVEL = {module: i for i, level in enumerate(LEVELS) for module in level}
-FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+# A module imports from the lines above its own, and a folder's modules from each other. A name
+# ending in / is a folder; models/attention stands above what the rest of models/ needs.
+ORDER = """
+errors
+config diffusion sharding hosts log pictures xla_flags storage/
+prompts/ models/
+objectives samplers pipelines/
+rewards/ gradients
+schemes checks
+step
+assembly
+drawing
+shapes/ cost/
+evaluation/
+train
+main convert sample evaluate benchmark studies/
+"""
+LEVEL = {
+    name.rstrip("/"): level for level, line in enumerate(ORDER.split("\n")) for name in line.split()
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports(path):
+    """Dotted names of the modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -86,40 +46,72 @@ def imports(path):
                 yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
+def ours(path):
+    """The wings and modules of this package that a file imports; not the package itself."""
+    names = (name.split(".") for name in imports(path))
+    return {name[1] for name in names if name[0] == "di_star_jax" and len(name) > 1}
+
+
+def wing(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_module_imports_only_from_its_own_level_and_above(path):
-    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    for name in imports(path):
-        if module not in (
-            "cost.peer",
-            "benchmark",
-            "evaluation.frechet",
-        ):  # what --vs=torch and --metrics=fid alone run
-            assert name.split(".")[0] not in ("torch", "tensorflow", "diffusers"), (
-                f"{module} imports {name}"
-            )
-        if name.startswith("di_star_jax."):
-            used = name.removeprefix("di_star_jax.")
-            assert module in LEVEL and used in LEVEL, (
-                f"{module} or {used} is new: give it a line in LEVELS"
-            )
-            assert LEVEL[used] <= LEVEL[module], f"{module} imports {used}, which is to its right"
+def test_imports_come_from_above(path):
+    if path == PACKAGE / "__init__.py":
+        assert not ours(path)
+        return
+    assert wing(path) in LEVEL, f"{wing(path)} is new: give it a place in ORDER"
+    for name in ours(path) - {wing(path)}:
+        assert name in LEVEL, f"{name} is new: give it a place in ORDER"
+        assert LEVEL[name] < LEVEL[wing(path)], (
+            f"{wing(path)} imports {name}, which stands below it"
+        )
 
 
-def test_ml_collections_is_imported_by_main_alone_and_configs_by_nobody():
-    users = {p.stem for p in FILES for name in imports(p) if name.split(".")[0] == "ml_collections"}
+def test_a_place_in_the_order_is_that_of_a_module():
+    assert {wing(path) for path in FILES} - {"__init__"} == set(LEVEL)
+
+
+@pytest.mark.parametrize("wing", sorted({p.parent for p in FILES if p.parent != PACKAGE}))
+def test_a_folders_modules_do_not_import_each_other_in_a_ring(wing):
+    files = {p.stem: p for p in wing.glob("*.py") if p.stem != "__init__"}
+    prefix = f"di_star_jax.{wing.name}."
+    waiting = {
+        stem: {name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix)}
+        & set(files)
+        for stem, path in files.items()
+    }
+    while waiting:
+        free = [stem for stem, needed in waiting.items() if not needed & set(waiting)]
+        assert free, f"a ring among {sorted(waiting)}"
+        for stem in free:
+            del waiting[stem]
+
+
+def test_walking_the_package_pulls_in_neither_torch_nor_tensorflow():
+    code = (
+        "import importlib, pkgutil, sys, di_star_jax\n"
+        "for module in pkgutil.walk_packages(di_star_jax.__path__, 'di_star_jax.'):\n"
+        "    importlib.import_module(module.name)\n"
+        "print(sorted({'torch', 'tensorflow', 'diffusers', 'jax'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['jax']", done.stderr
+
+
+def test_ml_collections_is_imported_by_commands_alone_and_configs_by_nobody():
+    users = {
+        wing(p) for p in FILES for name in imports(p) if name.split(".")[0] == "ml_collections"
+    }
     assert users <= {"main", "config", "benchmark"}
     assert not [p for p in FILES for name in imports(p) if name.split(".")[0] == "configs"]
 
 
 def test_objectives_know_nothing_of_networks():
-    ours = {name for name in imports(PACKAGE / "objectives.py") if name.startswith("di_star_jax")}
-    assert {name.split(".")[1] for name in ours} == {"diffusion"}
+    assert ours(PACKAGE / "objectives.py") == {"diffusion"}
 
 
 def test_configs_import_the_package_for_its_folder_and_its_errors_only():
     for path in (PACKAGE.parent / "configs").glob("*.py"):
-        ours = {name for name in imports(path) if name.startswith("di_star_jax")}
-        assert ours <= {"di_star_jax", "di_star_jax.config.UserError"} | {"di_star_jax.config"}, (
-            path
-        )
+        assert ours(path) <= {"errors"}, path

@@ -11,8 +11,8 @@ from absl import flags
 from absl.testing import flagsaver
 from test_config import ROOT
 
-from di_star_jax import config, main
-from di_star_jax.config import UserError
+from di_star_jax import config, errors, hosts, main
+from di_star_jax.errors import UserError
 
 SDXL, DRY = "--config=configs/sdxl.py", "--config.dry_run=True"
 
@@ -32,9 +32,7 @@ def command(monkeypatch, capsys):
         with flagsaver.flagsaver():
             flags.FLAGS.unparse_flags()
             try:
-                config.exit_on_user_error(main.main)(
-                    config.exit_on_user_error(config.parse_flags)(argv)
-                )
+                errors.command(main.main)(errors.exit_on_user_error(config.parse_flags)(argv))
             except SystemExit as stop:
                 code = stop.code
         return code, *capsys.readouterr()
@@ -137,14 +135,14 @@ def test_a_run_starts_only_after_the_check(command, monkeypatch, tmp_path):
     ],
 )
 def test_several_hosts_are_recognised_by_their_launcher(env, variable):
-    assert main.launcher(env) == variable
+    assert hosts.launcher(env) == variable
 
 
 def test_a_process_that_srun_did_not_start_does_not_train_alone():
     with pytest.raises(
         UserError, match="SLURM_NTASKS=4, but srun did not start this process; use srun"
     ):
-        main.launcher({"SLURM_NTASKS": "4"})
+        hosts.launcher({"SLURM_NTASKS": "4"})
 
 
 def test_a_launcher_whose_other_processes_are_missing_is_refused(monkeypatch):
@@ -154,7 +152,7 @@ def test_a_launcher_whose_other_processes_are_missing_is_refused(monkeypatch):
         UserError,
         match="TPU_WORKER_HOSTNAMES=a,b says that there are several processes, but only this",
     ):
-        main.connect(
+        hosts.connect(
             {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
         )
     assert (given["num_processes"], given["process_id"]) == (2, 0)
@@ -164,10 +162,10 @@ def test_what_is_compiled_is_kept_in_the_workdir_unless_the_user_says_where(monk
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    main.keep_compiled(str(tmp_path))
+    hosts.keep_compiled(str(tmp_path))
     assert not updates
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    main.keep_compiled(str(tmp_path))
+    hosts.keep_compiled(str(tmp_path))
     assert updates["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import linalg, stats
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures
 
 NAN = np.nan

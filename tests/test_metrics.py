@@ -5,6 +5,7 @@ import numpy as np
 from PIL import Image
 
 from di_star_jax import log as metrics
+from di_star_jax import pictures
 
 
 def test_writer_appends_after_a_restart_and_drops_what_was_beyond_the_checkpoint(tmp_path):
@@ -33,21 +34,27 @@ def test_progress_prints_step_reward_rate_and_time_left(capsys):
 
 
 def test_uint8_covers_the_range_and_clips():
-    assert metrics.to_uint8(np.array([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
+    assert pictures.to_uint8(np.array([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+    ]
 
 
 def test_grid_keeps_order_and_saves(tmp_path):
     images = np.stack([np.full((4, 4, 3), v, np.float32) for v in (-1, 0, 1)])
-    grid = metrics.image_grid(images, 2, padding=1)
+    grid = pictures.image_grid(images, 2, padding=1)
     assert grid.shape == (9, 9, 3)
     assert grid[0, 0, 0] == 0 and grid[0, 8, 0] == 128 and grid[8, 0, 0] == 255
-    metrics.save_png(tmp_path / "grid.png", grid)
+    pictures.save_png(tmp_path / "grid.png", grid)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)
 
 
 def test_before_after_picture_shows_both_images_of_each_prompt():
     before, after = np.full((3, 8, 8, 3), -1.0), np.full((3, 8, 8, 3), 1.0)
-    picture = metrics.before_after_grid(
+    picture = pictures.before_after_grid(
         before, after, ["one", "two words", "three " * 30], columns=2, side=16
     )
     assert (picture[34 + 8, 20 + 8] == 0).all() and (picture[34 + 8, 20 + 16 + 4 + 8] == 255).all()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import page
 
 NASTY = '</script><img src="http://x/y" onerror=alert(1)> "a" & b \u2028 猫 🎉'

@@ -13,8 +13,8 @@ from parity import port, randomise
 from test_step import CONFIGS, SCHEDULE, SETTINGS
 
 from di_star_jax import gradients
-from di_star_jax.config import UserError
 from di_star_jax.cost import peer
+from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards import similarity
 from di_star_jax.rewards.pixels import clip_pixels

@@ -4,8 +4,8 @@ import json
 import pytest
 from test_config import dry
 
-from di_star_jax.config import UserError
 from di_star_jax.cost import plan
+from di_star_jax.errors import UserError
 from di_star_jax.models import published
 
 SDXL = {"unet": 2_567_463_684}

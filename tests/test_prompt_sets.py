@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.prompts import sets as prompt_sets
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "prompts"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.prompts import files as prompts
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 

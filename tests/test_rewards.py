@@ -19,10 +19,9 @@ from test_config import dry
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from di_star_jax import models, rewards
-from di_star_jax.config import check
+from di_star_jax.checks import check
 from di_star_jax.cost import plan
 from di_star_jax.models import clip
-from di_star_jax.objectives import OBJECTIVES, OUTSIDE
 from di_star_jax.rewards import pixels, similarity, views
 from di_star_jax.rewards.pixels import clip_pixels, clip_pixels_rounded
 from di_star_jax.storage import weights
@@ -290,7 +289,7 @@ def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch
     monkeypatch.setitem(rewards.REWARDS, "brightness", rewards.Entry(brightness, "Brightness"))
     config = dry(**{"reward.pickscore": 0.0, "eval.metrics": ()})
     config.reward.brightness = 5.0
-    check(config, 16, objectives=OBJECTIVES, outside=OUTSIDE, rewards=rewards.REWARDS)
+    check(config, 16)
     assert plan.describe(config, 16)
     assert rewards.sources_of(config) == {"brightness": ""}
     loaded = rewards.load_rewards(rewards.sources_of(config), str(tmp_path))["brightness"]

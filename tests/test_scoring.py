@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import results
 from di_star_jax.evaluation import scores as scoring
 from di_star_jax.evaluation.scores import Scores, Shot

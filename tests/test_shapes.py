@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from di_star_jax.config import UserError
+from di_star_jax import drawing
+from di_star_jax.errors import UserError
 from di_star_jax.shapes import oracle, scenes, taste
 
 SHIPPED = Path(scenes.__file__).parent / "checkpoint"
@@ -101,7 +102,6 @@ def test_preferred_picture_has_the_better_light_or_the_right_scene():
 
 
 def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_asked():
-    from di_star_jax import sample
     from di_star_jax.pipelines import folder as pipeline
     from di_star_jax.shapes import pretrain
 
@@ -110,7 +110,7 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
     generator = loaded._replace(
         models=loaded.models | {"unet": pipeline.load_model(SHIPPED / "generator")}
     )
-    draw = sample.make_draw(
+    draw = drawing.make_draw(
         generator, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0
     )
     captions = (SHIPPED / "prompts_held_out.txt").read_text().splitlines()

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 

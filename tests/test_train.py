@@ -9,8 +9,8 @@ import pytest
 from test_config import load as load_config
 from test_step import CONFIGS
 
-from di_star_jax import models, sample, train
-from di_star_jax.config import UserError
+from di_star_jax import drawing, models, train
+from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 from di_star_jax.storage import checkpoint, weights
@@ -202,9 +202,9 @@ def test_sample_makes_the_same_picture_from_a_workdir_and_from_its_export(straig
     z = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
     pictures = []
     for source in (straight, straight / "diffusers"):
-        loaded, times = sample.load(str(source), "ema")
+        loaded, times = drawing.load(str(source), "ema")
         assert times == (399,)
-        draw = sample.make_draw(
+        draw = drawing.make_draw(
             loaded, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0
         )
         pictures.append(draw(["a red circle", "a blue square"], z))

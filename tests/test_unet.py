@@ -10,7 +10,7 @@ import parity
 import pytest
 from flax import nnx
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.pipelines import folder as pipeline

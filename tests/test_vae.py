@@ -7,7 +7,7 @@ import jax
 import parity
 import pytest
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.models.vae import VAEConfig
 from di_star_jax.pipelines import folder as pipeline

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from di_star_jax import models
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models import clip, unet, vae
 from di_star_jax.storage import weights
 

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from di_star_jax import sharding, step, train
-from di_star_jax.config import UserError
+from di_star_jax import assembly, drawing, sharding, step
 from di_star_jax.cost import flops, plan
 from di_star_jax.diffusion import Schedule
+from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards import REWARDS
 
@@ -77,7 +77,7 @@ class Work(NamedTuple):
     donates: bool
 
 
-def _frozen(config, mesh: Mesh) -> train.Frozen:
+def _frozen(config, mesh: Mesh) -> assembly.Frozen:
     """The run's functions over models that are known by their config.json alone.
 
     Raises: UserError where weights of the reference or a reward are neither a folder nor a
@@ -88,7 +88,7 @@ def _frozen(config, mesh: Mesh) -> train.Frozen:
         raise UserError(
             f"{unknown[0]} is neither a folder nor a model whose sizes are known; give a folder"
         )
-    options = train.model_options(config, mesh.devices.flat[0].platform)
+    options = assembly.model_options(config, mesh.devices.flat[0].platform)
     dtype = jnp.dtype(config.compute.dtype)
 
     def placed(model):
@@ -111,10 +111,10 @@ def _frozen(config, mesh: Mesh) -> train.Frozen:
         if name not in plan.PARTS
     }
     schedule = Schedule(*2 * (jnp.ones(1000),))  # only its shape counts here
-    return train.assemble(config, models, rewards, schedule, tokenizers={}, folder=None)
+    return assembly.assemble(config, models, rewards, schedule, tokenizers={}, folder=None)
 
 
-def _token_ids(config, frozen: train.Frozen, mesh: Mesh) -> dict:
+def _token_ids(config, frozen: assembly.Frozen, mesh: Mesh) -> dict:
     names = {"tokenizer": frozen.configs["text_encoder"]}
     if "text_encoder_2" in frozen.configs:
         names["tokenizer_2"] = frozen.configs["text_encoder_2"]
@@ -141,17 +141,17 @@ def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 def train_work(config, mesh: Mesh) -> Work:
     """The whole training step."""
-    frozen, opts = _frozen(config, mesh), train.optimizers(config)
-    state = train.abstract_state(frozen.unet, opts, mesh)
+    frozen, opts = _frozen(config, mesh), assembly.optimizers(config)
+    state = assembly.abstract_state(frozen.unet, opts, mesh)
     fn = step.make_train_step(
         frozen.networks,
-        train.settings_of(config, frozen.latent_shape),
+        assembly.settings_of(config, frozen.latent_shape),
         frozen.schedule,
         *opts,
         mesh,
     )
     return Work(
-        train.jit_step(fn, state, mesh),
+        assembly.jit_step(fn, state, mesh),
         (state, frozen.params, _token_ids(config, frozen, mesh), _key(mesh)),
         mesh,
         donates=True,
@@ -161,7 +161,9 @@ def train_work(config, mesh: Mesh) -> Work:
 def sample_work(config, mesh: Mesh) -> Work:
     """Prompts to pictures by the generator, and their reward."""
     frozen = _frozen(config, mesh)
-    fn = train.make_draw(frozen, train.settings_of(config, frozen.latent_shape), mesh, score=False)
+    fn = drawing.make_draw_of_run(
+        frozen, assembly.settings_of(config, frozen.latent_shape), mesh, score=False
+    )
     return Work(
         fn,
         (frozen.params["unet"], frozen.params, _token_ids(config, frozen, mesh), _key(mesh)),
@@ -173,7 +175,7 @@ def sample_work(config, mesh: Mesh) -> Work:
 def unet_work(config, mesh: Mesh) -> Work:
     """The UNet forward and backward to its float32 parameters."""
     frozen = _frozen(config, mesh)
-    params = train.abstract_state(frozen.unet, train.optimizers(config), mesh).generator
+    params = assembly.abstract_state(frozen.unet, assembly.optimizers(config), mesh).generator
     specs, batch = sharding.params_spec(mesh, params), config.data.batch_size
     ids = _token_ids(config, frozen, mesh)
     local = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen.params, ids))
@@ -229,7 +231,7 @@ def reward_work(config, mesh: Mesh) -> Work:
     )
 
 
-def _of_latents(config, mesh: Mesh, frozen: train.Frozen, each, *others) -> Work:
+def _of_latents(config, mesh: Mesh, frozen: assembly.Frozen, each, *others) -> Work:
     latents = _array(mesh, (config.data.batch_size, *frozen.latent_shape))
     spread = sharding.on_each(
         mesh,

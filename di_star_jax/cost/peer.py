@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.gradients import Settings
 from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD, resize_matrix
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
-from di_star_jax.config import UserError, mesh_shape, planned_devices
 from di_star_jax.cost import flops
+from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards import REWARDS, sources_of
+from di_star_jax.sharding import mesh_shape
 from di_star_jax.storage import weights
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -197,3 +198,13 @@ def describe(config, device_count: int) -> list[str]:
     width = configs["unet"]["block_out_channels"][0] / 320
     at_once = per_device / config.compute.microbatches
     return lines + _memory_lines(config, counts, width, fsdp * context, at_once)
+
+
+def planned_devices(config, device_count: int) -> int:
+    """Devices that a dry run is for: this machine's `device_count` if the mesh fits them, else the
+    smallest it fits.
+    """
+    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.context]
+    given = [size for size in sizes if size > 0]
+    product = math.prod(given)
+    return device_count if len(given) < 3 and device_count % product == 0 else product

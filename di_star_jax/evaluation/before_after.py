@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from di_star_jax.log import before_after_grid, before_after_table, save_png
+from di_star_jax.log import before_after_table
+from di_star_jax.pictures import before_after_grid, save_png
 from di_star_jax.shapes import oracle, scenes
 
 PICTURED = 16  # prompts in samples.png

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from di_star_jax import drawing, pictures, sample
 from di_star_jax import log as metrics
-from di_star_jax import sample
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import results
 from di_star_jax.evaluation import scores as scoring
 from di_star_jax.evaluation.scores import Shot
+from di_star_jax.storage.files import read_json, write_text
 
 IMAGES, DRAWN = "images", "drawn.json"
 
@@ -35,16 +36,16 @@ def draw(out: Path, shots: list[Shot], rows: list[int], args, mesh: Mesh) -> dic
     Returns: what drawn.json holds: how the images were made, by which weights, and at what cost.
     Raises: UserError where images are there that other weights or settings made.
     """
-    kept = results.read_json(out / DRAWN)
+    kept = read_json(out / DRAWN)
     missing = [shot for shot in shots if not shot.file.exists()]
     if kept and not missing:
         return kept
-    loaded, times = sample.load(args.checkpoint, args.which, mesh, jnp.dtype(args.dtype))
+    loaded, times = drawing.load(args.checkpoint, args.which, mesh, jnp.dtype(args.dtype))
     sampling = sample.sampling_of(args, loaded, times)
     record = _continued(out, kept, _how(loaded, sampling), _where(mesh, args.batch_size))
     (out / IMAGES).mkdir(exist_ok=True)
-    results.write_text(out / DRAWN, json.dumps(record))
-    make = sample.make_draw(
+    write_text(out / DRAWN, json.dumps(record))
+    make = drawing.make_draw(
         loaded,
         sampler=sampling.sampler,
         timesteps=sampling.timesteps,
@@ -68,7 +69,7 @@ def draw(out: Path, shots: list[Shot], rows: list[int], args, mesh: Mesh) -> dic
         _save(part, images)
         record["seconds"] += [seconds] if start else []  # the first has waited for the compiler
         record["peak_memory_gb"] = max(record["peak_memory_gb"], _peak_memory_gb(mesh))
-        results.write_text(out / DRAWN, json.dumps(record))
+        write_text(out / DRAWN, json.dumps(record))
         progress.update(done + start + len(part), f"{1 / seconds:.1f} images/s")
     progress.close()
     return record
@@ -77,14 +78,14 @@ def draw(out: Path, shots: list[Shot], rows: list[int], args, mesh: Mesh) -> dic
 def _save(shots: list[Shot], images: np.ndarray) -> None:
     def save(shot, image):
         partial = shot.file.with_suffix(".partial")
-        metrics.save_png(partial, metrics.to_uint8(image))
+        pictures.save_png(partial, pictures.to_uint8(image))
         partial.rename(shot.file)
 
     with ThreadPoolExecutor(scoring.READERS) as writers:
         list(writers.map(save, shots, images))
 
 
-def _how(loaded, sampling: sample.Sampling) -> dict:
+def _how(loaded, sampling: drawing.Sampling) -> dict:
     """What an image depends on besides prompt and noise, as it is and not as it was asked for."""
     others = {name: model.params for name, model in loaded.models.items() if name != "unet"}
     return {

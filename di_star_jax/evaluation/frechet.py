@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures
 from di_star_jax.evaluation import scores as scoring
 from di_star_jax.evaluation.scores import Shot

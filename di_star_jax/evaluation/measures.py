@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 _CHUNK = 2**21  # prompts drawn at a time by the bootstrap: some 50 MB
 

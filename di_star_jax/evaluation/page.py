@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 LONGEST_SIDE = 512  # pixels of an embedded picture
 TINY = 128  # pixels; up to here pictures are kept without loss, for the page shows them enlarged

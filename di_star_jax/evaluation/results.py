@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The results of an evaluation: results.json, scores.parquet, table.md and page.html of one folder."""
 
-import hashlib
 import json
 import math
 import os
@@ -12,10 +11,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures, page, papers
 from di_star_jax.prompts.sets import Prompt
 from di_star_jax.rewards import REWARDS
+from di_star_jax.storage.files import write_text
 
 FILE, TABLE, SCORES, PAGE = "results.json", "table.md", "scores.parquet", "page.html"
 _OTHERS = {  # name: (label, unit, digits, whether higher is better, a number an image)
@@ -168,18 +168,6 @@ def same_noise(ours: Evaluation, baseline: Evaluation) -> bool:
     """Whether both were drawn by this project from the same noise."""
     noise = [e.results["settings"]["noise"] for e in (ours, baseline)]
     return None not in noise and noise[0] == noise[1]
-
-
-def read_json(file: Path) -> dict:
-    """{} where there is no file."""
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a file that is never seen half written."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def write(evaluation: Evaluation, baseline: Evaluation | None, *, max_prompts: int) -> None:
@@ -487,8 +475,3 @@ def _category_tables(evaluation: Evaluation, metrics: list[page.Metric]) -> list
             count = max((s["prompts"] for s in scores.values()), default=0)
             lines.append(_line([name, str(count), *(_mean(scores[m.name], m) for m in shown)]))
     return lines
-
-
-def digest_of(file: Path) -> str:
-    """sha256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -21,7 +21,7 @@ from PIL import Image
 
 from di_star_jax import log as metrics
 from di_star_jax import sharding
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.prompts.sets import Prompt

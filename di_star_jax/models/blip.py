@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax import sharding
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.attention import attention
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax import models
-from di_star_jax.config import UserError
 from di_star_jax.diffusion import Schedule, schedule_from_json
+from di_star_jax.errors import UserError
 from di_star_jax.models.clip import (
     CLIPConfig,
     CLIPModel,

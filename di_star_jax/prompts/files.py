@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 COLUMNS = (
     "prompt",

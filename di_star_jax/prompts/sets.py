@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from di_star_jax.config import UserError, suggest
+from di_star_jax.errors import UserError, suggest
 from di_star_jax.prompts import files as prompts
 from di_star_jax.prompts.files import Layout
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from di_star_jax.config import UserError, rewards_used
+from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.rewards import aesthetic, clipscore, hpsv2, hpsv2_legacy, imagereward, pickscore
 from di_star_jax.rewards.reward import Reward, listed
@@ -119,3 +119,8 @@ def resolve(name: str, source: str) -> Path:
             f"no folder {source} for {name}; it must hold {listed(REWARDS[name].file.NEEDED)}"
         )
     return weights.resolve(source)
+
+
+def rewards_used(config) -> list[str]:
+    """Names of the rewards that a run loads: those it trains on, and those it only measures."""
+    return [name for name, scale in config.reward.items() if scale or name in config.eval.metrics]

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from di_star_jax import models
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models.layers import ScoreHead
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from di_star_jax import models
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models.blip import BLIPConfig, ImageReward
 from di_star_jax.pipelines.folder import Model
 from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded

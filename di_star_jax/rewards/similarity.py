@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 from di_star_jax.models.clip import CLIPModel
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.folder import Model

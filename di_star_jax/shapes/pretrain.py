@@ -24,11 +24,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from di_star_jax import diffusion, gradients, models, objectives, sample, samplers, sharding, step
-from di_star_jax.config import UserError, exit_on_user_error
+from di_star_jax import (
+    diffusion,
+    drawing,
+    gradients,
+    models,
+    objectives,
+    samplers,
+    sharding,
+    step,
+)
+from di_star_jax.errors import run as run_command
 from di_star_jax.models.clip import CLIPConfig, CLIPModel
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines import folder as pipeline
@@ -645,7 +654,7 @@ def caption_ids(folder: pathlib.Path, captions: list[str]) -> np.ndarray:
 
 
 def accuracy(draw, captions: list[str], seed: int, batch_size: int = 100) -> float:
-    """Share of stated attributes that the oracle reads back. Args: draw from `sample.make_draw`."""
+    """Share of stated attributes that the oracle reads back. Args: draw from `drawing.make_draw`."""
     counts = np.zeros(2)
     for start in range(0, len(captions), batch_size):
         texts = captions[start : start + batch_size]
@@ -663,7 +672,7 @@ def report(folder: pathlib.Path) -> dict[str, float]:
     """
     captions = (folder / "prompts_held_out.txt").read_text().splitlines()
     loaded = pipeline.load_pipeline(folder)
-    teacher = sample.make_draw(
+    teacher = drawing.make_draw(
         loaded,
         sampler="euler",
         timesteps=samplers.leading_timesteps(50),
@@ -672,7 +681,7 @@ def report(folder: pathlib.Path) -> dict[str, float]:
     generator = loaded._replace(
         models=loaded.models | {"unet": pipeline.load_model(folder / "generator")}
     )
-    one_step = sample.make_draw(
+    one_step = drawing.make_draw(
         generator, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0
     )
     return {
@@ -755,12 +764,10 @@ def run(workdir: pathlib.Path) -> None:
         print(f"attributes right on 500 held-out captions, {name}: {100 * value:.1f} %")
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise UserError(f"got {argv[1]!r}, expected flags only; write --workdir=FOLDER")
+def main() -> None:
     run(pathlib.Path(flags.FLAGS.workdir))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder for data, stages and the result.", required=True)
-    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(flags.FLAGS))
+    run_command(main)

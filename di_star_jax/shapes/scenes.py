@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 COUNTS = ("a", "two")
 SIZES = ("", "small", "large")

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 FOLDER = "checkpoints"  # of a run, in its workdir
 _METADATA = "metadata"

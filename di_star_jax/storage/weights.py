@@ -24,7 +24,7 @@ import safetensors.numpy
 from absl import logging
 from jax.experimental import multihost_utils
 
-from di_star_jax.config import UserError
+from di_star_jax.errors import UserError
 
 STACKED = (
     "transformer_blocks",

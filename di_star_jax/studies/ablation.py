@@ -17,11 +17,12 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from di_star_jax import log as metrics
-from di_star_jax import sample, samplers, sharding, train
-from di_star_jax.config import UserError, exit_on_user_error, load_config, suggest
+from di_star_jax import assembly, drawing, samplers, sharding, train
+from di_star_jax.config import load_config
+from di_star_jax.errors import UserError, suggest
+from di_star_jax.errors import run as run_command
 from di_star_jax.evaluation import before_after
 from di_star_jax.evaluation.measures import FeatureStatistics, frechet_distance
 from di_star_jax.pipelines import folder as pipeline
@@ -103,7 +104,7 @@ class World:
 
     def __init__(self, workdir: pathlib.Path, config):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
-        self.frozen = train.load_frozen(config, mesh)
+        self.frozen = assembly.load_frozen(config, mesh)
         self.captions = pathlib.Path(config.eval.prompts).read_text().splitlines()
         reward_folder = pathlib.Path(config.weights.pickscore)
         self.judge = Judge(
@@ -112,8 +113,8 @@ class World:
             pathlib.Path(config.weights.reward_tokenizer),
         )
         self.teacher = statistics(self._teacher(workdir / "teacher.npy", config.objective.omega))
-        self._draw = train.make_draw(
-            self.frozen, train.settings_of(config, self.frozen.latent_shape), mesh
+        self._draw = drawing.make_draw_of_run(
+            self.frozen, assembly.settings_of(config, self.frozen.latent_shape), mesh
         )
         self._ids = prompts.token_batch(self.captions, self.frozen.tokenizers)
 
@@ -122,7 +123,7 @@ class World:
         once.
         """
         if not file.exists():
-            draw = sample.make_draw(
+            draw = drawing.make_draw(
                 pipeline.load_pipeline(self.frozen.folder),
                 sampler="euler",
                 timesteps=samplers.leading_timesteps(50),
@@ -291,7 +292,7 @@ def draw_grid(workdir: pathlib.Path, results: dict[str, list[dict]], path: pathl
     axes = fig.subplots(len(pictures), 8, squeeze=False)
     for row, (name, images) in zip(axes, pictures.items()):
         for axis, image in zip(row, images):
-            axis.imshow(metrics.to_uint8(image), interpolation="lanczos")
+            axis.imshow(pictures.to_uint8(image), interpolation="lanczos")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(
@@ -366,15 +367,13 @@ def write_page(workdir: pathlib.Path, out: pathlib.Path) -> None:
         + table(results)
         + "\n\n![the same captions and noise in every row](ablation.png)\n\n"
         "![reward against diversity while training](ablation_curves.png)\n\n"
-        + metrics.conclusion_of(page)
+        + page.conclusion_of(page)
     )
     draw_grid(workdir, results, out / "ablation.png")
     draw_curves(results, out / "ablation_curves.png")
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise UserError(f"got {argv[1]!r}, expected flags only; write --name=value")
+def main() -> None:
     args = flags.FLAGS
     for row in args.rows:
         if row not in ROWS:
@@ -413,4 +412,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("rows", [], "Presets to run, all if not given.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each row.")
     flags.DEFINE_string("out", "docs", "Folder for ablation.md and its pictures.")
-    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(flags.FLAGS))
+    run_command(main)

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 
 from di_star_jax import diffusion, gradients, objectives, sharding, step
-from di_star_jax import log as metrics
-from di_star_jax.config import UserError, exit_on_user_error
+from di_star_jax.errors import run as run_command
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import folder as pipeline
 
@@ -271,18 +270,16 @@ def run(out: pathlib.Path, steps: int) -> None:
         f"{', '.join(f'{w:g}' for w in MODE_WEIGHTS)}.\n\n"
         + table({n: measure(x0) for n, x0 in samples.items()})
         + "\n![samples of every objective](mixture.png)\n\n"
-        + metrics.conclusion_of(page)
+        + page.conclusion_of(page)
     )
     figure(samples, out / "mixture.png")
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise UserError(f"got {argv[1]!r}, expected flags only; write --name=value")
+def main() -> None:
     run(pathlib.Path(flags.FLAGS.out), flags.FLAGS.steps)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for mixture.md and mixture.png.", required=True)
     flags.DEFINE_integer("steps", 4000, "Of the generator, with each objective.", lower_bound=1)
-    app.run(exit_on_user_error(main), flags_parser=exit_on_user_error(flags.FLAGS))
+    run_command(main)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a run: PNG files and grids."""
+
+import os
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """[-1, 1] float -> [0, 255] uint8, same shape, rounded as diffusers does."""
+    return np.round((np.clip(np.asarray(image, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Args: path, whatever its suffix; array uint8 [H, W, 3]."""
+    Image.fromarray(array).save(path, format="PNG")
+
+
+def image_grid(images: np.ndarray, columns: int, *, padding: int = 2) -> np.ndarray:
+    """Pictures in rows of `columns` on white.
+
+    Args: images [N, H, W, 3] in [-1, 1]. Returns: uint8 [rows * (H + padding) - padding, ..., 3].
+    """
+    n, h, w, _ = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    grid = np.full(
+        (rows * (h + padding) - padding, columns * (w + padding) - padding, 3), 255, np.uint8
+    )
+    for i, image in enumerate(to_uint8(images)):
+        y, x = (i // columns) * (h + padding), (i % columns) * (w + padding)
+        grid[y : y + h, x : x + w] = image
+    return grid
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) -> str:
+    """Breaks `text` at blanks to fit `width` pixels, at most `lines` lines."""
+    broken = [""]
+    for word in text.split():
+        longer = f"{broken[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not broken[-1]:
+            broken[-1] = longer
+        else:
+            broken.append(word)
+    if len(broken) > lines:
+        broken = [*broken[: lines - 1], broken[lines - 1] + " ..."]
+    return "\n".join(broken)
+
+
+def before_after_grid(
+    before: np.ndarray, after: np.ndarray, prompts: list[str], *, columns: int = 4, side: int = 128
+) -> np.ndarray:
+    """A labelled picture: each cell shows one prompt's image before (left) and after (right), the
+    prompt below.
+
+    Args:
+      before, after: [N, H, W, 3] in [-1, 1], made from the same noise.
+      prompts: N.
+      columns: cells in a row. side: pixels each image is shown at.
+    Returns:
+      uint8 [H', W', 3].
+    """
+    font, head = ImageFont.load_default(size=12), ImageFont.load_default(size=15)
+    gap, margin, text = 4, 20, 48
+    cell_w, cell_h = 2 * side + gap, side + text
+    columns = min(columns, len(prompts))
+    rows = -(-len(prompts) // columns)
+    size = (columns * (cell_w + margin) + margin, rows * cell_h + margin + 26)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column in range(columns):
+        x = margin + column * (cell_w + margin)
+        for offset, label in ((side / 2, "before"), (side * 1.5 + gap, "after")):
+            draw.text((x + offset, 10), label, fill="#333333", font=head, anchor="mt")
+    for i, prompt in enumerate(prompts):
+        x = margin + (i % columns) * (cell_w + margin)
+        y = 34 + (i // columns) * cell_h
+        for offset, image in ((0, before[i]), (side + gap, after[i])):
+            shown = Image.fromarray(to_uint8(image)).resize((side, side), Image.Resampling.LANCZOS)
+            canvas.paste(shown, (x + offset, y))
+        draw.multiline_text(
+            (x + cell_w / 2, y + side + 5),
+            _wrapped(prompt, cell_w, font, 2),
+            fill="#222222",
+            font=font,
+            anchor="ma",
+            align="center",
+            spacing=2,
+        )
+    return np.asarray(canvas)
