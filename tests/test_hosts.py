@@ -22,7 +22,8 @@ from di_star_jax.storage import checkpoint
 # time.
 RUN = """
 import json, os, pathlib, sys
-from di_star_jax import hosts, prompts, train
+from di_star_jax import hosts, train
+from di_star_jax.prompts import files as prompts
 hosts.connect(os.environ)
 import jax
 from test_train import config_for
@@ -37,7 +38,7 @@ train.run(config_for(folder, **changes), str(workdir))
 DEATH = """
 import os, time
 from di_star_jax import hosts
-main.SILENCE = 10
+hosts.SILENCE = 10
 hosts.connect(os.environ)
 import jax
 from jax.experimental import multihost_utils
@@ -151,4 +152,4 @@ def test_when_one_process_dies_the_other_ends_within_a_minute():
     finally:
         first.kill()
     assert "met" in out and first.returncode != 0
-    assert time.time() - died < 40  # main.SILENCE is 10 here, and 30 in a run
+    assert time.time() - died < 40  # hosts.SILENCE is 10 here, and 30 in a run
