@@ -43,6 +43,37 @@ def make_mesh(data: int, fsdp: int, context: int = 1, *, devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def mesh_shape(data: int, fsdp: int, context: int, device_count: int) -> tuple[int, int, int]:
+    """(data, fsdp, context) of the mesh, with -1 filled in.
+
+    Raises: UserError where they do not make up `device_count`.
+    """
+    if data == -1 and fsdp == -1:
+        raise UserError(
+            "mesh.data=-1 and mesh.fsdp=-1: expected one of them at most; set mesh.fsdp to a number"
+        )
+    for name, devices in (("data", data), ("fsdp", fsdp), ("context", context)):
+        if devices < 1 and (devices != -1 or name == "context"):
+            raise UserError(
+                f"mesh.{name}={devices}, expected 1 or more, or -1 (not context) for what is left; "
+                "use 1"
+            )
+    given = f"mesh data={data} x fsdp={fsdp}" + (f" x context={context}" if context > 1 else "")
+    if data == -1:
+        data = device_count // (fsdp * context)
+    if fsdp == -1:
+        fsdp = device_count // (data * context)
+    if data * fsdp * context != device_count:
+        divisors = " or ".join(
+            str(n) for n in range(1, device_count + 1) if device_count % (n * context) == 0
+        )
+        raise UserError(
+            f"{given} does not make up the {device_count} devices; set mesh.data=-1 and mesh.fsdp "
+            f"to {divisors or 'less, or mesh.context=1'}"
+        )
+    return data, fsdp, context
+
+
 def _spec(path: tuple, shape: tuple[int, ...], parts: int) -> PartitionSpec:
     """Splits the largest axis that `parts` divides, the last of equals; small leaves stay whole."""
     if parts == 1 or math.prod(shape) < SMALL:
@@ -51,15 +82,15 @@ def _spec(path: tuple, shape: tuple[int, ...], parts: int) -> PartitionSpec:
     if not axes and math.prod(shape) > LARGE:
         raise UserError(
             f"mesh.fsdp x mesh.context = {parts} divides no axis of "
-            f"{jax.tree_util.keystr(path, simple=True, separator='.')} with shape {shape}; use a power of "
-            "two, and mesh.data for the other devices"
+            f"{jax.tree_util.keystr(path, simple=True, separator='.')} with shape {shape}; use a "
+            "power of two, and mesh.data for the other devices"
         )
     if not axes:
         return PartitionSpec()
     # The first of three or more may be the depth of scanned blocks: split there, a block would live
     # on one device.
     best = max(axes, key=lambda axis: (axis > 0 or len(shape) < 3, shape[axis], axis))
-    return PartitionSpec(*((PARAMS if axis == best else None) for axis in range(len(shape))))
+    return PartitionSpec(*(PARAMS if axis == best else None for axis in range(len(shape))))
 
 
 def params_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
@@ -81,7 +112,7 @@ def params_spec(mesh: Mesh, tree: Any) -> Any:
 
 def batch_spec(axis: int = 0) -> PartitionSpec:
     """Splits one axis, the batch, over all devices that do not share images."""
-    return PartitionSpec(*(None,) * axis, BATCH)
+    return PartitionSpec(*[None] * axis, BATCH)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -92,6 +123,48 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def abstract(tree: Any, shardings: Any = None, dtype: Any = None) -> Any:
+    """A tree of arrays, or of their shapes, as `jax.ShapeDtypeStruct`s.
+
+    Args:
+      shardings: one for each leaf, or for each subtree; None says nothing of where they are.
+      dtype: of all leaves; None keeps theirs.
+    """
+
+    def leaf(x: Any, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
+
+    each = jax.tree.broadcast(shardings, tree, is_leaf=lambda x: x is None)
+    return jax.tree.map(leaf, tree, each)
+
+
+def local_rows(mesh: Mesh, batch_size: int, devices: list | None = None) -> list[int]:
+    """The rows of a batch that some devices hold, ascending, each once.
+
+    The devices of a context hold the same rows, and may belong to several processes.
+
+    Args: devices, those of this process if None.
+    """
+    held = batch_sharding(mesh).devices_indices_map((batch_size,))
+    ours = [held[device][0] for device in devices or jax.local_devices() if device in held]
+    return sorted({row for rows in ours for row in range(*rows.indices(batch_size))})
+
+
+def place_batch(tree: Any, mesh: Mesh, batch_size: int) -> Any:
+    """Arrays of a whole batch, split as `batch_sharding` says, from what each process has of it.
+
+    Args: tree of arrays [rows, ...], the process's `local_rows` or all rows; batch_size, of all
+      processes together.
+    Returns: a tree of global arrays [batch_size, ...].
+    """
+
+    def place(rows: np.ndarray) -> jax.Array:
+        shape = (batch_size, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, shape)
+
+    return jax.tree.map(place, tree)
 
 
 def on_each(mesh: Mesh, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -105,33 +178,32 @@ def on_each(mesh: Mesh, fn: Callable, in_specs: Any, out_specs: Any) -> Callable
 
 
 def size(*axes: str) -> int:
-    """Devices along axes of the mesh that this code runs on each device of; 1 outside of `on_each`."""
+    """Devices along axes of the mesh that this code runs on; 1 outside of `on_each`."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.manual_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(part, axis, dtype, stored):
+def _gather(part: jax.Array, axis: int, dtype: Any, stored: Any) -> jax.Array:
     return jax.lax.all_gather(part.astype(dtype), PARAMS, axis=axis, tiled=True)
 
 
-def _gather_bwd(axis, dtype, stored, _, grad):
+def _gather_fwd(part: jax.Array, axis: int, dtype: Any, stored: Any) -> tuple[jax.Array, None]:
+    return _gather(part, axis, dtype, stored), None
+
+
+def _gather_bwd(axis: int, dtype: Any, stored: Any, _: None, grad: jax.Array) -> tuple[jax.Array]:
     # Summed in float32: each device's share is rounded to the compute dtype, their sum need not be.
-    return (
-        jax.lax.psum_scatter(
-            grad.astype(jnp.float32), PARAMS, scatter_dimension=axis, tiled=True
-        ).astype(stored),
-    )
+    grad = grad.astype(jnp.float32)
+    part = jax.lax.psum_scatter(grad, PARAMS, scatter_dimension=axis, tiled=True)
+    return (part.astype(stored),)
 
 
-_gather.defvjp(
-    lambda part, axis, dtype, stored: (_gather(part, axis, dtype, stored), None), _gather_bwd
-)
+_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def whole(part: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A parameter of a known full shape, gathered from the devices that share it, in the compute
-    dtype.
+def gather_param(part: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A parameter of a known full shape, in the compute dtype, from the devices that share it.
 
     Its gradient is that of the device's own part, summed over those devices.
     """
@@ -140,20 +212,15 @@ def whole(part: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def sum_gradients(grads: Any, specs: Any) -> Any:
-    """Sums the devices' gradients. `whole` has summed those of split leaves over PARAMS already.
+    """Sums the devices' gradients. `gather_param` has summed those of split leaves already.
 
     Args: grads, specs: trees of the devices' parts and their PartitionSpecs.
     """
     if size(*AXES) == 1:
         return grads
     return jax.tree.map(
-        lambda g, spec: jax.lax.psum(g, "data" if any(spec) else AXES), grads, specs
+        lambda grad, spec: jax.lax.psum(grad, "data" if any(spec) else AXES), grads, specs
     )
-
-
-def batch_sum(x: jax.Array) -> jax.Array:
-    """Sums a device's figure over those that have other images."""
-    return jax.lax.psum(x, BATCH) if size(*BATCH) > 1 else x
 
 
 def _own(x: jax.Array) -> jax.Array:
@@ -172,20 +239,19 @@ _join.defvjp(lambda x: (_all(x), None), lambda _, grad: (_own(grad),))
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] that all devices of a context have -> [B, H / context, W, C], the device's own
-    rows.
-    """
+    """The device's own rows, [B, H / context, W, C], of [B, H, W, C] that all of a context have."""
     return _split(x) if size("context") > 1 else x
 
 
 def join_rows(x: jax.Array) -> jax.Array:
-    """The reverse of `split_rows`; what follows is computed by every device of the context alike."""
+    """The reverse of `split_rows`; what follows, every device of the context computes alike."""
     return _join(x) if size("context") > 1 else x
 
 
 def all_rows(x: jax.Array) -> jax.Array:
-    """[B, N, ...] own tokens -> [B, N * context, ...] all of them; what follows differs from device
-    to device.
+    """[B, N, ...] own tokens -> [B, N * context, ...] all of them.
+
+    Unlike after `join_rows`, what follows differs from device to device.
     """
     return _all(x) if size("context") > 1 else x
 
@@ -196,47 +262,18 @@ def mean_over_rows(x: jax.Array) -> jax.Array:
 
 
 def with_halo(x: jax.Array, above: int, below: int) -> jax.Array:
-    """[B, H, W, C] -> [B, above + H + below, W, C]: rows of the neighbouring devices, zeros at the
-    picture's borders.
+    """[B, H, W, C] -> [B, above + H + below, W, C], with rows of the neighbouring devices.
+
+    At the picture's borders they are zeros.
     """
     n = size("context")
     if n == 1:
         return jnp.pad(x, ((0, 0), (above, below), (0, 0), (0, 0)))
     parts = [x]
     if above:
-        parts.insert(
-            0, jax.lax.ppermute(x[:, -above:], "context", [(i, i + 1) for i in range(n - 1)])
-        )
+        downwards = [(i, i + 1) for i in range(n - 1)]
+        parts.insert(0, jax.lax.ppermute(x[:, -above:], "context", downwards))
     if below:
-        parts.append(jax.lax.ppermute(x[:, :below], "context", [(i + 1, i) for i in range(n - 1)]))
+        upwards = [(i + 1, i) for i in range(n - 1)]
+        parts.append(jax.lax.ppermute(x[:, :below], "context", upwards))
     return jnp.concatenate(parts, axis=1)
-
-
-def mesh_shape(data: int, fsdp: int, context: int, device_count: int) -> tuple[int, int, int]:
-    """(data, fsdp, context) of the mesh, with -1 filled in.
-
-    Raises: UserError where they do not make up `device_count`.
-    """
-    if data == -1 and fsdp == -1:
-        raise UserError(
-            "mesh.data=-1 and mesh.fsdp=-1: expected one of them at most; set mesh.fsdp to a number"
-        )
-    for name, size in (("data", data), ("fsdp", fsdp), ("context", context)):
-        if size < 1 and (size != -1 or name == "context"):
-            raise UserError(
-                f"mesh.{name}={size}, expected 1 or more, or -1 (not context) for what is left; use 1"
-            )
-    given = f"mesh data={data} x fsdp={fsdp}" + (f" x context={context}" if context > 1 else "")
-    data = device_count // (fsdp * context) if data == -1 else data
-    fsdp = (
-        device_count // (data * context) if fsdp == -1 and data * context <= device_count else fsdp
-    )
-    if data * fsdp * context != device_count:
-        divisors = " or ".join(
-            str(n) for n in range(1, device_count + 1) if device_count % (n * context) == 0
-        )
-        raise UserError(
-            f"{given} does not make up the {device_count} devices; set mesh.data=-1 and mesh.fsdp to "
-            f"{divisors or 'less, or mesh.context=1'}"
-        )
-    return data, fsdp, context

@@ -105,7 +105,7 @@ def test_all_gathers_are_those_of_the_split_weights(folder):
     mesh = sharding.make_mesh(2, 4)
     gathered = sharding.on_each(
         mesh,
-        lambda w: sharding.whole(w, (512, 256), jnp.bfloat16).sum(keepdims=True),
+        lambda w: sharding.gather_param(w, (512, 256), jnp.bfloat16).sum(keepdims=True),
         (PartitionSpec(sharding.PARAMS),),
         PartitionSpec(),
     )

@@ -2,9 +2,10 @@
 import math
 
 import jax
+import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from di_star_jax import sharding
 from di_star_jax.errors import UserError
@@ -57,7 +58,8 @@ def test_small_leaves_stay_whole_and_a_large_one_that_cannot_be_split_is_refused
     assert spec((300, 301), 16) == ()
     with pytest.raises(
         UserError,
-        match=r"mesh.fsdp x mesh.context = 7 divides no axis of .*with shape \(640, 640\); use a power",
+        match="mesh.fsdp x mesh.context = 7 divides no axis of .*"
+        r"with shape \(640, 640\); use a power",
     ):
         spec((640, 640), 7)
 
@@ -73,3 +75,38 @@ def test_moments_are_split_like_their_parameters():
 def test_batch_is_split_over_all_devices():
     mesh = sharding.make_mesh(2, 4)
     assert sharding.batch_sharding(mesh).shard_shape((16, 77)) == (2, 77)
+
+
+def test_a_process_places_its_own_rows_in_the_order_of_the_batch():
+    mesh = sharding.make_mesh(2, 2, 2)
+    ids = np.arange(16 * 3).reshape(16, 3)
+    rows = sharding.local_rows(mesh, 16)
+    assert rows == list(range(16))  # this one process has all devices
+    placed = sharding.place_batch({"ids": ids[rows]}, mesh, 16)["ids"]
+    assert placed.sharding == sharding.batch_sharding(mesh)
+    np.testing.assert_array_equal(placed, ids)
+    for shard in placed.addressable_shards:
+        of_device = sharding.local_rows(mesh, 16, [shard.device])
+        np.testing.assert_array_equal(shard.data, ids[of_device])
+
+
+def test_devices_of_one_context_need_the_same_rows_and_others_rows_are_left_out():
+    mesh = sharding.make_mesh(2, 2, 2)
+    first, second = list(mesh.devices[0, 0]), list(mesh.devices[1, 1])
+    assert sharding.local_rows(mesh, 8, first[:1]) == sharding.local_rows(mesh, 8, first) == [0, 1]
+    assert sharding.local_rows(mesh, 8, [second[0], first[1]]) == [0, 1, 6, 7]
+
+
+def test_a_tree_is_made_abstract_with_a_sharding_a_leaf_or_one_for_all():
+    mesh = sharding.make_mesh(1, 8)
+    tree = {"a": np.zeros((512, 256), np.float32), "b": {"c": np.zeros(3, np.int32)}}
+    bare = sharding.abstract(tree)
+    assert bare["b"]["c"] == jax.ShapeDtypeStruct((3,), np.int32)
+    assert bare["a"].sharding is None
+    split = sharding.abstract(tree, sharding.params_sharding(mesh, tree), dtype="bfloat16")
+    assert [(x.shape, x.dtype, x.sharding.spec) for x in jax.tree.leaves(split)] == [
+        ((512, 256), "bfloat16", PartitionSpec(sharding.PARAMS, None)),
+        ((3,), "bfloat16", PartitionSpec()),
+    ]
+    everywhere = sharding.abstract(tree, sharding.replicated(mesh))
+    assert {x.sharding for x in jax.tree.leaves(everywhere)} == {sharding.replicated(mesh)}

@@ -195,10 +195,10 @@ class VisionTransformer(nnx.Module):
         patches = self.patch_embed(pixels)  # [B, N-1, E]
         b, count, width = patches.shape
         first = jnp.broadcast_to(
-            sharding.whole(self.cls_token[...], (1, 1, width), self.dtype), (b, 1, width)
+            sharding.gather_param(self.cls_token[...], (1, 1, width), self.dtype), (b, 1, width)
         )
         x = jnp.concatenate([first, patches], axis=1)  # [B, N, E]
-        x = x + sharding.whole(self.pos_embed[...], (1, count + 1, width), self.dtype)
+        x = x + sharding.gather_param(self.pos_embed[...], (1, count + 1, width), self.dtype)
         return self.norm(layers.scan_blocks(self.blocks, x, remat=self.remat))
 
 

@@ -322,7 +322,7 @@ class CLIPVisionEmbeddings(nnx.Module):
         b, width = pixels.shape[0], self.patch_embedding.out_features
         patches = self.patch_embedding(pixels).reshape(b, -1, width)  # [B, N-1, D]
         first = jnp.broadcast_to(
-            sharding.whole(self.class_embedding[...], (width,), self.dtype), (b, 1, width)
+            sharding.gather_param(self.class_embedding[...], (width,), self.dtype), (b, 1, width)
         )
         x = jnp.concatenate([first, patches], axis=1)  # [B, N, D]
         return x + self.position_embedding(jnp.arange(x.shape[1]))[None]

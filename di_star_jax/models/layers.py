@@ -4,7 +4,7 @@
 Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels.
 
 Attribute names are those of diffusers' PyTorch modules, so that a path in the parameter tree is a
-key in its files. On a mesh each layer gathers its own weights (sharding.whole), and H is this
+key in its files. On a mesh each layer gathers its own weights (sharding.gather_param), and H is this
 device's part of the rows (sharding.size).
 """
 
@@ -60,13 +60,13 @@ class Linear(nnx.Linear):
     """`nnx.Linear` whose weights may be split over devices."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ sharding.whole(
+        y = x.astype(self.dtype) @ sharding.gather_param(
             self.kernel[...], (self.in_features, self.out_features), self.dtype
         )
         return (
             y
             if self.bias is None
-            else y + sharding.whole(self.bias[...], (self.out_features,), self.dtype)
+            else y + sharding.gather_param(self.bias[...], (self.out_features,), self.dtype)
         )
 
 
@@ -92,7 +92,7 @@ class Conv(nnx.Conv):
         self.pad = padding or ((0, 0), (0, 0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = sharding.whole(self.kernel[...], self.kernel_shape, self.dtype)
+        kernel = sharding.gather_param(self.kernel[...], self.kernel_shape, self.dtype)
         (above, below), across = self.pad
         x, rows = x.astype(self.dtype), self.pad[0]
         if above + below and sharding.size("context") > 1:
@@ -108,7 +108,7 @@ class Conv(nnx.Conv):
         return (
             y
             if self.bias is None
-            else y + sharding.whole(self.bias[...], (self.out_features,), self.dtype)
+            else y + sharding.gather_param(self.bias[...], (self.out_features,), self.dtype)
         )
 
 
@@ -116,7 +116,7 @@ class Embed(nnx.Embed):
     """`nnx.Embed` whose table may be split over devices."""
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        table = sharding.whole(
+        table = sharding.gather_param(
             self.embedding[...], (self.num_embeddings, self.features), self.dtype
         )
         return jnp.take(table, ids, axis=0)
@@ -130,7 +130,8 @@ class LayerNorm(nnx.LayerNorm):
         x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
         scale, bias = (
-            sharding.whole(leaf[...], x.shape[-1:], jnp.float32) for leaf in (self.scale, self.bias)
+            sharding.gather_param(leaf[...], x.shape[-1:], jnp.float32)
+            for leaf in (self.scale, self.bias)
         )
         return (x * scale + bias).astype(self.dtype)
 
@@ -160,7 +161,8 @@ class GroupNorm(nnx.GroupNorm):
         centred = x - self._over_groups(x.mean((1, 2)))
         inverse = jax.lax.rsqrt(self._over_groups((centred * centred).mean((1, 2))) + self.epsilon)
         scale, bias = (
-            sharding.whole(leaf[...], x.shape[-1:], jnp.float32) for leaf in (self.scale, self.bias)
+            sharding.gather_param(leaf[...], x.shape[-1:], jnp.float32)
+            for leaf in (self.scale, self.bias)
         )
         return (centred * (inverse * scale) + bias).astype(self.dtype)
 
