@@ -1,163 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A config as what a run is made of: networks, parameters, settings, optimizers, shardings."""
+"""A config as records: networks, parameters, settings, optimizers. Nothing below reads a config."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from di_star_jax import gradients, objectives, sharding, step
-from di_star_jax.cost import plan
+from di_star_jax import objectives, sharding, step
 from di_star_jax.diffusion import Schedule
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.gradients import Method, Settings
+from di_star_jax.pipelines.folder import Model, load_pipeline, model_class, vae_scale
+from di_star_jax.pipelines.folder import encode_text as encode_sdxl
 from di_star_jax.rewards import load_rewards, sources_of
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.views import VIEWS, in_slices
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.storage import weights
 
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
-class Frozen(NamedTuple):
-    """What never changes in a run.
 
-    `params` holds unet (the reference), vae, the text encoders and, by name, rewards.
+class Parts(NamedTuple):
+    """The models of a run; their parameters may be abstract.
 
-    The functions run per device, see sharding.py.
+    models: by component; the unet is the reference's. rewards: by name. folder: of the reference;
+    tokenizers, by name.
     """
 
-    params: dict
-    networks: gradients.Networks
-    decode: object  # (params, latents) -> image [B, H, W, 3]
-    score: object  # (params, image, token_ids) -> each reward [B] of 8-bit images, by name
-    schedule: Schedule
-    tokenizers: dict  # and what the rewards make of prompts, by name
+    models: dict[str, Model]
     rewards: dict[str, Reward]
-    folder: Path
-    unet: pipeline.Model
-    configs: dict[str, dict]  # config.json by component
-    latent_shape: tuple[int, int, int]
+    schedule: Schedule
+    tokenizers: dict[str, Callable]
+    folder: Path | None
+
+    @property
+    def graphdefs(self) -> dict[str, nnx.GraphDef]:
+        """Of the models."""
+        return {name: model.graphdef for name, model in self.models.items()}
+
+    @property
+    def scale(self) -> int:
+        """Image pixels per latent pixel, along one side."""
+        return vae_scale(self.models["vae"].config)
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """[h, w, C] of one sample. Args: pixels."""
+        side = resolution // self.scale
+        return side, side, model_class(self.models["unet"].config)[1].in_channels
+
+    def frozen(self) -> dict:
+        """Parameters that a run never changes.
+
+        Those of the reference, the VAE, the text encoders and, by name, the rewards.
+        """
+        params = {name: model.params for name, model in self.models.items()}
+        params["reference"] = params.pop("unet")
+        return params | {"rewards": {name: r.params for name, r in self.rewards.items()}}
+
+    def tokenize(self, prompts: list[str]) -> dict[str, Any]:
+        """What text encoders and rewards make of B prompts: trees of NumPy arrays [B, ...]."""
+        ids = {name: tokenizer(prompts) for name, tokenizer in self.tokenizers.items()}
+        return ids | {name: reward.tokenize(prompts) for name, reward in self.rewards.items()}
+
+
+def load_parts(config, mesh: Mesh) -> Parts:
+    """Reads reference pipeline and rewards, sharded over the mesh, in the compute dtype."""
+    options = model_options(config, mesh.devices.flat[0].platform)
+    common = dict(
+        shardings=functools.partial(sharding.params_sharding, mesh),
+        param_dtype=jnp.dtype(config.compute.dtype),
+    )
+    reference = load_pipeline(weights.resolve(config.weights.reference), options=options, **common)
+    rewards = load_rewards(
+        sources_of(config), config.weights.reward_tokenizer, **options["reward"], **common
+    )
+    return Parts(
+        reference.models, rewards, reference.schedule, reference.tokenizers, reference.folder
+    )
 
 
 def kernel_of(config, platform: str) -> str:
     """The attention kernel that a config asks for, "auto" by platform: "tpu", "gpu" or "cpu"."""
     by_platform = {"tpu": "splash", "gpu": "cudnn", "cpu": "xla"}
-    return by_platform[platform] if config.compute.attention == "auto" else config.compute.attention
+    asked = config.compute.attention
+    return by_platform[platform] if asked == "auto" else asked
 
 
 def model_options(config, platform: str) -> dict[str, dict]:
-    """By component what `pipeline.abstract_model` takes besides the folder's config.json."""
-    c = config.compute
-    common = dict(dtype=jnp.dtype(c.dtype), kernel=kernel_of(config, platform))
-    remat = {"unet": c.remat_unet, "vae": c.remat_vae, "reward": c.remat_reward}
-    return {part: dict(common, remat=remat.get(part, "none")) for part in (*plan.PARTS, "reward")}
+    """By component what `abstract_model` takes besides the folder's config.json."""
+    compute = config.compute
+    common = dict(dtype=jnp.dtype(compute.dtype), kernel=kernel_of(config, platform))
+    remat = dict.fromkeys(PARTS, "none") | {
+        "unet": compute.remat_unet,
+        "vae": compute.remat_vae,
+        "reward": compute.remat_reward,
+    }
+    return {part: dict(common, remat=policy) for part, policy in remat.items()}
 
 
-def assemble(
-    config,
-    models: dict[str, pipeline.Model],
-    rewards: dict[str, Reward],
-    schedule: Schedule,
-    *,
-    tokenizers: dict,
-    folder: Path,
-) -> Frozen:
-    """The functions of a run over its models and rewards, whose parameters may be abstract.
+def method_of(config, parts: Parts) -> Method:
+    """The step's networks and settings."""
+    resolution = config.data.resolution
+    return Method(
+        unet=functools.partial(nnx.merge, parts.graphdefs["unet"]),
+        encode_text=text_encoder(parts, resolution),
+        reward=reward_of_latents(config, parts),
+        schedule=parts.schedule,
+        settings=settings_of(config, parts.latent_shape(resolution)),
+    )
 
-    Args: models: by component; rewards, by name; tokenizers, folder: of the reference.
-    """
-    graphdefs = {name: model.graphdef for name, model in models.items()}
-    scale = pipeline.vae_scale(models["vae"].config)
-    side, view = config.data.resolution // scale, VIEWS[config.decode.view]
+
+def text_encoder(parts: Parts, resolution: int) -> Callable:
+    """(frozen, token_ids) -> (Condition, null Condition) of images of so many pixels."""
+    graphdefs = parts.graphdefs
+
+    def encode_text(frozen, token_ids):
+        return encode_sdxl(graphdefs, frozen, token_ids, resolution)
+
+    return encode_text
+
+
+def decoder(parts: Parts) -> Callable:
+    """(frozen, latents [b, h, w, 4]) -> images [b, H, W, 3], about in [-1, 1]."""
+    graphdef = parts.graphdefs["vae"]
+
+    def decode(frozen, latents):
+        return nnx.merge(graphdef, frozen["vae"]).decode(latents)
+
+    return decode
+
+
+def reward_of_latents(config, parts: Parts) -> Callable:
+    """`Method.reward` of the rewards that a config trains on or measures."""
+    decode = decoder(parts)
+    view = VIEWS[config.decode.view]
+    size = config.decode.resolution // parts.scale
+    rewards = parts.rewards
     scales = {name: config.reward[name] for name in rewards if config.reward[name]}
 
-    def unet(params, x_t, t, condition):
-        return nnx.merge(graphdefs["unet"], params)(x_t, t, condition)
+    def reward(frozen, x0, token_ids, crop):
+        def score(x0, token_ids):
+            image = decode(frozen, x0)
+            each = {}
+            total = jnp.zeros(len(x0))
+            for name, reward in rewards.items():
+                each[name] = reward.reward(frozen["rewards"][name], image, token_ids[name])
+            for name, scale in scales.items():
+                total += scale * each[name]
+            return total, each
 
-    def decode(params, latents):
-        return nnx.merge(graphdefs["vae"], params["vae"]).decode(latents)
+        of_rewards = {name: token_ids[name] for name in rewards}
+        return in_slices(score, config.decode.slice)(view(x0, crop, size), of_rewards)
 
-    def encode_text(params, token_ids):
-        return pipeline.encode_text(graphdefs, params, token_ids, config.data.resolution)
-
-    def reward_of_latents(params, x0, token_ids, crop):
-        def score_of(x0, token_ids):
-            image = decode(params, x0)
-            each = {
-                name: reward.reward(params["rewards"][name], image, token_ids[name])
-                for name, reward in rewards.items()
-            }
-            return sum(
-                (scale * each[name] for name, scale in scales.items()), jnp.zeros(len(x0))
-            ), each
-
-        seen = view(x0, crop, config.decode.resolution // scale)
-        return in_slices(score_of, config.decode.slice)(
-            seen, {name: token_ids[name] for name in rewards}
-        )
-
-    def score(params, image, token_ids):
-        return {
-            name: reward.evaluate(params["rewards"][name], image, token_ids[name])
-            for name, reward in rewards.items()
-        }
-
-    params = {name: model.params for name, model in models.items()}
-    params["rewards"] = {name: reward.params for name, reward in rewards.items()}
-    channels = pipeline.model_class(models["unet"].config)[1].in_channels
-    return Frozen(
-        params,
-        gradients.Networks(unet, encode_text, reward_of_latents),
-        decode,
-        score,
-        schedule,
-        tokenizers | {name: reward.tokenize for name, reward in rewards.items()},
-        rewards,
-        folder,
-        models["unet"],
-        {name: model.config for name, model in models.items()},
-        (side, side, channels),
-    )
+    return reward
 
 
-def load_frozen(config, mesh: Mesh) -> Frozen:
-    """Reads reference pipeline and rewards, sharded over the mesh, in the compute dtype."""
-    options = model_options(config, mesh.devices.flat[0].platform)
-    common = dict(
-        shardings=lambda tree: sharding.params_sharding(mesh, tree),
-        param_dtype=jnp.dtype(config.compute.dtype),
-    )
-    reference = pipeline.load_pipeline(
-        weights.resolve(config.weights.reference), options=options, **common
-    )
-    loaded = load_rewards(
-        sources_of(config), config.weights.reward_tokenizer, **options["reward"], **common
-    )
-    return assemble(
-        config,
-        reference.models,
-        loaded,
-        reference.schedule,
-        tokenizers=reference.tokenizers,
-        folder=reference.folder,
-    )
-
-
-def settings_of(config, latent_shape: tuple[int, int, int]) -> gradients.Settings:
+def settings_of(config, latent_shape: tuple[int, int, int]) -> Settings:
     """The plain values that the step needs of a config."""
-    c = config.objective
-    return gradients.Settings(
-        objective=c.name,
-        omega=c.omega,
-        constants=objectives.Constants(c.huber_c, c.alpha_cfg, c.sid_alpha),
-        weighting=c.weighting,
-        reduction=c.reduction,
-        generator_times=(c.t_min, c.t_max),
+    objective = config.objective
+    scheme = {"x0": "separate", "x_t": "shared"}[config.assistant.sharing]
+    return Settings(
+        objective=objective.name,
+        omega=objective.omega,
+        constants=objectives.Constants(objective.huber_c, objective.alpha_cfg, objective.sid_alpha),
+        weighting=objective.weighting,
+        reduction=objective.reduction,
+        generator_times=(objective.t_min, objective.t_max),
         assistant_times=(config.assistant.t_min, config.assistant.t_max),
         assistant_updates=config.assistant.updates,
-        sharing="loops" if config.compute.loop_networks else config.assistant.sharing,
+        scheme="looped" if config.compute.loop_networks else scheme,
         generator_timesteps=generator_timesteps(config.generator),
         latent_shape=latent_shape,
         ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples),
@@ -165,41 +181,27 @@ def settings_of(config, latent_shape: tuple[int, int, int]) -> gradients.Setting
     )
 
 
-def optimizers(config):
-    """(generator's, assistant's) optax transformations."""
-    o = config.optim
-    common = dict(
-        lr_warmup_steps=o.lr_warmup_steps,
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        clip_norm=o.clip_norm,
-    )
-    return step.adamw(o.generator_lr, **common), step.adamw(o.assistant_lr, **common)
-
-
-def abstract_state(unet: pipeline.Model, opts, mesh: Mesh) -> step.TrainState:
-    """The state's shapes and shardings.
-
-    Args: the generator's model; its and the assistant's optimizers.
-    """
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), unet.params)
-    state = jax.eval_shape(lambda g, a: step.init_state(g, a, *opts), tree, tree)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state,
-        sharding.params_sharding(mesh, state),
+def optimizers_of(config) -> step.Optimizers:
+    """Both networks' optimizers."""
+    optim = config.optim
+    settings = step.AdamW(**{name: optim[name] for name in step.AdamW._fields})
+    return step.Optimizers(
+        generator=step.adamw(optim.generator_lr, settings),
+        assistant=step.adamw(optim.assistant_lr, settings),
     )
 
 
-def jit_step(step_fn, state, mesh: Mesh):
+def abstract_state(unet: Model, optimizers: step.Optimizers, mesh: Mesh) -> step.TrainState:
+    """The state's shapes and shardings. Args: unet, the generator's model."""
+    params = sharding.abstract(unet.params, dtype=jnp.float32)
+    state = jax.eval_shape(lambda g, a: step.init_state(g, a, optimizers), params, params)
+    return sharding.abstract(state, sharding.params_sharding(mesh, state))
+
+
+def jit_step(train_step: step.Step, state: step.TrainState, mesh: Mesh) -> Callable:
     """A step compiled with its state donated, and left where it was.
 
     Args: state, for its shardings; may be abstract.
     """
-    return jax.jit(
-        step_fn,
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
-    )
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))

@@ -1,28 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures from prompts: what draws, with which weights, in how many steps."""
 
-import functools
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from di_star_jax import gradients, samplers, sharding
-from di_star_jax.assembly import Frozen
-from di_star_jax.diffusion import guide
+from di_star_jax import samplers, sharding
+from di_star_jax.diffusion import Schedule, guide
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.prompts import files as prompts
+from di_star_jax.models.unet import Condition
+from di_star_jax.pipelines.folder import (
+    Model,
+    Pipeline,
+    abstract_model,
+    encode_text,
+    load_pipeline,
+    model_class,
+    vae_scale,
+)
+from di_star_jax.prompts.files import token_batch
+from di_star_jax.rewards.reward import Reward
+from di_star_jax.samplers import EpsFn
 from di_star_jax.storage import checkpoint, weights
 
 
 class Sampling(NamedTuple):
-    """How pictures are made. sampler: a key of samplers.SAMPLERS; timesteps: int, falling;
-    guidance_scale: omega, 1 for none; latent_shape: of one sample [h, w, C].
+    """How pictures are made.
+
+    sampler: a key of samplers.SAMPLERS.
+    timesteps: int, falling.
+    guidance_scale: omega; 0 or 1 is no guidance (diffusers' convention), and saves a pass.
+    latent_shape: of one sample [h, w, C].
     """
 
     sampler: str
@@ -33,11 +48,136 @@ class Sampling(NamedTuple):
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """Of one sample: few_step takes fresh noise for every step."""
-        return (
-            (len(self.timesteps), *self.latent_shape)
-            if self.sampler == "few_step"
-            else self.latent_shape
-        )
+        if self.sampler == "few_step":
+            return (len(self.timesteps), *self.latent_shape)
+        return self.latent_shape
+
+    @property
+    def noise_axis(self) -> int:
+        """The batch's axis of the noise: few_step has its steps first."""
+        return 1 if self.sampler == "few_step" else 0
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is guidance."""
+        return self.guidance_scale not in (0.0, 1.0)
+
+
+def noise(seed: int, rows: Sequence[int], samples: Sequence[int], sampling: Sampling) -> np.ndarray:
+    """Standard normal, of seed, prompt's row and sample alone, whatever the batch.
+
+    Args: rows and samples, B numbers each: of the prompt in its file, and of the image.
+    Returns: float32 [B, h, w, C], or [K, B, h, w, C] for few_step.
+    """
+    key = jax.random.key(seed)
+    keys = [
+        jax.random.fold_in(jax.random.fold_in(key, row), sample)
+        for row, sample in zip(rows, samples)
+    ]
+    z = jax.vmap(lambda key: jax.random.normal(key, sampling.noise_shape))(jnp.stack(keys))
+    return np.asarray(jnp.moveaxis(z, 0, sampling.noise_axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawer:
+    """Prompts to pictures on one device: b is its part of the batch.
+
+    models: by component, as of `load_pipeline`; of their parameters nothing is used.
+    """
+
+    models: dict[str, Model]
+    schedule: Schedule
+    sampling: Sampling
+
+    def images(self, params: dict, token_ids: dict, z: jax.Array) -> jax.Array:
+        """Images [b, H, W, 3] in [-1, 1].
+
+        Args: params, of unet, vae and text encoders; z [b, h, w, C], [K, b, h, w, C] for few_step.
+        """
+        graphdefs = {name: model.graphdef for name, model in self.models.items()}
+        resolution = z.shape[-2] * vae_scale(self.models["vae"].config)
+        conditions = encode_text(graphdefs, params, token_ids, resolution)
+        eps_fn = self.eps_fn(nnx.merge(graphdefs["unet"], params["unet"]), conditions)
+        sampler = samplers.SAMPLERS[self.sampling.sampler]
+        x0 = sampler(eps_fn, z, self.sampling.timesteps, self.schedule)
+        return jnp.clip(nnx.merge(graphdefs["vae"], params["vae"]).decode(x0), -1.0, 1.0)
+
+    def eps_fn(self, unet: Callable, conditions: tuple[Condition, Condition]) -> EpsFn:
+        """The UNet's noise prediction, with guidance if there is any."""
+        condition, null = conditions
+        omega = self.sampling.guidance_scale
+
+        def plain(x_t, t):
+            return unet(x_t, t, condition)
+
+        def guided(x_t, t):
+            both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
+            eps = unet(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
+            eps_cond, eps_null = jnp.split(eps, 2)
+            return guide(eps_cond, eps_null, omega)
+
+        return guided if self.sampling.guided else plain
+
+
+class Scored(NamedTuple):
+    """Images with what rewards make of them, as 8-bit files.
+
+    images: [B, H, W, 3] in [-1, 1]. rewards: [B] by name. features: unit embeddings [B, D] of the
+    rewards that are CLIPs, by name.
+    """
+
+    images: jax.Array
+    rewards: dict[str, jax.Array]
+    features: dict[str, jax.Array]
+
+
+def make_draw(drawer: Drawer, mesh: Mesh) -> Callable:
+    """Returns the compiled draw(params, token_ids [B, L], z) -> images, whole on every device."""
+    return _over_devices(drawer.images, drawer.sampling, mesh)
+
+
+def make_scored_draw(drawer: Drawer, rewards: dict[str, Reward], mesh: Mesh) -> Callable:
+    """As `make_draw`, returning `Scored`. Its params hold those of the rewards, by name, too."""
+
+    def draw(params, token_ids, z):
+        images = drawer.images(params, token_ids, z)
+        scores = {}
+        features = {}
+        for name, reward in rewards.items():
+            of_reward = params["rewards"][name]
+            scores[name] = reward.evaluate(of_reward, images, token_ids[name])
+            if reward.features is not None:
+                features[name] = reward.features(of_reward, images)
+        return Scored(images, scores, features)
+
+    return _over_devices(draw, drawer.sampling, mesh)
+
+
+def _over_devices(draw: Callable, sampling: Sampling, mesh: Mesh) -> Callable:
+    """draw(params, token_ids, z) of each device's part, as a compiled function of the whole."""
+    batch = sharding.batch_spec()
+    of_noise = sharding.batch_spec(sampling.noise_axis)
+
+    def whole(params, token_ids, z):
+        in_specs = (sharding.params_spec(mesh, params), batch, of_noise)
+        return sharding.on_each(mesh, draw, in_specs, batch)(params, token_ids, z)
+
+    return jax.jit(whole, out_shardings=sharding.replicated(mesh))
+
+
+def draw_prompts(loaded: Pipeline, sampling: Sampling, mesh: Mesh | None = None) -> Callable:
+    """Returns draw(B prompts, z) -> images float32 [B, H, W, 3] in [-1, 1], a NumPy array.
+
+    Args: mesh, where the pipeline was loaded to; None for one device.
+    """
+    drawer = Drawer(loaded.models, loaded.schedule, sampling)
+    compiled = make_draw(drawer, mesh or one_device())
+    params = {name: model.params for name, model in loaded.models.items()}
+
+    def draw(prompts, z):
+        return np.asarray(compiled(params, token_batch(prompts, loaded.tokenizers), z))
+
+    return draw
 
 
 def one_device() -> Mesh:
@@ -45,150 +185,93 @@ def one_device() -> Mesh:
     return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
 
+Place = Callable[[Any], Any]  # from a tree of parameters to its shardings
+
+
 def load(
-    source: str, which: str, mesh: Mesh | None = None, dtype=jnp.float32
-) -> tuple[pipeline.Pipeline, tuple[int, ...]]:
-    """A pipeline folder (or Hub name), or the pipeline of a run's newest checkpoint with that run's
-    UNet in it.
+    source: str, which: str, mesh: Mesh | None = None, dtype: Any = jnp.float32
+) -> tuple[Pipeline, tuple[int, ...]]:
+    """A pipeline, or the reference's with the UNet of a run's newest checkpoint in it.
 
     Args:
-      source: folder, workdir or Hub name.
+      source: pipeline folder, workdir or Hub name.
       which: item of the checkpoint: "ema", "generator" or "assistant"; or "initial", the generator
         before the run.
       mesh: of devices that share the parameters; None for one device.
       dtype: of parameters and computation.
-    Returns:
-      (pipeline, times of its UNet's steps if that is a generator, else ()).
+    Returns: the pipeline; times of its UNet's steps if that is a generator, else ().
     """
     place = None if mesh is None else lambda tree: sharding.params_sharding(mesh, tree)
     common = dict(shardings=place, dtype=dtype, param_dtype=dtype)
-    if not (Path(source).is_dir() and not (Path(source) / "model_index.json").exists()):
-        loaded = pipeline.load_pipeline(weights.resolve(source), **common)
-        return loaded, (399,) if loaded.scheduler_config["_class_name"] == "LCMScheduler" else ()
-    checkpoints = checkpoint.existing(source)
-    last = checkpoints.latest_step()
-    metadata = checkpoints.metadata(last)
-    loaded = pipeline.load_pipeline(weights.resolve(metadata["reference"]), **common)
-    unet = pipeline.abstract_model(metadata["unet_config"], dtype=dtype)
-    shardings = None if place is None else place(unet.params)
-    if which == "initial":
-        if "initial" not in metadata:
+    is_run = Path(source).is_dir() and not (Path(source) / "model_index.json").exists()
+    if not is_run:
+        loaded = load_pipeline(weights.resolve(source), **common)
+        few_steps = loaded.scheduler_config["_class_name"] == "LCMScheduler"
+        return loaded, (399,) if few_steps else ()
+    with checkpoint.existing(source) as checkpoints:
+        metadata = checkpoints.metadata(checkpoints.latest_step())
+        loaded = load_pipeline(weights.resolve(metadata["reference"]), **common)
+        unet = abstract_model(metadata["unet_config"], dtype=dtype)
+        shardings = None if place is None else place(unet.params)
+        if which == "initial":
+            params = _initial(source, metadata, unet, shardings, dtype)
+        else:
+            target = sharding.abstract(unet.params, shardings, dtype)
+            params = checkpoints.restore_item(checkpoints.latest_step(), which, target)
+    models = loaded.models | {"unet": unet._replace(params=params)}
+    times = () if which == "assistant" else tuple(metadata["generator_timesteps"])
+    return loaded._replace(models=models), times
+
+
+def _initial(
+    source: str, metadata: dict, unet: Model, shardings: NamedSharding | None, dtype: Any
+) -> Any:
+    """Parameters of the generator that a run began from."""
+    if "initial" not in metadata:
+        raise UserError(
+            f"the checkpoint in {source} does not say what it began from; give the folder of a "
+            "pipeline"
+        )
+    folder = weights.resolve(metadata["initial"])
+    return weights.load(folder, unet.params, shardings=shardings, dtype=dtype)
+
+
+class Asked(NamedTuple):
+    """Sampling as a user asks for it; what is None is the pipeline's own.
+
+    timesteps: of few_step, falling. steps: of the other samplers. resolution: pixels.
+    """
+
+    sampler: str | None
+    steps: int
+    guidance_scale: float
+    timesteps: tuple[int, ...]
+    resolution: int | None
+
+    def check(self) -> None:
+        """Raises: UserError for a resolution or timesteps that no sampler can take."""
+        pixels = self.resolution
+        if pixels is not None and (pixels < 64 or pixels % 64):
             raise UserError(
-                f"the checkpoint in {source} does not say what it began from; give the folder of a pipeline"
+                f"resolution={pixels} is not a multiple of 64; use {-(-pixels // 64) * 64}"
             )
-        params = weights.load(
-            weights.resolve(metadata["initial"]), unet.params, shardings=shardings, dtype=dtype
-        )
-    else:
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), unet.params)
-        if place is not None:
-            target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), target, shardings
+        if any(a <= b for a, b in zip(self.timesteps, self.timesteps[1:])):
+            raise UserError(
+                f"timestep={list(self.timesteps)}, expected falling numbers; 999, 749, 499, 249 "
+                "for DMD2's four steps"
             )
-        params = checkpoints.restore_item(last, which, target)
-    checkpoints.close()
-    loaded = loaded._replace(models=loaded.models | {"unet": unet._replace(params=params)})
-    return loaded, () if which == "assistant" else tuple(metadata["generator_timesteps"])
 
 
-def make_draw(
-    loaded: pipeline.Pipeline,
-    *,
-    sampler: str,
-    timesteps: np.ndarray,
-    guidance_scale: float,
-    mesh: Mesh | None = None,
-):
-    """A compiled function from prompts and noise to pictures.
-
-    Args:
-      loaded: the pipeline.
-      sampler: a key of samplers.SAMPLERS. timesteps: int, falling.
-      guidance_scale: omega; 0 or 1 is no guidance (diffusers' convention), and saves the
-        unconditional pass.
-      mesh: where the pipeline was loaded to; None for one device.
-    Returns:
-      draw(texts: B prompts, z: [B, h, w, 4] standard normal, [K, B, h, w, 4] for few_step) ->
-      images float32 [B, H, W, 3] in [-1, 1].
-    """
-    mesh = mesh or one_device()
-    graphdefs = {name: model.graphdef for name, model in loaded.models.items()}
-    params = {name: model.params for name, model in loaded.models.items()}
-    guided = guidance_scale not in (0.0, 1.0)
-
-    def each(params, token_ids, z):
-        unet = nnx.merge(graphdefs["unet"], params["unet"])
-        condition, null = pipeline.encode_text(
-            graphdefs, params, token_ids, z.shape[-2] * loaded.vae_scale
-        )
-        both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
-
-        def plain_eps(x_t, t):
-            return unet(x_t, t, condition)
-
-        def guided_eps(x_t, t):
-            eps = unet(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
-            return guide(*jnp.split(eps, 2), guidance_scale)
-
-        x0 = samplers.SAMPLERS[sampler](
-            guided_eps if guided else plain_eps, z, timesteps, loaded.schedule
-        )
-        return jnp.clip(nnx.merge(graphdefs["vae"], params["vae"]).decode(x0), -1.0, 1.0)
-
-    compiled = jax.jit(
-        sharding.on_each(
-            mesh,
-            each,
-            (
-                sharding.params_spec(mesh, params),
-                sharding.batch_spec(),
-                sharding.batch_spec(1 if sampler == "few_step" else 0),
-            ),
-            sharding.batch_spec(),
-        )
-    )
-    return lambda texts, z: np.asarray(
-        compiled(params, prompts.token_batch(texts, loaded.tokenizers), z)
-    )
-
-
-def make_draw_of_run(
-    frozen: Frozen, settings: gradients.Settings, mesh: Mesh, *, score: bool = True
-):
-    """Returns the compiled draw(params, frozen.params, token_ids [B, L], key) -> (images [B, H, W,
-    3], rewards [B] by name).
-
-    Without `score` it returns the images alone.
-    """
-    timesteps = settings.generator_timesteps
-
-    def each(params, frozen_params, token_ids, noise):
-        condition, _ = frozen.networks.encode_text(frozen_params, token_ids)
-        x0 = samplers.few_step(
-            lambda x, t: frozen.networks.unet(params, x, t, condition),
-            noise,
-            timesteps,
-            frozen.schedule,
-        )
-        image = frozen.decode(frozen_params, x0)
-        clipped = jnp.clip(image, -1.0, 1.0)
-        return (clipped, frozen.score(frozen_params, image, token_ids)) if score else clipped
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def draw(params, frozen_params, token_ids, key):
-        batch = jax.tree.leaves(token_ids)[0].shape[0]
-        noise = jax.random.normal(key, (len(timesteps), batch, *settings.latent_shape))
-        spread = sharding.on_each(
-            mesh,
-            each,
-            (
-                sharding.params_spec(mesh, params),
-                sharding.params_spec(mesh, frozen_params),
-                sharding.batch_spec(),
-                sharding.batch_spec(1),
-            ),
-            sharding.batch_spec(),
-        )
-        return spread(params, frozen_params, token_ids, noise)
-
-    return draw
+def sampling_of(asked: Asked, loaded: Pipeline, times: tuple[int, ...]) -> Sampling:
+    """What is asked for, of a pipeline. Args: both results of `load`."""
+    times = asked.timesteps or times
+    sampler = asked.sampler or ("few_step" if times else "euler")
+    _, unet = model_class(loaded.models["unet"].config)
+    size = asked.resolution // loaded.vae_scale if asked.resolution else unet.sample_size
+    shape = (size, size, unet.in_channels)
+    if sampler == "few_step":
+        return Sampling(sampler, np.array(times or (399,)), 1.0, shape)
+    spaced = samplers.leading_timesteps
+    if sampler == "dpm_solver_pp":
+        spaced = samplers.dpm_solver_timesteps
+    return Sampling(sampler, spaced(asked.steps), asked.guidance_scale, shape)

@@ -2,8 +2,8 @@
 """Makes pictures from prompts.
 
     python -m di_star_jax.sample --checkpoint=WORKDIR --prompt="..." --num=4 --seed=0 --out=DIR
-    python -m di_star_jax.sample --checkpoint=PIPELINE --sampler=ddim --steps=50 --guidance_scale=5
-    --prompt="..." ...
+    python -m di_star_jax.sample --checkpoint=PIPELINE --sampler=ddim --steps=50 \\
+        --guidance_scale=5 --prompt="..."
 
 A workdir or an exported generator makes its pictures in one step; the pipeline of a teacher takes
 many, with guidance.
@@ -13,13 +13,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from di_star_jax import drawing, pictures, samplers
 from di_star_jax.errors import UserError
 from di_star_jax.errors import run as run_command
-from di_star_jax.pipelines import folder as pipeline
 
 
 def define_flags() -> None:  # not at import: other commands have flags of the same names
@@ -63,32 +61,12 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     )
 
 
-def check_flags(args) -> None:
-    """Raises: UserError for a resolution or timesteps that no sampler can take."""
-    if args.resolution is not None and (args.resolution < 64 or args.resolution % 64):
-        raise UserError(
-            f"resolution={args.resolution} is not a multiple of 64; use {-(-args.resolution // 64) * 64}"
-        )
-    times = args.timestep or ()
-    if any(a <= b for a, b in zip(times, times[1:])):
-        raise UserError(
-            f"timestep={list(times)}, expected falling numbers; 999, 749, 499, 249 for DMD2's four steps"
-        )
-
-
-def sampling_of(args, loaded: pipeline.Pipeline, times: tuple[int, ...]) -> drawing.Sampling:
-    """What the flags ask for. Args: flags; the result of `load`."""
-    times = tuple(args.timestep or times)
-    sampler = args.sampler or ("few_step" if times else "euler")
-    _, unet = pipeline.model_class(loaded.models["unet"].config)
-    size = args.resolution // loaded.vae_scale if args.resolution else unet.sample_size
-    shape = (size, size, unet.in_channels)
-    if sampler == "few_step":
-        return drawing.Sampling(sampler, np.array(times or (399,)), 1.0, shape)
-    spaced = (
-        samplers.dpm_solver_timesteps if sampler == "dpm_solver_pp" else samplers.leading_timesteps
+def asked() -> drawing.Asked:
+    """What the flags of `define_flags` say."""
+    args = flags.FLAGS
+    return drawing.Asked(
+        args.sampler, args.steps, args.guidance_scale, tuple(args.timestep or ()), args.resolution
     )
-    return drawing.Sampling(sampler, spaced(args.steps), args.guidance_scale, shape)
 
 
 def main() -> None:
@@ -97,26 +75,20 @@ def main() -> None:
         raise UserError(
             "no --checkpoint; give a run's workdir, a pipeline folder, or a name on the Hub"
         )
-    check_flags(args)
+    asked().check()
     loaded, times = drawing.load(args.checkpoint, args.which, dtype=jnp.dtype(args.dtype))
-    sampling = sampling_of(args, loaded, times)
-    texts = [text for text in args.prompt for _ in range(args.num)]
+    sampling = drawing.sampling_of(asked(), loaded, times)
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     *steps, h, w, c = sampling.noise_shape
-    z = jax.random.normal(jax.random.key(args.seed), (*steps, len(texts), h, w, c))
-    images = drawing.make_draw(
-        loaded,
-        sampler=sampling.sampler,
-        timesteps=sampling.timesteps,
-        guidance_scale=sampling.guidance_scale,
-    )(texts, z)
+    z = jax.random.normal(jax.random.key(args.seed), (*steps, len(prompts), h, w, c))
+    images = drawing.draw_prompts(loaded, sampling)(prompts, z)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         pictures.save_png(out / f"{i:04d}.png", pictures.to_uint8(image))
     pictures.save_png(out / "grid.png", pictures.image_grid(images, args.num))
-    print(
-        f"wrote {len(images)} pictures and grid.png in {out} ({sampling.sampler}, {len(sampling.timesteps)} steps)"
-    )
+    steps = f"{sampling.sampler}, {len(sampling.timesteps)} steps"
+    print(f"wrote {len(images)} pictures and grid.png in {out} ({steps})")
 
 
 if __name__ == "__main__":

@@ -15,18 +15,16 @@ import pytest
 
 from di_star_jax import diffusion
 from di_star_jax.diffusion import add_noise, guide
+from di_star_jax.gradients import evaluate
 from di_star_jax.objectives import (
     OBJECTIVES,
     WEIGHTINGS,
     Constants,
+    Point,
     denoising_score_matching,
-    dmd,
     implicit_guidance,
-    kl,
     l2_grad,
-    one_by_one,
     pseudo_huber_grad,
-    sid,
 )
 
 SDXL = diffusion.make_schedule(
@@ -75,16 +73,29 @@ def eps_of(density):
     return lambda x_t, t: -SDXL.sigma[t[0]] * score(x_t, SDXL.alpha[t[0]])
 
 
+def networks_of(psi, guided, cond, null):
+    """Functions (x_t, t) -> eps by the names that objectives want."""
+    return {"psi": psi, "guided": guided, "cond": cond, "null": null}
+
+
 def scores(theta, name, omega=1.0):
     """The assistant knows theta; the reference has guidance inside and its parts."""
     dim = len(theta)
     cond, null = (eps_of(log_density(name, dim, part)) for part in ("cond", "null"))
-    return one_by_one(
+    return networks_of(
         eps_of(lambda x, alpha: log_normal(x, alpha * theta)),
         lambda x, t: guide(cond(x, t), null(x, t), omega),
         cond,
         null,
     )
+
+
+def loss_of(objective, x0, t, eps, networks, constants=CONSTANTS):
+    """An objective's loss [B], its scores evaluated as the step of SDXL does."""
+    alpha_t, sigma_t = SDXL.alpha[t], SDXL.sigma[t]
+    point = Point(x0, add_noise(x0, eps, alpha_t, sigma_t), eps, alpha_t, sigma_t)
+    row = OBJECTIVES[objective]
+    return row.loss(evaluate(row, networks, t, point.x_t), point, constants)
 
 
 def log_ref(x, name, omega):
@@ -96,8 +107,8 @@ def log_ref(x, name, omega):
 def y_of(theta, x, name, omega):
     """y_t = eps_psi - eps_ref at x [B, d]."""
     t = jnp.full(x.shape[:1], T)
-    eps_psi, eps_ref = scores(theta, name, omega).psi_and_guided(x, t)
-    return eps_psi - eps_ref
+    networks = scores(theta, name, omega)
+    return networks["psi"](x, t) - networks["guided"](x, t)
 
 
 def huber(y):
@@ -154,7 +165,7 @@ def dmd_definition(theta, fixed, x_theta, x_fixed, *, name, omega):
     x0 = fixed[None] + z
     x_ref = diffusion.eps_to_x0(
         x_fixed,
-        scores(fixed, name, omega).psi_and_guided(x_fixed, t)[1],
+        scores(fixed, name, omega)["guided"](x_fixed, t),
         SDXL.alpha[t],
         SDXL.sigma[t],
     )
@@ -200,14 +211,7 @@ def gradients(objective, name, dim):
     @jax.jit
     def of_loss(theta):
         def loss(mean):
-            return OBJECTIVES[objective](
-                mean[None] + z,
-                t,
-                eps,
-                scores=scores(theta, name, omega),
-                constants=CONSTANTS,
-                schedule=SDXL,
-            ).mean()
+            return loss_of(objective, mean[None] + z, t, eps, scores(theta, name, omega)).mean()
 
         return jax.grad(loss)(theta)
 
@@ -241,9 +245,7 @@ def batch(dim=4, size=64, t=None, seed=3):
 
 
 def dx0(objective, x0, t, eps, networks, constants=CONSTANTS):
-    return jax.grad(
-        lambda x0: objective(x0, t, eps, scores=networks, constants=constants, schedule=SDXL).sum()
-    )(x0)
+    return jax.grad(lambda x0: loss_of(objective, x0, t, eps, networks, constants).sum())(x0)
 
 
 THETA = jnp.array([0.9, -0.6, 0.3, 0.0])
@@ -251,15 +253,13 @@ THETA = jnp.array([0.9, -0.6, 0.3, 0.0])
 
 def test_kl_with_guidance_inside_equals_guidance_outside():
     x0, t, eps = batch()
-    inside = dx0(kl, x0, t, eps, scores(THETA, "mixture", omega=1.0 + 2.5))
+    inside = dx0("kl", x0, t, eps, scores(THETA, "mixture", omega=1.0 + 2.5))
 
     def outside(x0):
         networks = scores(THETA, "mixture", omega=1.0)
         x_t = add_noise(x0, eps, SDXL.alpha[t], SDXL.sigma[t])
-        extra = implicit_guidance(x_t, networks.cond(x_t, t), networks.null(x_t, t))
-        return (
-            kl(x0, t, eps, scores=networks, constants=CONSTANTS, schedule=SDXL) + 2.5 * extra
-        ).sum()
+        extra = implicit_guidance(networks["cond"](x_t, t), networks["null"](x_t, t), x_t)
+        return (loss_of("kl", x0, t, eps, networks) + 2.5 * extra).sum()
 
     np.testing.assert_allclose(inside, jax.grad(outside)(x0), rtol=1e-4, atol=1e-5)
 
@@ -267,11 +267,9 @@ def test_kl_with_guidance_inside_equals_guidance_outside():
 def test_sid_at_alpha_one_equals_l2():
     x0, t, eps = batch()
     networks = scores(THETA, "mixture", omega=3.0)
-    ours = dx0(sid, x0, t, eps, networks, CONSTANTS._replace(sid_alpha=1.0))
-    np.testing.assert_allclose(
-        ours, dx0(OBJECTIVES["di_star_l2"], x0, t, eps, networks), rtol=1e-4, atol=1e-4
-    )
-    half = dx0(sid, x0, t, eps, networks, CONSTANTS._replace(sid_alpha=0.5))
+    ours = dx0("sid", x0, t, eps, networks, CONSTANTS._replace(sid_alpha=1.0))
+    np.testing.assert_allclose(ours, dx0("di_star_l2", x0, t, eps, networks), rtol=1e-4, atol=1e-4)
+    half = dx0("sid", x0, t, eps, networks, CONSTANTS._replace(sid_alpha=0.5))
     assert not np.allclose(ours, half, rtol=0.05)
 
 
@@ -279,12 +277,10 @@ def test_kl_normalised_equals_dmd():
     x0, t, eps = batch()
     networks = scores(THETA, "mixture", omega=3.0)
     x_t = add_noise(x0, eps, SDXL.alpha[t], SDXL.sigma[t])
-    x_ref = diffusion.eps_to_x0(
-        x_t, networks.psi_and_guided(x_t, t)[1], SDXL.alpha[t], SDXL.sigma[t]
-    )
+    x_ref = diffusion.eps_to_x0(x_t, networks["guided"](x_t, t), SDXL.alpha[t], SDXL.sigma[t])
     divisor = jnp.abs(x0 - x_ref).mean(axis=-1, keepdims=True)
-    normalised = dx0(kl, x0, t, eps, networks) * SIGMA / ALPHA**2 / divisor
-    np.testing.assert_allclose(dx0(dmd, x0, t, eps, networks), normalised, rtol=1e-4, atol=1e-5)
+    normalised = dx0("kl", x0, t, eps, networks) * SIGMA / ALPHA**2 / divisor
+    np.testing.assert_allclose(dx0("dmd", x0, t, eps, networks), normalised, rtol=1e-4, atol=1e-5)
 
 
 def test_diff_instructs_x0_form_is_kl_weighted_by_x0():
@@ -294,18 +290,21 @@ def test_diff_instructs_x0_form_is_kl_weighted_by_x0():
     networks = scores(THETA, "mixture", omega=3.0)
     x_t = add_noise(x0, eps, SDXL.alpha[t], SDXL.sigma[t])
     difference = diffusion.eps_to_x0(
-        x_t, networks.psi(x_t, t), SDXL.alpha[t], SDXL.sigma[t]
-    ) - diffusion.eps_to_x0(x_t, networks.psi_and_guided(x_t, t)[1], SDXL.alpha[t], SDXL.sigma[t])
+        x_t, networks["psi"](x_t, t), SDXL.alpha[t], SDXL.sigma[t]
+    ) - diffusion.eps_to_x0(x_t, networks["guided"](x_t, t), SDXL.alpha[t], SDXL.sigma[t])
     weight = WEIGHTINGS["x0"](SDXL.alpha[t], SDXL.sigma[t])[:, None]
     np.testing.assert_allclose(
-        difference * ALPHA, weight * dx0(kl, x0, t, eps, networks), rtol=1e-4, atol=1e-5
+        difference * ALPHA, weight * dx0("kl", x0, t, eps, networks), rtol=1e-4, atol=1e-5
     )
 
 
 def test_pseudo_huber_in_score_form_is_weighted_eps_form():
     # c -> 0: of differences over sigma_t the loss is 1 / sigma_t times that of eps-form.
     y, rest, t = *batch()[::2], jnp.full(64, 700)
-    product = lambda y, rest: jnp.sum(pseudo_huber_grad(y, c=1e-6) * rest, axis=-1)
+
+    def product(y, rest):
+        return jnp.sum(pseudo_huber_grad(y, c=1e-6) * rest, axis=-1)
+
     weighted = WEIGHTINGS["score"](SDXL.alpha[t], SDXL.sigma[t]) * product(y, rest)
     np.testing.assert_allclose(
         product(y / SDXL.sigma[700], rest / SDXL.sigma[700]), weighted, rtol=1e-4, atol=1e-5
@@ -315,7 +314,7 @@ def test_pseudo_huber_in_score_form_is_weighted_eps_form():
 def test_reward_only_has_no_gradient():
     x0, t, eps = batch()
     np.testing.assert_array_equal(
-        dx0(OBJECTIVES["reward_only"], x0, t, eps, scores(THETA, "gaussian")), 0.0 * x0
+        dx0("reward_only", x0, t, eps, scores(THETA, "gaussian")), 0.0 * x0
     )
 
 
@@ -324,29 +323,27 @@ def test_reward_only_has_no_gradient():
 def test_equal_scores_have_finite_gradients_at_both_ends(objective, t):
     x0, t, eps = batch(t=t)
     same = eps_of(lambda x, alpha: log_normal(x, alpha * THETA))
-    grad = dx0(OBJECTIVES[objective], x0, t, eps, one_by_one(same, same, same, same))
+    grad = dx0(objective, x0, t, eps, networks_of(same, same, same, same))
     np.testing.assert_array_equal(grad, jnp.zeros_like(grad))
 
 
 def test_a_reference_that_predicts_x0_leaves_dmd_finite():
     x0, t, eps = batch()
-    exact = one_by_one(lambda x_t, t: 0.5 * eps, *(lambda x_t, t: eps,) * 3)
-    assert np.isfinite(dx0(dmd, x0, t, eps, exact)).all()
+    exact = networks_of(lambda x_t, t: 0.5 * eps, *(lambda x_t, t: eps,) * 3)
+    assert np.isfinite(dx0("dmd", x0, t, eps, exact)).all()
 
 
 @pytest.mark.parametrize("objective", ["di_star", "di_star_l2", "sid"])
 def test_gradient_flows_through_x_t_into_both_score_networks(objective):
     x0, t, eps = batch()
     networks = scores(THETA, "mixture")
-    full = dx0(OBJECTIVES[objective], x0, t, eps, networks)
-    for i in range(2):
+    full = dx0(objective, x0, t, eps, networks)
+    for name in ("psi", "guided"):
 
-        def one_cut(x_t, t, i=i):
-            there, cut = (networks.psi_and_guided(x, t) for x in (x_t, jax.lax.stop_gradient(x_t)))
-            return (cut[0], there[1]) if i == 0 else (there[0], cut[1])
+        def cut(x_t, t, name=name):
+            return networks[name](jax.lax.stop_gradient(x_t), t)
 
-        cut = networks._replace(psi_and_guided=one_cut)
-        assert not np.allclose(full, dx0(OBJECTIVES[objective], x0, t, eps, cut), rtol=1e-2)
+        assert not np.allclose(full, dx0(objective, x0, t, eps, networks | {name: cut}), rtol=1e-2)
 
 
 @pytest.mark.parametrize("objective", ["kl", "dmd"])
@@ -360,13 +357,16 @@ def test_kl_asks_for_no_gradient_of_a_score_network(objective):
         raise AssertionError("differentiated")
 
     x0, t, eps = batch()
-    dx0(OBJECTIVES[objective], x0, t, eps, one_by_one(*(lambda x_t, t: network(x_t),) * 4))
+    dx0(objective, x0, t, eps, networks_of(*(lambda x_t, t: network(x_t),) * 4))
 
 
 def test_pseudo_huber_grad_is_the_derivative_of_the_distance():
     y = jax.random.normal(jax.random.key(2), (3, 4, 5, 2))
     c = 0.7
-    distance = lambda y: (jnp.sqrt(jnp.sum(y**2, axis=(1, 2, 3)) + c**2) - c).sum()  # Eq. 3.8
+
+    def distance(y):  # Eq. 3.8
+        return (jnp.sqrt(jnp.sum(y**2, axis=(1, 2, 3)) + c**2) - c).sum()
+
     np.testing.assert_allclose(pseudo_huber_grad(y, c=c), jax.grad(distance)(y), rtol=1e-5)
 
 
@@ -393,9 +393,9 @@ def test_assistant_loss_is_least_at_the_true_score():
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_per_sample_losses_do_not_mix_samples(objective):
     x0, t, eps = batch(size=6)
-    kw = dict(scores=scores(THETA, "mixture"), constants=CONSTANTS, schedule=SDXL)
-    whole = OBJECTIVES[objective](x0, t, eps, **kw)
+    networks = scores(THETA, "mixture")
+    whole = loss_of(objective, x0, t, eps, networks)
     assert whole.shape == (6,)
     np.testing.assert_allclose(
-        whole[2:3], OBJECTIVES[objective](x0[2:3], t[2:3], eps[2:3], **kw), rtol=1e-5
+        whole[2:3], loss_of(objective, x0[2:3], t[2:3], eps[2:3], networks), rtol=1e-5
     )

@@ -323,11 +323,10 @@ class PromptStream:
         self._stream = grain.MapDataset.source(source).shuffle(seed).repeat()
         self._batch_size = batch_size
 
-    def at(self, step: int, part: int = 0, parts: int = 1) -> list[str]:
-        """One of `parts` equal parts of a step's prompts. batch_size must be a multiple of parts."""
-        each = self._batch_size // parts
-        first = step * self._batch_size + part * each
-        return [self._stream[i] for i in range(first, first + each)]
+    def at(self, step: int, rows: Sequence[int] | None = None) -> list[str]:
+        """A step's prompts, or those of some rows of its batch."""
+        first = step * self._batch_size
+        return [self._stream[first + row] for row in rows or range(self._batch_size)]
 
 
 class Tokenizer:

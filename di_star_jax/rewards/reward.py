@@ -29,6 +29,7 @@ class Reward(NamedTuple):
     evaluate: Score
     tokenize: Tokenize | None
     shapes: Any
+    features: Callable | None = None
 
 
 def listed(needed: dict[str, str]) -> str:

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run does to its generator, on held-out prompts: the same scores as `evaluate` gives.
+
+Rewards, diversity and, on the shapes world, attributes, on the same noise before and after.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from di_star_jax import drawing, log, pictures
+from di_star_jax.evaluation.measures import diversity
+from di_star_jax.shapes import oracle, scenes
+
+PICTURED = 16  # prompts in samples.png
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Prompts, and what draws and scores them.
+
+    draw: (the generator's parameters, token ids [B, L], noise) -> drawing.Scored.
+    sampling: of the generator. token_ids: of the prompts, [N, L] each.
+    samples: images of each prompt. batch_size: prompts drawn at a time. seed: of the noise.
+    reads_attributes: whether the oracle of the shapes world reads them back from the pixels.
+    """
+
+    draw: Callable[[Any, dict, np.ndarray], drawing.Scored]
+    sampling: drawing.Sampling
+    prompts: list[str]
+    token_ids: dict[str, Any]
+    samples: int
+    batch_size: int
+    seed: int
+    reads_attributes: bool
+
+    def first(self, count: int, samples: int) -> "HeldOut":
+        """The first prompts alone, with so many images of each."""
+        ids = jax.tree.map(lambda ids: ids[:count], self.token_ids)
+        return dataclasses.replace(
+            self, prompts=self.prompts[:count], token_ids=ids, samples=samples
+        )
+
+    def measure(self, generator: Any) -> tuple[dict[str, float], np.ndarray]:
+        """Scores, and the images [PICTURED, H, W, 3] of the first prompts."""
+        images, rewards, features = self._drawn(generator)
+        scores = {}
+        for name, values in rewards.items():
+            scores[name] = float(values.mean())
+            scores[f"{name}, std"] = float(values.std())
+        for each in list(features.values())[:1]:
+            scores["diversity"] = float(np.mean([diversity(row) for row in each]))
+        if self.reads_attributes:
+            scores["attributes right"] = attributes_right(self.prompts, images)
+        return scores, images[:PICTURED, 0]
+
+    def _drawn(self, generator: Any) -> drawing.Scored:
+        """All images, rewards and features, [N, samples, ...] each."""
+        columns = []
+        for sample in range(self.samples):
+            parts = [
+                self._batch(generator, start, sample)
+                for start in range(0, len(self.prompts), self.batch_size)
+            ]
+            columns.append(jax.tree.map(lambda *parts: np.concatenate(parts), *parts))
+        return jax.tree.map(lambda *columns: np.stack(columns, axis=1), *columns)
+
+    def _batch(self, generator: Any, start: int, sample: int) -> drawing.Scored:
+        """One image of each prompt from `start` on; the last batch wraps, for one shape."""
+        count = len(self.prompts)
+        rows = np.arange(start, start + self.batch_size) % count
+        ids = jax.tree.map(lambda ids: ids[rows], self.token_ids)
+        z = drawing.noise(self.seed, rows.tolist(), [sample] * len(rows), self.sampling)
+        drawn = jax.device_get(self.draw(generator, ids, z))
+        return jax.tree.map(lambda x: x[: count - start], drawn)
+
+
+def attributes_right(prompts: list[str], images: np.ndarray) -> float:
+    """Mean over images [N, samples, H, W, 3] of the share of attributes that the oracle reads."""
+    shares = []
+    for prompt, row in zip(prompts, images):
+        scene = scenes.parse(prompt)
+        for image in pictures.to_uint8(row):
+            right, total = oracle.attributes(scene, image / 255.0)
+            shares.append(right / total)
+    return float(np.mean(shares))
+
+
+def keep_before(folder: Path, scores: dict[str, float], images: np.ndarray) -> None:
+    """Writes what `compare` needs of the generator before training, for a resumed run."""
+    np.save(folder / "before.npy", images)
+    (folder / "before.json").write_text(json.dumps(scores))
+
+
+def compare(folder: Path, prompts: list[str], after: dict[str, float], images: np.ndarray) -> str:
+    """Writes `samples.png` and `before_after.json`. Returns: the table as text."""
+    if not (folder / "before.json").exists():
+        return "no table of before and after: this run began without eval.prompts"
+    before = json.loads((folder / "before.json").read_text())
+    grid = pictures.before_after_grid(np.load(folder / "before.npy"), images, prompts[:PICTURED])
+    pictures.save_png(folder / "samples.png", grid)
+    both = {"before": before, "after": after}
+    (folder / "before_after.json").write_text(json.dumps(both, indent=1))
+    rows = []
+    rises = []
+    for name, value in after.items():
+        change = value - before[name]
+        rows.append([name, f"{before[name]:.4f}", f"{value:.4f}", f"{change:+.4f}"])
+        spread = before.get(f"{name}, std")
+        if spread is not None:
+            rises.append(
+                f"{name} rose by {change / spread:+.2f} standard deviations of the initial ones"
+            )
+    table = log.markdown_table(["", "before", "after", "change"], rows)
+    return "\n".join([table, *rises])
