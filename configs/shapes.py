@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DI* on the shapes world that the package ships: the same code as SDXL, small enough for two CPU
-cores.
+"""DI* on the shapes world that the package ships: the same code as SDXL, for two CPU cores.
 
     python -m di_star_jax.main --config=configs/shapes.py --workdir=runs/shapes
 
@@ -15,29 +14,24 @@ import ml_collections
 import di_star_jax
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
-_CHECKPOINT = os.path.join(
-    os.path.dirname(os.path.abspath(di_star_jax.__file__)), "shapes", "checkpoint"
-)
-_spec = importlib.util.spec_from_file_location(
-    "di_star_sdxl_config", os.path.join(_HERE, "sdxl.py")
-)
+_PACKAGE = os.path.dirname(os.path.abspath(di_star_jax.__file__))
+_CHECKPOINT = os.path.join(_PACKAGE, "shapes", "checkpoint")
+_spec = importlib.util.spec_from_file_location("sdxl", os.path.join(_HERE, "sdxl.py"))
 _sdxl = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_sdxl)
 
-# The paper's guidance and reward scales, in this world's units (see SMALL).
-OMEGA = {1.0: 1.0, 4.5: 3.0, 7.5: 5.0}
-REWARD = {0.0: 0.0, 1.0: 0.1, 10.0: 1.0}
-SCALES = {
-    "objective.omega": OMEGA,
-    "objective.alpha_cfg": OMEGA,
-    "reward.pickscore": REWARD,
-    "train.steps": {11600: 1000},
-}
-PRESETS = {
-    preset: {
-        field: SCALES[field][value] if field in SCALES else value for field, value in row.items()
-    }
-    for preset, row in _sdxl.PRESETS.items()
+# The rows of configs/sdxl.py with this world's scales: guidance 5 for the paper's 7.5 and 3 for its
+# 4.5, a tenth of its rewards, 1000 steps for its long run.
+PRESETS = _sdxl.PRESETS | {
+    "di_star_outside": {
+        "objective.name": "di_star_outside",
+        "objective.omega": 1.0,
+        "objective.alpha_cfg": 5.0,
+    },
+    "inside_1_7.5": {"reward.pickscore": 0.1},
+    "inside_10_7.5": {"reward.pickscore": 1.0},
+    "inside_100_4.5": {"objective.omega": 3.0},
+    "inside_100_7.5_long": {"train.steps": 1000},
 }
 
 # What the small world changes; every other field is as in configs/sdxl.py.

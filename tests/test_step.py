@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from di_star_jax import diffusion, gradients, objectives, sharding, step
+from di_star_jax import diffusion, gradients, objectives, schemes, sharding, step
 from di_star_jax.cost import flops
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition
@@ -428,6 +429,28 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
     settings, *found, _ = small_step(generator_timesteps=timesteps, scheme="shared", key=3)
     for ours, separate in zip(found, expected_gradients(settings, key=3)):
         assert_close(ours, separate)
+
+
+@pytest.mark.parametrize("scheme", schemes.SCHEMES)
+def test_from_main_to_the_unet_it_is_six_calls_at_most(world, monkeypatch, scheme):
+    """Those that `main` makes to get there: `run`, then `train_step` and what it calls."""
+    calls = set()
+    unet = pipeline.model_class(CONFIGS["unet"])[0]
+    forward = unet.__call__
+
+    def recorded(self, *inputs):
+        stack = [f for f in traceback.extract_stack() if "/di_star_jax/" in f.filename]
+        calls.add(tuple(frame.name for frame in stack))
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(unet, "__call__", recorded)
+    method, params, other, ids = world
+    method = dataclasses.replace(method, settings=dataclasses.replace(SETTINGS, scheme=scheme))
+    state = step.init_state(other, params["reference"], plain_sgd())
+    train_step = step.make_train_step(method, plain_sgd(), one_device())
+    jax.eval_shape(train_step, state, params, ids, jax.random.key(0))
+    assert {stack[0] for stack in calls} == {"train_step"}
+    assert max(len(stack) for stack in calls) + 1 <= 6, calls
 
 
 # UNet forwards per sample (an input-VJP is one, a whole backward pass two), VAE and reward apart.
