@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a user can get wrong in a config, checked before any compile or download."""
+"""A config file and what the command line says of it."""
 
 import importlib.util
 import os
@@ -10,15 +10,17 @@ from di_star_jax.errors import UserError, suggest
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's flags, with config errors turned into UserError: missing or broken file, unknown
-    field, wrong type.
+    """absl's flags, with config errors turned into UserError.
+
+    Those are a missing or broken file, an unknown field and a wrong type.
     """
     from absl import flags
 
     path = _config_path(argv)
     if path is None and _overrides(argv):
         raise UserError(
-            f"--config.{_overrides(argv)[0]} without --config; give e.g. --config=configs/shapes.py first"
+            f"--config.{_overrides(argv)[0]} without --config; give e.g. "
+            "--config=configs/shapes.py first"
         )
     if path is not None and not os.path.isfile(path):
         raise UserError(f"no config file {path}; give e.g. --config=configs/shapes.py")
@@ -76,9 +78,7 @@ def _config_path(argv: Sequence[str]) -> str | None:
 
 
 def _unknown_field(argv: Sequence[str], error: Exception) -> str:
-    """Names the field of the command line that the config file does not have, or passes on the
-    file's own error.
-    """
+    """Names the field that the config file does not have, or passes on the file's own error."""
     path = _config_path(argv)
     try:
         known = list(fields(load_config(path)))
@@ -86,5 +86,6 @@ def _unknown_field(argv: Sequence[str], error: Exception) -> str:
         return f"{path}: {error}; a config file defines get_config(), see configs/sdxl.py"
     for name in _overrides(argv):
         if name not in known:
-            return f"unknown config field {name}{suggest(name, known) or '; see configs/sdxl.py for all fields'}"
+            near = suggest(name, known) or "; see configs/sdxl.py for all fields"
+            return f"unknown config field {name}{near}"
     return f"{path}: {error}"

@@ -234,7 +234,7 @@ def scorer_of(config, parts: Parts, settings: Settings, mesh: Mesh, folder: Path
         sampling=sampling,
         prompts=prompts,
         token_ids=parts.tokenize(prompts),
-        samples=config.eval.num_per_prompt,
+        samples=config.eval.samples,
         batch_size=config.eval.batch_size,
         seed=config.seed,
         reads_attributes=config.eval.oracle == "shapes",

@@ -105,7 +105,7 @@ def config_for(folder, **changes):
             "data.resolution": 16,
             "data.batch_size": 8,
             "eval.batch_size": 8,
-            "eval.num_per_prompt": 2,
+            "eval.samples": 2,
             "assistant.warmup_steps": 1,
             "train.steps": 3,
             "train.save_every": 2,

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/fields.md, from the comments of configs/sdxl.py: `python -m di_star_jax.studies.fields`."""
+
+import re
+from pathlib import Path
+
+from absl import flags
+
+from di_star_jax.config import fields, load_config
+from di_star_jax.errors import run as run_command
+from di_star_jax.log import markdown_table
+
+HEAD = """# Fields
+
+Set any of them on the command line: `--config.train.steps=500`. Presets follow a colon:
+`--config=configs/sdxl.py:sim`. Made from the comments of configs/sdxl.py by
+`python -m di_star_jax.studies.fields`.
+
+"""
+
+
+def comments(source: str) -> dict[str, str]:
+    """By field, the comment above it. Args: text of a config file."""
+    found = {}
+    above = []
+    for line in source.splitlines():
+        comment = re.fullmatch(r" +# (.*)", line)
+        field = re.match(r" +config\.([\w.]+) = ", line)
+        if comment:
+            above.append(comment.group(1))
+        elif field:
+            found[field.group(1)] = " ".join(above)
+        if not comment:
+            above = []
+    return found
+
+
+def page(config_file: Path) -> str:
+    """The page's text."""
+    said = comments(config_file.read_text())
+    rows = [
+        [f"`{name}`", f"`{value!r}`", said[name]]
+        for name, value in sorted(fields(load_config(str(config_file))).items())
+    ]
+    return HEAD + markdown_table(["field", "default (SDXL)", "what it is"], rows) + "\n"
+
+
+def main() -> None:
+    Path(flags.FLAGS.out).write_text(page(Path(flags.FLAGS.config)))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("config", "configs/sdxl.py", "Config file whose comments are read.")
+    flags.DEFINE_string("out", "docs/fields.md", "File to write.")
+    run_command(main)
