@@ -41,12 +41,6 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"cannot write checkpoints in {folder} ({error.strerror}); give another folder"
             ) from None
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def save(self, step: int, state: Any, metadata: dict) -> None:
         """Starts to write `state`; its buffers may be donated as soon as this returns.
 
