@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A config as records: networks, parameters, settings, optimizers. Nothing below reads a config."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +15,13 @@ from jax.sharding import Mesh
 from di_star_jax import objectives, sharding, step
 from di_star_jax.diffusion import Schedule
 from di_star_jax.gradients import Method, Settings
-from di_star_jax.pipelines.folder import Model, load_pipeline, model_class, vae_scale
-from di_star_jax.pipelines.folder import encode_text as encode_sdxl
+from di_star_jax.pipelines.folder import Model, Options, load_pipeline, model_class, vae_scale
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import load_rewards, sources_of
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.views import VIEWS, in_slices
 from di_star_jax.samplers import generator_timesteps
-from di_star_jax.storage import weights
-
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+from di_star_jax.storage import folders
 
 
 class Parts(NamedTuple):
@@ -70,15 +69,9 @@ class Parts(NamedTuple):
 
 def load_parts(config, mesh: Mesh) -> Parts:
     """Reads reference pipeline and rewards, sharded over the mesh, in the compute dtype."""
-    options = model_options(config, mesh.devices.flat[0].platform)
-    common = dict(
-        shardings=functools.partial(sharding.params_sharding, mesh),
-        param_dtype=jnp.dtype(config.compute.dtype),
-    )
-    reference = load_pipeline(weights.resolve(config.weights.reference), options=options, **common)
-    rewards = load_rewards(
-        sources_of(config), config.weights.reward_tokenizer, **options["reward"], **common
-    )
+    options = model_options(config, mesh)
+    reference = load_pipeline(folders.resolve(config.weights.reference), options)
+    rewards = load_rewards(sources_of(config), config.weights.reward_tokenizer, options["reward"])
     return Parts(
         reference.models, rewards, reference.schedule, reference.tokenizers, reference.folder
     )
@@ -91,16 +84,21 @@ def kernel_of(config, platform: str) -> str:
     return by_platform[platform] if asked == "auto" else asked
 
 
-def model_options(config, platform: str) -> dict[str, dict]:
-    """By component what `abstract_model` takes besides the folder's config.json."""
+def model_options(config, mesh: Mesh) -> dict[str, Options]:
+    """How each component runs and is held: in the compute dtype, over the mesh."""
     compute = config.compute
-    common = dict(dtype=jnp.dtype(compute.dtype), kernel=kernel_of(config, platform))
-    remat = dict.fromkeys(PARTS, "none") | {
+    common = Options(
+        dtype=jnp.dtype(compute.dtype),
+        param_dtype=jnp.dtype(compute.dtype),
+        kernel=kernel_of(config, mesh.devices.flat[0].platform),
+        shardings=functools.partial(sharding.params_sharding, mesh),
+    )
+    remat = dict.fromkeys(SDXL.parts, "none") | {
         "unet": compute.remat_unet,
         "vae": compute.remat_vae,
         "reward": compute.remat_reward,
     }
-    return {part: dict(common, remat=policy) for part, policy in remat.items()}
+    return {part: dataclasses.replace(common, remat=policy) for part, policy in remat.items()}
 
 
 def method_of(config, parts: Parts) -> Method:
@@ -120,7 +118,7 @@ def text_encoder(parts: Parts, resolution: int) -> Callable:
     graphdefs = parts.graphdefs
 
     def encode_text(frozen, token_ids):
-        return encode_sdxl(graphdefs, frozen, token_ids, resolution)
+        return SDXL.encode_text(graphdefs, frozen, token_ids, resolution)
 
     return encode_text
 
@@ -174,7 +172,7 @@ def settings_of(config, latent_shape: tuple[int, int, int]) -> Settings:
         assistant_times=(config.assistant.t_min, config.assistant.t_max),
         assistant_updates=config.assistant.updates,
         scheme="looped" if config.compute.loop_networks else scheme,
-        generator_timesteps=generator_timesteps(config.generator),
+        generator_timesteps=generator_timesteps(config.generator, SDXL.one_step),
         latent_shape=latent_shape,
         ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples),
         microbatches=config.compute.microbatches,

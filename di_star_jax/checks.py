@@ -10,6 +10,7 @@ import os
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE, WEIGHTINGS
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS, rewards_used
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
@@ -199,7 +200,7 @@ def _check_generator(generator) -> None:
         raise UserError(
             f"generator.steps={generator.steps}, expected 1 to 100; 1, 2 and 4 are usual"
         )
-    times = generator_timesteps(generator)
+    times = generator_timesteps(generator, SDXL.one_step)
     if len(times) != generator.steps:
         raise UserError(
             f"generator.timesteps={times} are {len(times)}, but generator.steps={generator.steps}; "

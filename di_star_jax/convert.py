@@ -10,23 +10,27 @@ with one item per model. The second reads a checkpoint of a run, or one written 
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from di_star_jax.errors import UserError
-from di_star_jax.errors import run as run_command
+from di_star_jax.errors import UserError, run
 from di_star_jax.models.unet import UNet2DConditionModel
-from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.storage import checkpoint, weights
+from di_star_jax.pipelines.export import export_pipeline, generator_scheduler
+from di_star_jax.pipelines.folder import abstract_model, model_class
+from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.storage import checkpoint, folders, weights
 
-_MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")  # what a pipeline has that is ported
+
+def _is_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
 
 
 def _model_folders(folder: Path) -> dict[str, Path]:
     """{name: folder} of the models of a pipeline, or of a single one."""
-    if (folder / "model_index.json").is_file():
-        return {name: folder / name for name in weights.components(folder) if name in _MODELS}
-    cls, _ = pipeline.model_class(weights.read_config(folder))
+    if _is_pipeline(folder):
+        return {name: folder / name for name in folders.components(folder) if name in SDXL.parts}
+    cls, _ = model_class(folders.read_config(folder))
     return {"unet" if cls is UNet2DConditionModel else "model": folder}
 
 
@@ -40,25 +44,46 @@ def to_orbax(folder: Path, output: Path) -> None:
             f"{output} exists and is not empty, so it is not overwritten; give another output"
         )
     parts = _model_folders(folder)
-    configs = {name: weights.read_config(part) for name, part in parts.items()}
-    trees = {name: pipeline.abstract_model(config).params for name, config in configs.items()}
+    configs = {name: folders.read_config(part) for name, part in parts.items()}
+    trees = {name: abstract_model(config).params for name, config in configs.items()}
     state = {name: weights.load(parts[name], tree) for name, tree in trees.items()}
-    is_pipeline = (folder / "model_index.json").is_file()
-    metadata = {"configs": configs, "reference": str(folder.absolute()) if is_pipeline else None}
+    reference = str(folder.absolute()) if _is_pipeline(folder) else None
+    metadata = {"configs": configs, "reference": reference}
     if "unet" in configs:
         metadata["unet_config"] = configs["unet"]
-    checkpoints = checkpoint.Checkpoints(output, keep=None)
-    checkpoints.save(0, state, metadata)
-    checkpoints.close()
+    with checkpoint.Checkpoints(output, keep=None) as checkpoints:
+        checkpoints.save(0, state, metadata)
+
+
+def _restored(folder: Path, step: int | None, which: str) -> tuple[dict, Any]:
+    """A checkpoint's metadata, and one of its UNets. Args: step, None for the newest."""
+    if step is None and folder.name.isdigit() and (folder / "metadata").is_dir():
+        folder, step = folder.parent, int(folder.name)
+    with checkpoint.existing(folder) as checkpoints:
+        step = checkpoints.latest_step() if step is None else step
+        metadata = checkpoints.metadata(step)
+        if "unet_config" not in metadata:
+            raise UserError(
+                f"checkpoint {step} in {folder} is of {sorted(metadata['configs'])}, "
+                "expected one with a UNet; give the checkpoint of a run or of a pipeline"
+            )
+        abstract = abstract_model(metadata["unet_config"]).params
+        return metadata, checkpoints.restore_item(step, which, abstract)
+
+
+def _scheduler(which: str, metadata: dict, reference_folder: Path) -> dict:
+    if which not in ("generator", "ema"):
+        return folders.read_config(reference_folder, *folders.SCHEDULER)
+    times = metadata.get("generator_timesteps", [SDXL.one_step])
+    return generator_scheduler(reference_folder, times)
 
 
 def to_diffusers(
     folder: Path, which: str, output: Path, *, step: int | None, dtype: str, reference: str | None
 ) -> None:
-    """Writes one UNet of a checkpoint as a pipeline, with the other parts of the reference that it
-    began from.
+    """Writes one UNet of a checkpoint as a pipeline, the rest of it from the run's reference.
 
-    A generator gets the scheduler of one-step sampling, the others keep the reference's. Without a
+    A generator gets the scheduler of its few steps, the others keep the reference's. Without a
     reference (the checkpoint was made from a single UNet) only the UNet's folder is written.
 
     Args:
@@ -70,43 +95,21 @@ def to_diffusers(
       reference: pipeline folder or Hub name, or None for the one that the checkpoint names.
     Raises: UserError for anything that is missing or does not fit.
     """
-    weights.check_output(output)
-    if step is None and folder.name.isdigit() and (folder / "metadata").is_dir():
-        folder, step = folder.parent, int(folder.name)
-    checkpoints = checkpoint.existing(folder)
-    step = checkpoints.latest_step() if step is None else step
-    metadata = checkpoints.metadata(step)
-    if "unet_config" not in metadata:
-        raise UserError(
-            f"checkpoint {step} in {folder} is of {sorted(metadata['configs'])}, expected one with a UNet; "
-            "give the checkpoint of a run or of a pipeline"
-        )
+    folders.check_output(output)
+    metadata, params = _restored(folder, step, which)
     reference = metadata["reference"] if reference is None else reference
-    source = None if reference is None else weights.resolve(reference)
     config = metadata["unet_config"]
-    params = checkpoints.restore_item(step, which, pipeline.abstract_model(config).params)
-    checkpoints.close()
-    if source is None:
-        weights.save(
-            output,
-            params,
-            config=config,
-            file_name="diffusion_pytorch_model.safetensors",
-            dtype=dtype,
-        )
+    if reference is None:
+        file_name = f"{folders.DIFFUSERS}.safetensors"
+        weights.save(output, params, config=config, file_name=file_name, dtype=dtype)
         return
-    one_step = which in ("generator", "ema")
-    scheduler = (
-        weights.one_step_scheduler(source)
-        if one_step
-        else weights.read_config(source, "scheduler", "scheduler_config.json")
-    )
-    weights.export_pipeline(
+    source = folders.resolve(reference)
+    export_pipeline(
         params,
         unet_config=config,
         reference_folder=source,
         output=output,
-        scheduler=scheduler,
+        scheduler=_scheduler(which, metadata, source),
         dtype=dtype,
     )
 
@@ -136,7 +139,7 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
 def main() -> None:
     args = flags.FLAGS
     if args.to == "orbax":
-        to_orbax(weights.resolve(args.input), Path(args.output))
+        to_orbax(folders.resolve(args.input), Path(args.output))
     else:
         to_diffusers(
             Path(args.input),
@@ -151,4 +154,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    run_command(main)
+    run(main)

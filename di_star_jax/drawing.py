@@ -2,6 +2,7 @@
 """Pictures from prompts: what draws, with which weights, in how many steps."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from di_star_jax import samplers, sharding
 from di_star_jax.diffusion import Schedule, guide
@@ -18,17 +19,18 @@ from di_star_jax.errors import UserError
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines.folder import (
     Model,
+    Options,
     Pipeline,
     abstract_model,
-    encode_text,
     load_pipeline,
     model_class,
     vae_scale,
 )
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.files import token_batch
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.samplers import EpsFn
-from di_star_jax.storage import checkpoint, weights
+from di_star_jax.storage import checkpoint, folders, weights
 
 
 class Sampling(NamedTuple):
@@ -96,7 +98,7 @@ class Drawer:
         """
         graphdefs = {name: model.graphdef for name, model in self.models.items()}
         resolution = z.shape[-2] * vae_scale(self.models["vae"].config)
-        conditions = encode_text(graphdefs, params, token_ids, resolution)
+        conditions = SDXL.encode_text(graphdefs, params, token_ids, resolution)
         eps_fn = self.eps_fn(nnx.merge(graphdefs["unet"], params["unet"]), conditions)
         sampler = samplers.SAMPLERS[self.sampling.sampler]
         x0 = sampler(eps_fn, z, self.sampling.timesteps, self.schedule)
@@ -185,9 +187,6 @@ def one_device() -> Mesh:
     return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
 
-Place = Callable[[Any], Any]  # from a tree of parameters to its shardings
-
-
 def load(
     source: str, which: str, mesh: Mesh | None = None, dtype: Any = jnp.float32
 ) -> tuple[Pipeline, tuple[int, ...]]:
@@ -201,39 +200,34 @@ def load(
       dtype: of parameters and computation.
     Returns: the pipeline; times of its UNet's steps if that is a generator, else ().
     """
-    place = None if mesh is None else lambda tree: sharding.params_sharding(mesh, tree)
-    common = dict(shardings=place, dtype=dtype, param_dtype=dtype)
+    shardings = None if mesh is None else functools.partial(sharding.params_sharding, mesh)
+    options = Options(dtype=dtype, param_dtype=dtype, shardings=shardings)
+    of_parts = dict.fromkeys(SDXL.parts, options)
     is_run = Path(source).is_dir() and not (Path(source) / "model_index.json").exists()
     if not is_run:
-        loaded = load_pipeline(weights.resolve(source), **common)
-        few_steps = loaded.scheduler_config["_class_name"] == "LCMScheduler"
-        return loaded, (399,) if few_steps else ()
+        loaded = load_pipeline(folders.resolve(source), of_parts)
+        return loaded, loaded.timesteps
     with checkpoint.existing(source) as checkpoints:
         metadata = checkpoints.metadata(checkpoints.latest_step())
-        loaded = load_pipeline(weights.resolve(metadata["reference"]), **common)
-        unet = abstract_model(metadata["unet_config"], dtype=dtype)
-        shardings = None if place is None else place(unet.params)
+        loaded = load_pipeline(folders.resolve(metadata["reference"]), of_parts)
+        unet = abstract_model(metadata["unet_config"], options)
         if which == "initial":
-            params = _initial(source, metadata, unet, shardings, dtype)
+            params = _initial(source, metadata, unet)
         else:
-            target = sharding.abstract(unet.params, shardings, dtype)
-            params = checkpoints.restore_item(checkpoints.latest_step(), which, target)
+            params = checkpoints.restore_item(checkpoints.latest_step(), which, unet.params)
     models = loaded.models | {"unet": unet._replace(params=params)}
     times = () if which == "assistant" else tuple(metadata["generator_timesteps"])
     return loaded._replace(models=models), times
 
 
-def _initial(
-    source: str, metadata: dict, unet: Model, shardings: NamedSharding | None, dtype: Any
-) -> Any:
+def _initial(source: str, metadata: dict, unet: Model) -> Any:
     """Parameters of the generator that a run began from."""
     if "initial" not in metadata:
         raise UserError(
             f"the checkpoint in {source} does not say what it began from; give the folder of a "
             "pipeline"
         )
-    folder = weights.resolve(metadata["initial"])
-    return weights.load(folder, unet.params, shardings=shardings, dtype=dtype)
+    return weights.load(folders.resolve(metadata["initial"]), unet.params)
 
 
 class Asked(NamedTuple):
@@ -270,7 +264,7 @@ def sampling_of(asked: Asked, loaded: Pipeline, times: tuple[int, ...]) -> Sampl
     size = asked.resolution // loaded.vae_scale if asked.resolution else unet.sample_size
     shape = (size, size, unet.in_channels)
     if sampler == "few_step":
-        return Sampling(sampler, np.array(times or (399,)), 1.0, shape)
+        return Sampling(sampler, np.array(times or (loaded.family.one_step,)), 1.0, shape)
     spaced = samplers.leading_timesteps
     if sampler == "dpm_solver_pp":
         spaced = samplers.dpm_solver_timesteps

@@ -10,6 +10,7 @@ Leaves results.json, scores.parquet, table.md and page.html in --out. Stopped, t
 continues.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,7 @@ from di_star_jax.evaluation import frechet, measures, results
 from di_star_jax.evaluation import scores as scoring
 from di_star_jax.evaluation.results import Evaluation
 from di_star_jax.evaluation.scores import Scores, Shot
+from di_star_jax.pipelines.folder import Options
 from di_star_jax.prompts import sets as prompt_sets
 from di_star_jax.shapes import scenes
 from di_star_jax.storage import checkpoint
@@ -276,11 +278,8 @@ def _scores(job: Job, name: str) -> Scores:
 
 def load_reward(job: Job, name: str, mesh: Mesh):
     """One reward, its weights over the mesh."""
-    return rewards.load_rewards(
-        {name: job.sources[name]},
-        job.tokenizer,
-        shardings=lambda tree: sharding.params_sharding(mesh, tree),
-    )[name]
+    options = Options(shardings=functools.partial(sharding.params_sharding, mesh))
+    return rewards.load_rewards({name: job.sources[name]}, job.tokenizer, options)[name]
 
 
 def load_features(job: Job, mesh: Mesh, batch_size: int) -> scoring.Features:

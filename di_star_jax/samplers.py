@@ -153,13 +153,13 @@ def dpm_solver_pp(
 SAMPLERS = {"few_step": few_step, "ddim": ddim, "euler": euler, "dpm_solver_pp": dpm_solver_pp}
 
 
-def generator_timesteps(generator) -> tuple[int, ...]:
+def generator_timesteps(generator, one_step: int) -> tuple[int, ...]:
     """The times of the generator's steps.
 
-    Args: the config's section; without timesteps they are DMD2's.
+    Args: the config's section; without timesteps they are DMD2's. The one step's, of the family.
     """
     if generator.timesteps:
         return tuple(generator.timesteps)
     if generator.steps == 1:
-        return (399,)
+        return (one_step,)
     return tuple(999 - i * 1000 // generator.steps for i in range(generator.steps))

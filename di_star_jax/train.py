@@ -20,9 +20,10 @@ from di_star_jax.evaluation import held_out
 from di_star_jax.evaluation.held_out import HeldOut
 from di_star_jax.gradients import Settings
 from di_star_jax.models import attention
+from di_star_jax.pipelines.export import export_pipeline, generator_scheduler
 from di_star_jax.prompts.files import PromptStream, Source
 from di_star_jax.prompts.files import load as read_prompts
-from di_star_jax.storage import checkpoint, weights
+from di_star_jax.storage import checkpoint, folders, weights
 from di_star_jax.storage.checkpoint import Checkpoints
 
 
@@ -93,7 +94,7 @@ def run(config, workdir: str) -> None:
                 writer.image(k + 1, "samples", pictures.image_grid(images, 8))
 
     # After.
-    export(parts, state.ema, folder / "diffusers")
+    export(parts, state.ema, method.settings.generator_timesteps, folder / "diffusers")
     if scorer:
         after = scorer.measure(state.ema)
         if jax.process_index() == 0:
@@ -158,14 +159,11 @@ def load_state(
         return checkpoints.restore(latest, abstract)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
-    def load(folder, places):
-        return weights.load(folder, sharding.abstract(abstract.generator), shardings=places)
-
     of_assistant = parts.folder / "unet"
     if config.weights.assistant:
-        of_assistant = weights.resolve(config.weights.assistant)
-    generator = load(weights.resolve(config.weights.generator), shardings.generator)
-    assistant = load(of_assistant, shardings.assistant)
+        of_assistant = folders.resolve(config.weights.assistant)
+    generator = weights.load(folders.resolve(config.weights.generator), abstract.generator)
+    assistant = weights.load(of_assistant, abstract.assistant)
     init = jax.jit(
         lambda g, a: step.init_state(g, a, optimizers),
         out_shardings=shardings,
@@ -241,13 +239,13 @@ def scorer_of(config, parts: Parts, settings: Settings, mesh: Mesh, folder: Path
     )
 
 
-def export(parts: Parts, generator: Any, output: Path) -> None:
+def export(parts: Parts, generator: Any, timesteps: tuple[int, ...], output: Path) -> None:
     """Writes the generator as a pipeline that diffusers loads."""
-    weights.export_pipeline(
+    export_pipeline(
         generator,
         unet_config=parts.models["unet"].config,
         reference_folder=parts.folder,
         output=output,
-        scheduler=weights.one_step_scheduler(parts.folder),
+        scheduler=generator_scheduler(parts.folder, timesteps),
     )
     log.say(f"exported {output}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")

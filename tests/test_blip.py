@@ -18,6 +18,7 @@ from flax import nnx
 from di_star_jax import models, sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models.blip import BLIPConfig, ImageReward
+from di_star_jax.pipelines.folder import Options
 from di_star_jax.rewards import imagereward
 from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD
 from di_star_jax.storage import weights
@@ -196,7 +197,7 @@ def folder(module, tmp_path_factory):
 
 
 def _load(folder, **options):
-    return imagereward.load(folder, tokenizer=folder / "of CLIP", **options)
+    return imagereward.load(folder, Options(**options), tokenizer=folder / "of CLIP")
 
 
 def _images(batch):
@@ -429,9 +430,8 @@ def test_the_full_size_model_has_the_published_parameter_counts_and_traces():
     with torch.device("meta"):
         reference = TorchImageReward(imagereward.PUBLISHED, LARGE)
     count = lambda module: sum(p.numel() for p in module.parameters())
-    reward = imagereward.abstract(
-        imagereward.PUBLISHED, dtype=jnp.bfloat16, remat="full", kernel="splash"
-    )
+    options = Options(dtype=jnp.bfloat16, remat="full", kernel="splash")
+    reward = imagereward.abstract(imagereward.PUBLISHED, options)
     ours = lambda tree: sum(math.prod(p.shape) for p in jax.tree.leaves(tree))
     assert ours(reward.params["blip"]["visual_encoder"]) == count(reference.vision) == 303_301_632
     assert ours(reward.params["blip"]["text_encoder"]) == count(reference.text) == 141_977_088

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a small state: restarts, partial reads, other numbers of devices, and wrong input."""
+"""Checkpoints of a small state: restarts, partial reads, other devices, and wrong input."""
 
 import os
 import subprocess
@@ -64,18 +64,17 @@ def _error(call, *args) -> str:
 @pytest.fixture
 def saved(tmp_path):
     """A folder with one state at step 7."""
-    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
-    checkpoints.save(7, _state(), {"unet_config": {"widths": [1, 2]}, "reference": "folder"})
-    checkpoints.close()
+    with checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(7, _state(), {"unet_config": {"widths": [1, 2]}, "reference": "folder"})
     return tmp_path / "checkpoints"
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_metadata(saved):
-    checkpoints = checkpoint.Checkpoints(saved, keep=2)
-    assert checkpoints.latest_step() == 7
-    _assert_same(checkpoints.restore(7, _abstract(_state())), _state())
-    assert checkpoints.metadata(7) == {"unet_config": {"widths": [1, 2]}, "reference": "folder"}
-    checkpoints.close()
+    with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 7
+        _assert_same(checkpoints.restore(7, _abstract(_state())), _state())
+        metadata = checkpoints.metadata(7)
+    assert metadata == {"unet_config": {"widths": [1, 2]}, "reference": "folder"}
 
 
 def test_one_network_is_read_without_the_rest_of_the_state(saved):
@@ -89,29 +88,28 @@ def test_one_network_is_read_without_the_rest_of_the_state(saved):
 
 
 def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
-    for step in (1, 2, 3):
-        checkpoints.save(step, {"generator": _params(step)}, {})
-    checkpoints.save(3, {"generator": _params(0)}, {})
-    checkpoints.wait()
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"generator": _params(step)}, {})
+        checkpoints.save(3, {"generator": _params(0)}, {})
+    checkpoints = checkpoint.existing(tmp_path)
     assert checkpoints.latest_step() == 3
     _assert_same(checkpoints.restore_item(3, "generator", _abstract(_params(3))), _params(3))
     assert "there are [2, 3]" in _error(checkpoints.metadata, 1)
 
 
 def test_buffers_may_be_donated_while_they_are_being_written(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=None)
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = jnp.zeros((1500, 1000))
+    with checkpoint.Checkpoints(tmp_path, keep=None) as checkpoints:
+        for i in range(4):
+            checkpoints.save(i, {"generator": {"w": x}}, {})
+            for _ in range(3):
+                x = step(x)
+    checkpoints = checkpoint.existing(tmp_path)
+    abstract = {"w": jax.ShapeDtypeStruct(x.shape, x.dtype)}
     for i in range(4):
-        checkpoints.save(i, {"generator": {"w": x}}, {})
-        for _ in range(3):
-            x = step(x)
-    checkpoints.wait()
-    for i in range(4):
-        w = checkpoints.restore_item(i, "generator", {"w": jax.ShapeDtypeStruct(x.shape, x.dtype)})[
-            "w"
-        ]
+        w = checkpoints.restore_item(i, "generator", abstract)["w"]
         assert (float(w.min()), float(w.max())) == (3 * i, 3 * i)
 
 
@@ -120,13 +118,12 @@ import sys, jax
 from jax.sharding import NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[2])
 from test_checkpoint import _state
-from di_star_jax.checkpoint import Checkpoints
+from di_star_jax.storage.checkpoint import Checkpoints
 assert jax.device_count() == 8
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
-state = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*["fsdp"][:x.ndim]))), _state())
-checkpoints = Checkpoints(sys.argv[1], keep=1)
-checkpoints.save(7, state, {})
-checkpoints.close()
+split = lambda x: jax.device_put(x, NamedSharding(mesh, P(*["fsdp"][:x.ndim])))
+with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+    checkpoints.save(7, jax.tree.map(split, _state()), {})
 """
 
 
@@ -143,12 +140,23 @@ def test_a_state_saved_on_eight_devices_is_restored_on_one(tmp_path):
 
 def test_a_checkpoint_that_was_not_finished_is_not_seen(saved):
     (saved / "7").rename(saved / "8.orbax-checkpoint-tmp-3")  # what Orbax leaves when it is killed
-    checkpoints = checkpoint.Checkpoints(saved, keep=2)
-    assert checkpoints.latest_step() is None
-    assert "no checkpoint in" in _error(checkpoint.existing, saved)
-    checkpoints.save(8, _state(1), {})
-    checkpoints.wait()
-    _assert_same(checkpoints.restore(8, _abstract(_state())), _state(1))
+    with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert "no checkpoint in" in _error(checkpoint.existing, saved)
+        checkpoints.save(8, _state(1), {})
+    restored = checkpoint.existing(saved).restore(8, _abstract(_state()))
+    _assert_same(restored, _state(1))
+
+
+def test_what_was_saved_before_an_error_is_on_disk_after_it(tmp_path):
+    with (
+        pytest.raises(UserError, match="stop"),
+        checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints,
+    ):
+        checkpoints.save(4, {"generator": _params(4)}, {})
+        raise UserError("stop")
+    restored = checkpoint.existing(tmp_path).restore_item(4, "generator", _abstract(_params(4)))
+    _assert_same(restored, _params(4))
 
 
 def test_a_state_of_another_model_is_refused_with_the_first_ten_differences(saved):

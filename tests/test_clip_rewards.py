@@ -4,6 +4,7 @@ in one run.
 """
 
 import collections
+import functools
 import json
 import math
 import types
@@ -520,11 +521,11 @@ def test_clipscores_name_is_that_of_its_model():
 
 
 def test_half_precision_is_of_the_towers_and_never_of_the_score(tokenizer, hps, tmp_path):
-    options = {"tokenizer": tokenizer[0], "dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    options = pipeline.Options(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     write_aesthetic(tmp_path, transformers_clip(tiny(tokenizer[1])), head(12))
     for ours, half in (
-        (hpsv2.load(hps[3], **options), lambda params: params),
-        (aesthetic.load(tmp_path, **options), lambda params: params["clip"]),
+        (hpsv2.load(hps[3], options, tokenizer=tokenizer[0]), lambda params: params),
+        (aesthetic.load(tmp_path, options, tokenizer=tokenizer[0]), lambda params: params["clip"]),
     ):
         images, texts = jnp.zeros((2, SIZE, SIZE, 3)), ours.tokenize(PROMPTS[:2])
         assert {x.dtype for x in jax.tree.leaves(half(ours.params))} == {jnp.dtype(jnp.bfloat16)}
@@ -540,9 +541,8 @@ def test_scores_and_gradients_on_eight_devices_equal_those_on_one(hps, tokenizer
     _, ours, _, folder = hps
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
     mesh = sharding.make_mesh(2, 2, 2)
-    split = hpsv2.load(
-        folder, tokenizer=tokenizer[0], shardings=lambda tree: sharding.params_sharding(mesh, tree)
-    )
+    options = pipeline.Options(shardings=functools.partial(sharding.params_sharding, mesh))
+    split = hpsv2.load(folder, options, tokenizer=tokenizer[0])
     assert split.params["visual_projection"]["kernel"].addressable_shards[0].data.shape == (8, 12)
     images, levels = images_of(24, 40, batch=8)
     captions = [*PROMPTS, *PROMPTS, *PROMPTS[:2]]
@@ -853,6 +853,9 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
+FULL = pipeline.Options(dtype=jnp.bfloat16, remat="full", kernel="splash")
+
+
 def full_scores(ours, size=1024):
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
     texts = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), ours.shapes)
@@ -873,7 +876,7 @@ def full_scores(ours, size=1024):
 def test_full_size_models_have_the_published_parameter_counts_and_score(file, config, expected):
     with torch.device("meta"):
         assert parameters(OpenClip(config)) == expected
-    ours = file.abstract(config, dtype=jnp.bfloat16, remat="full", kernel="splash")
+    ours = file.abstract(config, FULL)
     assert count(ours.params) == expected
     assert all(scores.shape == (2,) and scores.dtype == jnp.float32 for scores in full_scores(ours))
 
@@ -885,7 +888,7 @@ def test_the_full_size_aesthetic_predictor_has_the_published_parameter_counts_an
     with torch.device("meta"):
         tower = transformers.CLIPVisionModelWithProjection(config)
     mlp = head(768)
-    ours = aesthetic.abstract(published.CLIP_L14, dtype=jnp.bfloat16, remat="full", kernel="splash")
+    ours = aesthetic.abstract(published.CLIP_L14, FULL)
     assert count(ours.params["clip"]) == parameters(tower) == 303_966_208
     assert count(ours.params["head"]) == parameters(mlp) == 927_969
     assert all(scores.shape == (2,) and scores.dtype == jnp.float32 for scores in full_scores(ours))

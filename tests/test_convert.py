@@ -3,6 +3,7 @@
 
 import filecmp
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,10 +18,11 @@ import torch
 import transformers
 from flax import nnx
 
-from di_star_jax import convert, diffusion, samplers
+from di_star_jax import convert, diffusion, drawing, samplers
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.storage import checkpoint, weights
+from di_star_jax.pipelines import sdxl
+from di_star_jax.storage import checkpoint, folders, weights
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -103,16 +105,20 @@ def reference(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(reference):
-    """A run with a checkpoint at step 30, whose networks are 1, 2 and 3 times the reference's UNet."""
-    config = weights.read_config(reference, "unet")
+    """A run with a checkpoint at step 30: networks of 1, 2 and 3 times the reference's UNet."""
+    config = folders.read_config(reference, "unet")
     params = weights.load(reference / "unet", pipeline.abstract_model(config).params)
     state = {
         name: jax.tree.map(lambda x: np.float32(n) * x, params)
         for n, name in enumerate(("generator", "ema", "assistant"), start=1)
     }
-    checkpoints = checkpoint.Checkpoints(reference.parent / "run" / checkpoint.FOLDER, keep=1)
-    checkpoints.save(30, state, {"unet_config": config, "reference": str(reference)})
-    checkpoints.close()
+    metadata = {
+        "unet_config": config,
+        "reference": str(reference),
+        "generator_timesteps": [999, 749, 499, 249],
+    }
+    with checkpoint.Checkpoints(reference.parent / "run" / checkpoint.FOLDER, keep=1) as store:
+        store.save(30, state, metadata)
     return reference.parent / "run"
 
 
@@ -147,7 +153,7 @@ def test_the_command_converts_a_pipeline_to_orbax_and_back_without_a_changed_byt
         "text_encoder_2",
     }
     for name in ("vae", "text_encoder_2"):
-        model = pipeline.abstract_model(weights.read_config(reference, name))
+        model = pipeline.abstract_model(folders.read_config(reference, name))
         restored = checkpoints.restore_item(0, name, model.params)
         expected = weights.load(reference / name, model.params)
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), restored, expected))
@@ -205,13 +211,13 @@ def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_p
         for name in ("tokenizer", "tokenizer_2")
     }
     schedule = diffusion.schedule_from_json(
-        weights.read_config(tmp_path / "out", "scheduler", "scheduler_config.json")
+        folders.read_config(tmp_path / "out", "scheduler", "scheduler_config.json")
     )
     graphs = {name: part.graphdef for name, part in parts.items()}
 
     @jax.jit
     def sample(params, ids, z):
-        condition, _ = pipeline.encode_text(graphs, params, ids, 16)
+        condition, _ = sdxl.encode_text(graphs, params, ids, 16)
         unet, vae = (nnx.merge(graphs[name], params[name]) for name in ("unet", "vae"))
         return vae.decode(
             samplers.one_step(lambda x, t: unet(x, t, condition), z, np.array([399]), schedule)
@@ -225,6 +231,55 @@ def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_p
     ours = np.clip(np.asarray(images) / 2 + 0.5, 0, 1)
     assert theirs.std() > 0.02, "not a flat image"
     assert np.abs(np.round(255 * ours) - np.round(255 * theirs)).max() <= 1, "2 are allowed"
+
+
+def test_a_few_step_generator_keeps_its_times_and_draws_what_diffusers_draws(
+    workdir, tmp_path, monkeypatch, caplog
+):
+    _export(workdir, "generator", tmp_path / "out")
+    loaded, times = drawing.load(str(tmp_path / "out"), "ema")
+    assert times == drawing.load(str(workdir), "generator")[1] == (999, 749, 499, 249)
+    asked = drawing.Asked(None, steps=50, guidance_scale=5.0, timesteps=(), resolution=None)
+    sampling = drawing.sampling_of(asked, loaded, times)
+    assert sampling.sampler == "few_step" and sampling.noise_shape == (4, 8, 8, 4)
+
+    noise = torch.randn((4, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    draw = drawing.draw_prompts(loaded, sampling)
+    ours = draw(["a b c"], noise.numpy().transpose(0, 1, 3, 4, 2))
+
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipe.scheduler) is diffusers.LCMScheduler
+    assert "generator_timesteps" not in caplog.text, "diffusers says nothing of our field"
+    pipe.set_progress_bar_config(disable=True)
+    rest = iter(noise[1:])  # the scheduler's own noise, between the steps
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *args, **kw: next(rest)
+    )
+    theirs = pipe(
+        ["a b c"],
+        latents=noise[0],
+        timesteps=list(times),
+        guidance_scale=0.0,
+        height=16,
+        width=16,
+        output_type="np",
+    ).images
+    assert next(rest, None) is None, "three draws between four steps"
+    assert theirs.std() > 0.02, "not a flat image"
+    np.testing.assert_allclose(ours / 2 + 0.5, theirs, atol=2 / 255)
+
+
+def test_an_export_that_does_not_say_its_times_is_drawn_in_one_step(workdir, tmp_path):
+    _export(workdir, "ema", tmp_path / "out")
+    file = tmp_path / "out" / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(file.read_text())
+    assert scheduler.pop("_generator_timesteps") == [999, 749, 499, 249]
+    file.write_text(json.dumps(scheduler))
+    assert drawing.load(str(tmp_path / "out"), "ema")[1] == (399,)
+    _export(workdir, "assistant", tmp_path / "out")
+    assert drawing.load(str(tmp_path / "out"), "ema")[1] == ()
 
 
 def test_a_reference_in_half_precision_files_gives_a_pipeline_that_needs_no_variant(

@@ -30,7 +30,7 @@ from di_star_jax.evaluation import drawn as drawing
 from di_star_jax.evaluation import scores as scoring
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.rewards.reward import Reward
-from di_star_jax.storage import checkpoint, weights
+from di_star_jax.storage import checkpoint, folders, weights
 
 CAPTIONS = [
     f"a {colour} {kind}{more}"
@@ -433,7 +433,7 @@ def test_images_of_other_weights_under_the_same_path_are_not_mixed(command, fold
     weights.save(
         source / "reward",
         pipeline.load_model(folder / "reward").params | {"logit_scale": jnp.zeros(())},
-        config=weights.read_config(folder / "reward"),
+        config=folders.read_config(folder / "reward"),
         file_name="model.safetensors",
     )
     code, _, stderr = command(*given)
@@ -521,7 +521,7 @@ def test_killed_while_it_draws_and_while_it_scores_it_continues_to_the_same_resu
 def brightness(scale=1.0):
     """A reward without a network: the mean of all values, [-1, 1]."""
 
-    def load(folder, *, tokenizer, shardings):
+    def load(folder, options, *, tokenizer):
         score = lambda params, images, prompts: params["scale"] * images.mean(axis=(1, 2, 3))
         params = jax.device_put({"scale": jnp.array(scale)})
         return Reward(

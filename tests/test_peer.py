@@ -15,7 +15,7 @@ from test_step import CONFIGS, SCHEDULE, SETTINGS
 from di_star_jax import gradients
 from di_star_jax.cost import peer
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines import sdxl
 from di_star_jax.rewards import similarity
 from di_star_jax.rewards.pixels import clip_pixels
 from di_star_jax.storage import weights
@@ -92,7 +92,7 @@ def ours(world):
         return 100.0 * score, {"pickscore": score}
 
     networks = gradients.Networks(
-        unet, lambda params, ids: pipeline.encode_text(graphdefs, params, ids, 2 * LATENT), reward
+        unet, lambda params, ids: sdxl.encode_text(graphdefs, params, ids, 2 * LATENT), reward
     )
     frozen = {**params, "unet": params["reference"]}
     return jax.jit(

@@ -17,6 +17,7 @@ from di_star_jax.cost import flops
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines import sdxl
 from di_star_jax.rewards import similarity
 from di_star_jax.rewards.pixels import clip_pixels
 
@@ -121,7 +122,7 @@ def world():
 
     method = gradients.Method(
         functools.partial(nnx.merge, graphdefs["unet"]),
-        lambda params, ids: pipeline.encode_text(graphdefs, params, ids, 16),
+        lambda params, ids: sdxl.encode_text(graphdefs, params, ids, 16),
         reward,
         SCHEDULE,
         SETTINGS,
@@ -158,7 +159,7 @@ def small_world(reward_scale=100.0, **changes):
     def encode_text(frozen, token_ids):
         pooled = jax.random.normal(jax.random.key(5), (BATCH, 3))[token_ids["tokenizer"][:, 0]]
         condition = Condition(jnp.zeros((len(pooled), 1, 1)), pooled, None)
-        return condition, pipeline.null_of(condition)
+        return condition, sdxl.null_of(condition)
 
     def reward(frozen, x0, ids, crop):
         score = -(x0**2).mean((1, 2, 3))
@@ -481,7 +482,7 @@ def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwar
     assert one / 2 == pytest.approx(6.761e12, rel=1e-3)
     method = gradients.Method(
         merge,
-        lambda frozen, ids: (condition, pipeline.null_of(condition)),
+        lambda frozen, ids: (condition, sdxl.null_of(condition)),
         lambda frozen, x0, ids, crop: (jnp.zeros(2), {}),
         SCHEDULE,
         dataclasses.replace(SETTINGS, latent_shape=shape[1:], **changes),

@@ -20,10 +20,10 @@ import safetensors.numpy
 import torch
 import transformers
 
-from di_star_jax import models
+from di_star_jax import models, sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models import clip, unet, vae
-from di_star_jax.storage import weights
+from di_star_jax.storage import folders, weights
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model.safetensors", "model.safetensors"
 BLOCKS = dict(
@@ -58,7 +58,7 @@ TEXT = dict(
 
 
 def _abstract(model, config_class, folder):
-    config = config_class.from_json(weights.read_config(folder))
+    config = config_class.from_json(folders.read_config(folder))
     return models.abstract(lambda rngs: model(config, rngs=rngs))[1]
 
 
@@ -189,12 +189,12 @@ def test_a_round_trip_gives_the_same_bytes(name, unet_folder, tmp_path):
         }[name]
         _hub_names(theirs(transformers.CLIPTextConfig(**TEXT)), folder)
         abstract, file_name = _abstract(ours, clip.CLIPTextConfig, folder), TRANSFORMERS
-    config = weights.read_config(folder)
+    config = folders.read_config(folder)
     weights.save(
         tmp_path / "out", weights.load(folder, abstract), config=config, file_name=file_name
     )
     assert (tmp_path / "out" / file_name).read_bytes() == (folder / file_name).read_bytes()
-    assert weights.read_config(tmp_path / "out") == config
+    assert folders.read_config(tmp_path / "out") == config
 
 
 def test_tensors_and_params_in_memory_are_inverse(unet_folder, abstract):
@@ -237,7 +237,7 @@ def test_bfloat16_files_are_cast_exactly(copy, abstract):
         lambda x: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32), exact
     )
     _assert_equal(weights.load(copy, abstract), rounded)
-    kept = weights.load(copy, abstract, dtype=jnp.bfloat16)
+    kept = weights.load(copy, sharding.abstract(abstract, dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -245,7 +245,7 @@ def test_our_shards_load_in_diffusers(unet_folder, torch_unet, tmp_path, monkeyp
     monkeypatch.setattr(weights, "MAX_SHARD", 200_000)
     params = weights.load(unet_folder, abstract)
     weights.save(
-        tmp_path / "unet", params, config=weights.read_config(unet_folder), file_name=DIFFUSERS
+        tmp_path / "unet", params, config=folders.read_config(unet_folder), file_name=DIFFUSERS
     )
     files = list((tmp_path / "unet").glob("*.safetensors"))
     assert len(files) > 2 and max(f.stat().st_size for f in files) < 220_000
@@ -303,7 +303,7 @@ def test_parameters_arrive_with_their_shardings(unet_folder, abstract):
         )
 
     shardings = jax.tree.map(place, abstract)
-    params = weights.load(unet_folder, abstract, shardings=shardings)
+    params = weights.load(unet_folder, sharding.abstract(abstract, shardings))
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, params, shardings))
     _assert_equal(params, plain)
 
@@ -441,9 +441,9 @@ def test_missing_shards_and_broken_json_are_named(copy, abstract):
     index.write_text("{")
     assert f"{index} is not JSON" in _error(weights.load, copy, abstract)
     (copy / "config.json").write_text("[]")
-    assert "expected a JSON object" in _error(weights.read_config, copy)
-    assert "no file" in _error(weights.read_config, copy, "vae")
-    assert "no folder" in _error(weights.read_config, copy / "nowhere")
+    assert "expected a JSON object" in _error(folders.read_config, copy)
+    assert "no file" in _error(folders.read_config, copy, "vae")
+    assert "no folder" in _error(folders.read_config, copy / "nowhere")
     assert "no folder" in _error(weights.load, copy / "nowhere", {})
 
 
@@ -500,21 +500,21 @@ def test_a_path_is_looked_for_locally_only(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stabilityai" / "sdxl").mkdir(parents=True)
     (tmp_path / "file").touch()
-    assert weights.resolve("stabilityai/sdxl") == Path("stabilityai/sdxl")
+    assert folders.resolve("stabilityai/sdxl") == Path("stabilityai/sdxl")
     for name in ("./x", "/x", "x", "a/b/c", "../a", "~/a", "a/.."):
-        assert f"no folder {name}" in _error(weights.resolve, name)
-    assert "is a file" in _error(weights.resolve, "file")
+        assert f"no folder {name}" in _error(folders.resolve, name)
+    assert "is a file" in _error(folders.resolve, "file")
     assert hub == []
 
 
 def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_path):
-    assert "`hf download stabilityai/sdxl`" in _error(weights.resolve, "stabilityai/sdxl")
+    assert "`hf download stabilityai/sdxl`" in _error(folders.resolve, "stabilityai/sdxl")
     folder = tmp_path / "repository"
     folder.mkdir()
     index = {"unet": ["diffusers", "U"], "vae": [None, None], "flag": True}
     (folder / "model_index.json").write_text(json.dumps(index))
     hub.clear()
-    assert weights.resolve("stabilityai/sdxl") == folder
+    assert folders.resolve("stabilityai/sdxl") == folder
     assert {name for name, _, _ in hub} == {"stabilityai/sdxl"}
     assert [asked[1:] for asked in hub] == [
         (["*.json", "*.txt"], None),
@@ -523,12 +523,12 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     ], "half precision where there is nothing else"
     (folder / "model.safetensors").touch()
     (folder / "model_index.json").write_text(json.dumps({"../../home": ["diffusers", "U"]}))
-    assert "'../../home'" in _error(weights.resolve, "stabilityai/sdxl")
+    assert "'../../home'" in _error(folders.resolve, "stabilityai/sdxl")
     (folder / "model_index.json").unlink()
     hub.clear()
-    weights.resolve("yuvalkirstain/PickScore_v1")
+    folders.resolve("yuvalkirstain/PickScore_v1")
     assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt"], ["*.safetensors"]]
     hub.clear()
-    assert weights.resolve_tokenizer("laion/CLIP-ViT-H-14-laion2B-s32B-b79K") == folder
+    assert folders.resolve_tokenizer("laion/CLIP-ViT-H-14-laion2B-s32B-b79K") == folder
     assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt"]]
-    assert "no folder ./nowhere" in _error(weights.resolve_tokenizer, "./nowhere")
+    assert "no folder ./nowhere" in _error(folders.resolve_tokenizer, "./nowhere")

@@ -88,7 +88,7 @@ def _frozen(config, mesh: Mesh) -> assembly.Frozen:
         raise UserError(
             f"{unknown[0]} is neither a folder nor a model whose sizes are known; give a folder"
         )
-    options = assembly.model_options(config, mesh.devices.flat[0].platform)
+    options = assembly.model_options(config, mesh)
     dtype = jnp.dtype(config.compute.dtype)
 
     def placed(model):
@@ -101,12 +101,12 @@ def _frozen(config, mesh: Mesh) -> assembly.Frozen:
         )
 
     models = {
-        name: placed(pipeline.abstract_model(known[name], **options[name]))
+        name: placed(pipeline.abstract_model(known[name], options[name]))
         for name in plan.PARTS
         if name in known
     }
     rewards = {
-        name: placed(REWARDS[name].file.abstract(found, **options["reward"]))
+        name: placed(REWARDS[name].file.abstract(found, options["reward"]))
         for name, found in known.items()
         if name not in plan.PARTS
     }

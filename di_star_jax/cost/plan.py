@@ -13,11 +13,12 @@ from di_star_jax.cost import flops
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS, sources_of
 from di_star_jax.sharding import mesh_shape
-from di_star_jax.storage import weights
+from di_star_jax.storage import folders
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PARTS = SDXL.parts
 
 
 def model_configs(config) -> tuple[dict[str, dict], list[str]]:
@@ -46,7 +47,7 @@ def model_configs(config) -> tuple[dict[str, dict], list[str]]:
 
 def _local(folder: Path) -> dict[str, dict]:
     optional = [part for part in PARTS[1:] if (folder / part).is_dir()]
-    return {part: weights.read_config(folder, part) for part in ["unet", *optional]}
+    return {part: folders.read_config(folder, part) for part in ["unet", *optional]}
 
 
 def abstract_params(configs: dict[str, dict]) -> dict:

@@ -315,12 +315,8 @@ class Features:
     """
 
     def __init__(self, folder: Path, config: dict, mesh: Mesh, batch_size: int):
-        model = pipeline.load_model(
-            folder,
-            config=config,
-            arrange=to_transformers,
-            shardings=lambda tree: sharding.params_sharding(mesh, tree),
-        )
+        options = pipeline.Options(shardings=functools.partial(sharding.params_sharding, mesh))
+        model = pipeline.load_model(folder, options, config=config, arrange=to_transformers)
         self.digest = params_digest(model.params)
         self._params, self._batch_size = model.params, batch_size
         self._width = model.config["projection_dim"]

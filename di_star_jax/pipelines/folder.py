@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A diffusers folder as models: configs, graphs, parameters, tokenizers, schedule, and text to
-Condition.
-"""
+"""A diffusers folder as models: configs, graphs, parameters, tokenizers and schedule."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from di_star_jax import models
+from di_star_jax import models, sharding
 from di_star_jax.diffusion import Schedule, schedule_from_json
 from di_star_jax.errors import UserError
 from di_star_jax.models.clip import (
@@ -21,19 +20,63 @@ from di_star_jax.models.clip import (
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
 )
-from di_star_jax.models.unet import Condition, UNet2DConditionModel, UNetConfig
+from di_star_jax.models.unet import UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
+from di_star_jax.pipelines.export import TIMESTEPS
+from di_star_jax.pipelines.family import Family
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.files import Tokenizer
-from di_star_jax.storage import weights
+from di_star_jax.storage import folders, weights
 
-_CLASSES = {
-    "UNet2DConditionModel": (UNet2DConditionModel, UNetConfig),
-    "AutoencoderKL": (AutoencoderKL, VAEConfig),
-    "CLIPTextModel": (CLIPTextModel, CLIPTextConfig),
-    "CLIPTextModelWithProjection": (CLIPTextModelWithProjection, CLIPTextConfig),
-    "CLIPModel": (CLIPModel, CLIPConfig),
-    "CLIPVisionModelWithProjection": (CLIPVisionModelWithProjection, CLIPConfig),
+
+class Port(NamedTuple):
+    """A class of PyTorch's and what is ours of it.
+
+    module: built of (settings, rngs=, dtype=, remat=), and kernel= where attention is long.
+    settings: its frozen dataclass, with `from_json`.
+    long_attention: false for the CLIPs, whose attention is short, and in text encoders masked.
+    """
+
+    module: type[nnx.Module]
+    settings: Any
+    long_attention: bool = False
+
+
+_PORTS = {
+    "UNet2DConditionModel": Port(UNet2DConditionModel, UNetConfig, long_attention=True),
+    "AutoencoderKL": Port(AutoencoderKL, VAEConfig, long_attention=True),
+    "CLIPTextModel": Port(CLIPTextModel, CLIPTextConfig),
+    "CLIPTextModelWithProjection": Port(CLIPTextModelWithProjection, CLIPTextConfig),
+    "CLIPModel": Port(CLIPModel, CLIPConfig),
+    "CLIPVisionModelWithProjection": Port(CLIPVisionModelWithProjection, CLIPConfig),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a network runs and is held, beside what its config.json says.
+
+    dtype: it computes in.
+    param_dtype: of its parameters in memory.
+    remat: what blocks keep for the backward pass, a key of models.layers.REMAT.
+    kernel: of long self-attention, see models/attention.py.
+    shardings: from a tree of `jax.ShapeDtypeStruct` to a tree of its shardings; None is the default
+      device.
+    """
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+    kernel: str = "xla"
+    shardings: Callable[[Any], Any] | None = None
+
+    def placed(self, tree: Any) -> Any:
+        """The tree of `jax.ShapeDtypeStruct` with the parameters' dtype and shardings."""
+        shardings = None if self.shardings is None else self.shardings(tree)
+        return sharding.abstract(tree, shardings, self.param_dtype)
+
+
+PLAIN = Options()
 
 
 class Model(NamedTuple):
@@ -47,14 +90,16 @@ class Model(NamedTuple):
 class Pipeline(NamedTuple):
     """A diffusers pipeline folder.
 
-    `models` holds unet, vae, text_encoder and, for SDXL, text_encoder_2.
+    models, tokenizers: those of the family's that are there, by name.
+    timesteps: of its UNet's steps, falling, if that is a generator, else ().
     """
 
     folder: Path
+    family: Family
     models: dict[str, Model]
     tokenizers: dict[str, Tokenizer]
     schedule: Schedule
-    scheduler_config: dict
+    timesteps: tuple[int, ...]
 
     @property
     def vae_scale(self) -> int:
@@ -67,125 +112,87 @@ def vae_scale(config: dict) -> int:
     return VAEConfig.from_json(config).scale
 
 
-def model_class(config: dict) -> tuple[type, Any]:
+def _port(config: dict) -> Port:
+    name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
+    if name not in _PORTS:
+        raise UserError(f"config.json describes {name}, expected one of {', '.join(_PORTS)}")
+    return _PORTS[name]
+
+
+def model_class(config: dict) -> tuple[type[nnx.Module], Any]:
     """The module's class and its frozen settings.
 
     Args: a parsed config.json. Raises: UserError for what is not ported.
     """
-    name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
-    if name not in _CLASSES:
-        raise UserError(f"config.json describes {name}, expected one of {', '.join(_CLASSES)}")
-    cls, config_cls = _CLASSES[name]
-    return cls, config_cls.from_json(config)
+    port = _port(config)
+    return port.module, port.settings.from_json(config)
 
 
-def abstract_model(
-    config: dict, *, dtype=jnp.float32, remat: str = "none", kernel: str = "xla"
-) -> Model:
+def abstract_model(config: dict, options: Options = PLAIN) -> Model:
     """A model from its config.json without allocating it; params are `jax.ShapeDtypeStruct`.
 
     Args:
       config: with `_class_name` (diffusers) or `architectures` (transformers).
-      dtype: compute dtype.
-      remat: what blocks keep for the backward pass, a key of models.layers.REMAT.
-      kernel: of long self-attention, see models/attention.py.
+      options: their dtype and shardings are those of params.
     Raises: UserError for a class or a setting that is not ported.
     """
-    cls, settings = model_class(config)
-    # CLIP's attention is short, and in the text encoders masked.
-    options = (
-        {"remat": remat} if cls.__name__.startswith("CLIP") else {"remat": remat, "kernel": kernel}
-    )
-    return Model(
-        *models.abstract(lambda rngs: cls(settings, rngs=rngs, dtype=dtype, **options)), config
-    )
+    return abstract_port(_port(config), config, options)
+
+
+def abstract_port(port: Port, config: dict, options: Options) -> Model:
+    """As `abstract_model`, of a class that config.json does not name."""
+    settings = port.settings.from_json(config)
+    given = {"dtype": options.dtype, "remat": options.remat}
+    if port.long_attention:
+        given["kernel"] = options.kernel
+    graphdef, params = models.abstract(lambda rngs: port.module(settings, rngs=rngs, **given))
+    return Model(graphdef, options.placed(params), config)
 
 
 def load_model(
     folder: Path,
+    options: Options = PLAIN,
     *,
     config: dict | None = None,
-    arrange: weights.Arrange | None = None,
-    shardings=None,
-    param_dtype=jnp.float32,
-    **options,
+    arrange: weights.Arrange = dict,
 ) -> Model:
     """Reads one model folder.
 
     Args:
       folder: with safetensors, and a config.json unless `config` is given.
       arrange: of the stored tensors, as in `weights.load`.
-      shardings: function from the abstract parameter tree to a tree of shardings, or None for the
-        default device.
-      param_dtype: of the parameters in memory.
-      options: dtype, remat, kernel, as in `abstract_model`.
     Raises: UserError for whatever is wrong with the folder.
     """
-    model = abstract_model(weights.read_config(folder) if config is None else config, **options)
-    params = weights.load(
-        folder,
-        model.params,
-        dtype=param_dtype,
-        arrange=arrange,
-        shardings=None if shardings is None else shardings(model.params),
-    )
-    return model._replace(params=params)
+    model = abstract_model(folders.read_config(folder) if config is None else config, options)
+    return model._replace(params=weights.load(folder, model.params, arrange=arrange))
 
 
-def load_pipeline(folder: Path, *, options: dict[str, dict] | None = None, **common) -> Pipeline:
+def load_pipeline(folder: Path, options: Mapping[str, Options] | None = None) -> Pipeline:
     """Reads a pipeline folder.
 
-    Args: options, by component as in `abstract_model`; common: others of `load_model`.
+    Args: options, by component; PLAIN for one that is not named.
+    Raises: UserError for whatever is wrong with the folder.
     """
-    index = weights.read_config(folder, name="model_index.json")
-    parts = [
-        p for p in ("unet", "vae", "text_encoder", "text_encoder_2") if index.get(p, [None])[0]
-    ]
-    loaded = {
-        part: load_model(folder / part, **(options or {}).get(part, {}), **common) for part in parts
-    }
-    tokenizers = {
-        p: Tokenizer(folder / p) for p in ("tokenizer", "tokenizer_2") if index.get(p, [None])[0]
-    }
-    scheduler = weights.read_config(folder, "scheduler", "scheduler_config.json")
-    return Pipeline(folder, loaded, tokenizers, schedule_from_json(scheduler), scheduler)
-
-
-def encode_text(
-    graphdefs: dict[str, nnx.GraphDef],
-    params: dict,
-    token_ids: dict[str, jax.Array],
-    resolution: int,
-) -> tuple[Condition, Condition]:
-    """SDXL's condition of a batch of prompts, and its null condition.
-
-    Args:
-      graphdefs, params: hold 'text_encoder' and 'text_encoder_2'.
-      token_ids: int32 [B, L] under 'tokenizer' and 'tokenizer_2'.
-      resolution: image height and width, pixels; also given as original and target size, with no
-        crop.
-    Returns:
-      (condition, null): contexts [B, L, 768 + 1280] float32; null has zeros for context and pooled
-      text, as SDXL's pipeline does when no negative prompt is given.
-    """
-    first = nnx.merge(graphdefs["text_encoder"], params["text_encoder"])(token_ids["tokenizer"])
-    second = nnx.merge(graphdefs["text_encoder_2"], params["text_encoder_2"])(
-        token_ids["tokenizer_2"]
+    family, options = SDXL, options or {}
+    index = folders.read_config(folder, name="model_index.json")
+    there = {name for name in (*family.parts, *family.tokenizers) if index.get(name, [None])[0]}
+    scheduler = folders.read_config(folder, *folders.SCHEDULER)
+    return Pipeline(
+        folder,
+        family,
+        {
+            part: load_model(folder / part, options.get(part, PLAIN))
+            for part in family.parts
+            if part in there
+        },
+        {name: Tokenizer(folder / name) for name in family.tokenizers if name in there},
+        schedule_from_json(scheduler),
+        _timesteps(scheduler, family),
     )
-    context = jnp.concatenate(
-        [first.hidden_states_penultimate, second.hidden_states_penultimate], axis=-1
-    )
-    sizes = jnp.array([resolution, resolution, 0, 0, resolution, resolution], jnp.float32)
-    condition = Condition(
-        context.astype(jnp.float32),
-        second.pooled.astype(jnp.float32),
-        jnp.broadcast_to(sizes[None], (context.shape[0], 6)),
-    )
-    return condition, null_of(condition)
 
 
-def null_of(condition: Condition) -> Condition:
-    """Zeros for context and pooled text, the same time ids: what SDXL takes for 'no prompt'."""
-    return condition._replace(
-        context=jnp.zeros_like(condition.context), pooled=jnp.zeros_like(condition.pooled)
-    )
+def _timesteps(scheduler: dict, family: Family) -> tuple[int, ...]:
+    """Of a generator's steps: its export's, or one step where it does not say; () for a teacher."""
+    if scheduler.get("_class_name") != "LCMScheduler":
+        return ()
+    return tuple(scheduler.get(TIMESTEPS, (family.one_step,)))

@@ -5,12 +5,10 @@ A file of your own needs one line in REWARDS; README, "A reward of your own", ha
 
 A reward's file has three functions, and where there are weights NEEDED, {file in their folder:
   where it is from}: read_config(folder) -> dict: what its model is, of the weights' folder. Raises:
-  UserError. abstract(config, **options) -> Reward: shapes alone, for a dry run and for compiling
-  without weights. load(folder, *, tokenizer, **options) -> Reward: from the weights' folder;
-  tokenizer is CLIP's, a folder or Hub
-    name.
-options: dtype, remat, kernel, of `pipeline.abstract_model`; with load also shardings and
-param_dtype, see `pipeline.load_model`.
+  UserError. abstract(config, options) -> Reward: shapes alone, for a dry run and for compiling
+  without weights. load(folder, options, *, tokenizer) -> Reward: from the weights' folder;
+  tokenizer is CLIP's, a folder or Hub name.
+options: how its networks run and are held, `pipelines.folder.Options`.
 """
 
 from pathlib import Path
@@ -19,9 +17,10 @@ from typing import NamedTuple
 
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
+from di_star_jax.pipelines.folder import PLAIN, Options
 from di_star_jax.rewards import aesthetic, clipscore, hpsv2, hpsv2_legacy, imagereward, pickscore
 from di_star_jax.rewards.reward import Reward, listed
-from di_star_jax.storage import weights
+from di_star_jax.storage import folders
 
 
 class Entry(NamedTuple):
@@ -92,17 +91,19 @@ def sources_of(config) -> dict[str, str]:
     }
 
 
-def load_rewards(sources: dict[str, str], tokenizer: str, **options) -> dict[str, Reward]:
+def load_rewards(
+    sources: dict[str, str], tokenizer: str, options: Options = PLAIN
+) -> dict[str, Reward]:
     """Rewards by name.
 
     Args:
       sources: folder or Hub name of the weights by reward; "" for one without.
       tokenizer: folder or Hub name of CLIP's tokenizer.
-      options: of `load` in the rewards' files.
+      options: of all their networks.
     Raises: UserError for weights or tokenizers that are missing or do not fit.
     """
     return {
-        name: REWARDS[name].file.load(resolve(name, source), tokenizer=tokenizer, **options)
+        name: REWARDS[name].file.load(resolve(name, source), options, tokenizer=tokenizer)
         for name, source in sources.items()
     }
 
@@ -118,7 +119,7 @@ def resolve(name: str, source: str) -> Path:
         raise UserError(
             f"no folder {source} for {name}; it must hold {listed(REWARDS[name].file.NEEDED)}"
         )
-    return weights.resolve(source)
+    return folders.resolve(source)
 
 
 def rewards_used(config) -> list[str]:

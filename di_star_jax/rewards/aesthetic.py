@@ -6,6 +6,7 @@ Being free of the prompt it is the easiest reward to hack. Source:
 christophschuhmann/improved-aesthetic-predictor.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,14 @@ from flax import nnx
 from di_star_jax import models
 from di_star_jax.errors import UserError
 from di_star_jax.models.layers import ScoreHead
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.folder import (
+    PLAIN,
+    Model,
+    Options,
+    abstract_model,
+    load_model,
+    model_class,
+)
 from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.similarity import image_embeddings, read_config
@@ -50,7 +58,7 @@ def _no_prompts(texts: list[str]) -> np.ndarray:
     return np.zeros(len(texts), np.int32)
 
 
-def _reward(clip: pipeline.Model, head: nnx.GraphDef, head_params: dict, tokenize) -> Reward:
+def _reward(clip: Model, head: nnx.GraphDef, head_params: dict, tokenize) -> Reward:
     graphs, params = _Graphs(clip.graphdef, head), {"clip": clip.params, "head": head_params}
     return Reward(
         params,
@@ -65,10 +73,11 @@ def _tower(config: dict) -> dict:
     return config | {"architectures": ["CLIPVisionModelWithProjection"]}
 
 
-def _head(config: dict):
-    return models.abstract(
-        lambda rngs: ScoreHead(pipeline.model_class(config)[1].projection_dim, rngs=rngs)
-    )
+def _head(config: dict, options: Options) -> tuple[nnx.GraphDef, dict]:
+    """The affine map, in float32 whatever the tower is held in."""
+    width = model_class(config)[1].projection_dim
+    graphdef, params = models.abstract(lambda rngs: ScoreHead(width, rngs=rngs))
+    return graphdef, dataclasses.replace(options, param_dtype=jnp.float32).placed(params)
 
 
 def _vision_half(stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
@@ -92,35 +101,21 @@ def _check_files(folder: Path) -> None:
         )
 
 
-def abstract(config: dict, **options) -> Reward:
-    """Shapes alone. Args: config, of a `CLIPModel`; options, of `pipeline.abstract_model`."""
-    return _reward(pipeline.abstract_model(_tower(config), **options), *_head(_tower(config)), None)
+def abstract(config: dict, options: Options = PLAIN) -> Reward:
+    """Shapes alone. Args: config, of a `CLIPModel`."""
+    config = _tower(config)
+    return _reward(abstract_model(config, options), *_head(config, options), None)
 
 
-def load(
-    folder: Path, *, tokenizer: str | Path, shardings=None, param_dtype=jnp.float32, **options
-) -> Reward:
-    """From a `CLIPModel` folder (openai/clip-vit-large-patch14) with the head's file HEAD beside
-    its own.
+def load(folder: Path, options: Options = PLAIN, *, tokenizer: str | Path) -> Reward:
+    """From a `CLIPModel` folder (openai/clip-vit-large-patch14) with the head's file HEAD in it.
 
-    Args: folder; tokenizer, not needed; options, of `pipeline.load_model`.
+    Args: tokenizer, not needed.
     Raises: UserError for a folder that lacks a file, or of another model.
     """
     del tokenizer
     config = _tower(read_config(folder))
     _check_files(folder)
-    clip = pipeline.load_model(
-        folder,
-        config=config,
-        arrange=_vision_half,
-        shardings=shardings,
-        param_dtype=param_dtype,
-        **options,
-    )
-    graphdef, abstract_params = _head(config)
-    params = weights.load(
-        folder / HEAD,
-        abstract_params,
-        shardings=None if shardings is None else shardings(abstract_params),
-    )
-    return _reward(clip, graphdef, params, _no_prompts)
+    clip = load_model(folder, options, config=config, arrange=_vision_half)
+    graphdef, abstract_params = _head(config, options)
+    return _reward(clip, graphdef, weights.load(folder / HEAD, abstract_params), _no_prompts)

@@ -9,7 +9,7 @@ Pillow's bicubic resize.
 
 import functools
 
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.folder import model_class
 from di_star_jax.rewards import similarity
 from di_star_jax.storage.open_clip import to_transformers
 
@@ -25,7 +25,7 @@ def model_name(config: dict) -> str:
 
     Args: config, of a `CLIPModel`.
     """
-    vision = pipeline.model_class(config)[1].vision_config
+    vision = model_class(config)[1].vision_config
     size = _SIZES[vision.hidden_size] if vision.hidden_size in _SIZES else str(vision.hidden_size)
     return f"ViT-{size}/{vision.patch_size}"
 

@@ -11,13 +11,13 @@ Source: tgxs002/HPSv2 `img_score.py`.
 from pathlib import Path
 
 from di_star_jax.models.published import PICKSCORE
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.folder import PLAIN, Options, abstract_model, load_model
 from di_star_jax.prompts.files import Tokenizer
 from di_star_jax.rewards.pixels import Pixels, tensor_pixels, tensor_pixels_rounded
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.similarity import check_weights, reward_of
 from di_star_jax.rewards.similarity import read_config as read_clip_config
-from di_star_jax.storage import weights
+from di_star_jax.storage import folders
 from di_star_jax.storage.open_clip import to_transformers
 
 NEEDED = {
@@ -33,13 +33,12 @@ def read_config(folder: Path) -> dict:
     return read_clip_config(folder) if (folder / "config.json").is_file() else PICKSCORE
 
 
-def abstract(config: dict, *, evaluation: Pixels = tensor_pixels_rounded, **options) -> Reward:
-    """Shapes alone.
-
-    Args: config, of a `CLIPModel`; evaluation, as of `load`; options, of `pipeline.abstract_model`.
-    """
+def abstract(
+    config: dict, options: Options = PLAIN, *, evaluation: Pixels = tensor_pixels_rounded
+) -> Reward:
+    """Shapes alone. Args: config, of a `CLIPModel`; evaluation, as of `load`."""
     return reward_of(
-        pipeline.abstract_model(config, **options),
+        abstract_model(config, options),
         None,
         training=tensor_pixels,
         evaluation=evaluation,
@@ -47,21 +46,22 @@ def abstract(config: dict, *, evaluation: Pixels = tensor_pixels_rounded, **opti
 
 
 def load(
-    folder: Path, *, tokenizer: str | Path, evaluation: Pixels = tensor_pixels_rounded, **options
+    folder: Path,
+    options: Options = PLAIN,
+    *,
+    tokenizer: str | Path,
+    evaluation: Pixels = tensor_pixels_rounded,
 ) -> Reward:
     """From a folder with the published file converted to model.safetensors.
 
-    Args: folder; tokenizer, a folder or Hub name; evaluation, from images to pixels; options, of
-      `pipeline.load_model`.
+    Args: tokenizer, a folder or Hub name; evaluation, from images to pixels.
     Raises: UserError for a folder without weights, or of another model.
     """
     check_weights(folder, NEEDED)
-    model = pipeline.load_model(
-        folder, config=read_config(folder), arrange=to_transformers, **options
-    )
+    model = load_model(folder, options, config=read_config(folder), arrange=to_transformers)
     return reward_of(
         model,
-        Tokenizer(weights.resolve_tokenizer(tokenizer)),
+        Tokenizer(folders.resolve_tokenizer(tokenizer)),
         training=tensor_pixels,
         evaluation=evaluation,
     )

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from di_star_jax import models
 from di_star_jax.errors import UserError
 from di_star_jax.models.blip import BLIPConfig, ImageReward
-from di_star_jax.pipelines.folder import Model
+from di_star_jax.pipelines.folder import PLAIN, Model, Options, Port, abstract_port
 from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
 from di_star_jax.rewards.reward import Reward, Tokenize
-from di_star_jax.storage import weights
+from di_star_jax.storage import folders, weights
 
 LENGTH = 35  # tokens; ImageReward pads and cuts every prompt to it
 # The published med_config.json, but for what concerns training.
@@ -39,6 +38,7 @@ PUBLISHED = {
     "encoder_width": 768,
     "add_cross_attention": True,
 }
+_PORT = Port(ImageReward, BLIPConfig)
 _USED = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
 NEEDED = {
     "model.safetensors": "ImageReward.pt of THUDM/ImageReward on the Hub, converted once with "
@@ -105,17 +105,6 @@ def score(
     )
 
 
-def _abstract_model(
-    config: dict, *, dtype=jnp.float32, remat: str = "none", kernel: str = "xla"
-) -> Model:
-    del kernel  # for long attention; this one is short
-    settings = BLIPConfig.from_json(config)
-    return Model(
-        *models.abstract(lambda rngs: ImageReward(settings, rngs=rngs, dtype=dtype, remat=remat)),
-        config,
-    )
-
-
 def _reward_of(model: Model, tokenize: Tokenize | None) -> Reward:
     ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     return Reward(
@@ -151,44 +140,30 @@ def _check_files(folder: Path, names: Iterable[str]) -> None:
 def read_config(folder: Path) -> dict:
     """The folder's med_config.json. Raises: UserError where it is missing or broken."""
     _check_files(folder, ["med_config.json"])
-    return weights.read_config(folder, name="med_config.json")
+    return folders.read_config(folder, name="med_config.json")
 
 
-def abstract(config: dict, **options) -> Reward:
+def abstract(config: dict, options: Options = PLAIN) -> Reward:
     """Shapes alone.
 
-    Args:
-      config: of `BLIPConfig.from_json`, such as PUBLISHED.
-      options: dtype, remat, kernel, as in `pipeline.abstract_model`.
+    Args: config, of `BLIPConfig.from_json`, such as PUBLISHED.
     Raises: UserError for a setting that is not ported.
     """
-    return _reward_of(_abstract_model(config, **options), None)
+    return _reward_of(abstract_port(_PORT, config, options), None)
 
 
-def load(
-    folder: Path, *, tokenizer: str | Path, shardings=None, param_dtype=jnp.float32, **options
-) -> Reward:
+def load(folder: Path, options: Options = PLAIN, *, tokenizer: str | Path) -> Reward:
     """From a folder with ImageReward's weights as safetensors, its med_config.json, and BERT's
     vocab.txt.
 
     Args:
       folder: model.safetensors in it holds ImageReward.pt's tensors under their names.
       tokenizer: CLIP's, for other rewards.
-      shardings: function from the abstract parameter tree to a tree of shardings, or None for the
-        default device.
-      param_dtype: of the parameters in memory.
-      options: dtype, remat, kernel, as in `pipeline.abstract_model`.
     Raises: UserError for whatever is wrong with the folder.
     """
     del tokenizer
     _check_files(folder, NEEDED)
-    model = _abstract_model(read_config(folder), **options)
+    model = abstract_port(_PORT, read_config(folder), options)
     tokenize = BertTokenizer(folder, nnx.merge(model.graphdef, model.params).config.vocab_size)
-    params = weights.load(
-        folder,
-        model.params,
-        dtype=param_dtype,
-        arrange=_used,
-        shardings=None if shardings is None else shardings(model.params),
-    )
+    params = weights.load(folder, model.params, arrange=_used)
     return _reward_of(model._replace(params=params), tokenize)

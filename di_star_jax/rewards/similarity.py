@@ -10,12 +10,18 @@ from flax import nnx
 
 from di_star_jax.errors import UserError
 from di_star_jax.models.clip import CLIPModel
-from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines.folder import Model
+from di_star_jax.pipelines.folder import (
+    PLAIN,
+    Model,
+    Options,
+    abstract_model,
+    load_model,
+    model_class,
+)
 from di_star_jax.prompts.files import Tokenizer
 from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
 from di_star_jax.rewards.reward import Reward, Tokenize, listed
-from di_star_jax.storage import weights
+from di_star_jax.storage import folders, weights
 
 
 def read_config(folder: Path) -> dict:
@@ -23,8 +29,8 @@ def read_config(folder: Path) -> dict:
 
     Raises: UserError where it is missing, broken, or of another model.
     """
-    config = weights.read_config(folder)
-    found = pipeline.model_class(config)[0]
+    config = folders.read_config(folder)
+    found = model_class(config)[0]
     if found is not CLIPModel:
         raise UserError(
             f"{folder} holds a {found.__name__}, expected a CLIPModel, with both towers; give the folder of one "
@@ -105,7 +111,7 @@ def reward_of(
       tokenize: B texts to token ids int32 [B, L], or None where only shapes are known.
       training, evaluation: from images to the model's pixels.
     """
-    length = pipeline.model_class(model.config)[1].text_config.max_position_embeddings
+    length = model_class(model.config)[1].text_config.max_position_embeddings
     return Reward(
         model.params,
         functools.partial(cosine, model.graphdef, training),
@@ -115,19 +121,28 @@ def reward_of(
     )
 
 
-def abstract(config: dict, **options) -> Reward:
-    """Shapes alone. Args: config, of a `CLIPModel`; options, of `pipeline.abstract_model`."""
-    return reward_of(pipeline.abstract_model(config, **options), None)
+def abstract(config: dict, options: Options = PLAIN) -> Reward:
+    """Shapes alone. Args: config, of a `CLIPModel`."""
+    return reward_of(abstract_model(config, options), None)
 
 
-def load(folder: Path, *, needed: dict[str, str], tokenizer: str | Path, **options) -> Reward:
+def load(
+    folder: Path,
+    options: Options = PLAIN,
+    *,
+    tokenizer: str | Path,
+    needed: dict[str, str],
+    arrange: weights.Arrange = dict,
+) -> Reward:
     """From a folder with a `CLIPModel`'s config.json and safetensors.
 
-    Args: folder; needed, the NEEDED of the reward's file; tokenizer, a folder or Hub name; options,
-      of `pipeline.load_model`.
+    Args:
+      tokenizer: a folder or Hub name.
+      needed: the NEEDED of the reward's file.
+      arrange: of the stored tensors, as in `weights.load`.
     Raises: UserError for a folder without weights, or of another model.
     """
     config = read_config(folder)
     check_weights(folder, needed)
-    model = pipeline.load_model(folder, config=config, **options)
-    return reward_of(model, Tokenizer(weights.resolve_tokenizer(tokenizer)))
+    model = load_model(folder, options, config=config, arrange=arrange)
+    return reward_of(model, Tokenizer(folders.resolve_tokenizer(tokenizer)))

@@ -41,6 +41,7 @@ from di_star_jax.errors import run as run_command
 from di_star_jax.models.clip import CLIPConfig, CLIPModel
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts import files as prompts
 from di_star_jax.rewards import similarity
 from di_star_jax.shapes import oracle, scenes, taste, tokenizer
@@ -325,7 +326,7 @@ def mean_image_loss(
       scalar.
     """
     states = {}
-    for part, name in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+    for name, part in SDXL.tokenizers.items():
         out = nnx.merge(graphdefs[part], params[part])(token_ids[name])
         end = token_ids[name].argmax(axis=-1)  # the end-of-text token has the largest id
         states[part] = out.hidden_states_penultimate[jnp.arange(len(end)), end]
@@ -427,7 +428,7 @@ def train_teacher(
         keys = jax.random.split(key, 4)
         networks, ids = params["networks"], batch["ids"]
         x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
-        condition, null = pipeline.encode_text(graphdefs, networks, ids, RESOLUTION)
+        condition, null = SDXL.encode_text(graphdefs, networks, ids, RESOLUTION)
         drop = jax.random.bernoulli(keys[1], 0.1, x0.shape[:1])
         condition = jax.tree.map(
             lambda c, n: jnp.where(diffusion.per_sample(drop, c), n, c), condition, null
@@ -595,7 +596,7 @@ def distil_generator(
         unet=lambda params, x_t, t, condition: nnx.merge(graphdefs["unet"], params)(
             x_t, t, condition
         ),
-        encode_text=lambda params, ids: pipeline.encode_text(graphdefs, params, ids, RESOLUTION),
+        encode_text=lambda params, ids: SDXL.encode_text(graphdefs, params, ids, RESOLUTION),
         reward=lambda params, x0, ids, crop: (jnp.zeros(x0.shape[0]), {}),
     )
     settings = gradients.Settings(
@@ -608,7 +609,7 @@ def distil_generator(
         assistant_times=(0, 999),
         assistant_updates=1,
         sharing="x0",
-        generator_timesteps=(399,),
+        generator_timesteps=(SDXL.one_step,),
         latent_shape=(16, 16, 4),
         ema_decay=0.98,
     )
@@ -682,7 +683,7 @@ def report(folder: pathlib.Path) -> dict[str, float]:
         models=loaded.models | {"unet": pipeline.load_model(folder / "generator")}
     )
     one_step = drawing.make_draw(
-        generator, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0
+        generator, sampler="few_step", timesteps=np.array([SDXL.one_step]), guidance_scale=1.0
     )
     return {
         "teacher, 50 guided steps": accuracy(teacher, captions, seed=1),

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run, by Orbax: one item per field of the state, so that one network can be read
-without the rest.
+"""Checkpoints of a run, by Orbax.
+
+One item per field of the state, so that one network can be read without the rest.
 """
 
+import contextlib
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from di_star_jax.errors import UserError
 
@@ -16,11 +18,13 @@ FOLDER = "checkpoints"  # of a run, in its workdir
 _METADATA = "metadata"
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints in one folder, which is made where it is missing.
 
+    Used in a `with`, or closed by hand: what is being written is on disk after that.
+
     Args:
-      folder: one run's own, local or gs://; no other job may write there.
+      folder: one run's own; no other job may write there.
       keep: how many of the newest to keep, or None for all.
     Raises: UserError where the folder cannot be made.
     """
@@ -36,12 +40,6 @@ class Checkpoints:
             raise UserError(
                 f"cannot write checkpoints in {folder} ({error.strerror}); give another folder"
             ) from None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def save(self, step: int, state: Any, metadata: dict) -> None:
         """Starts to write `state`; its buffers may be donated as soon as this returns.
@@ -94,22 +92,22 @@ class Checkpoints:
         self._item_folder(step, _METADATA)
         return self._read(step, _METADATA, ocp.args.JsonRestore())
 
-    def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Waits, then frees what the manager holds."""
+        """Waits until all that was saved is on disk, then frees what the manager holds."""
         self._manager.close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _read(self, step: int, name: str, args: Any) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
-    def _item_folder(self, step: int, name: str) -> epath.Path:
+    def _item_folder(self, step: int, name: str) -> Path:
         steps = sorted(self._manager.all_steps())
         if step not in steps:
             raise UserError(
-                f"no checkpoint of step {step} in {self.folder}, there are {steps}; give one of these"
+                f"no checkpoint of step {step} in {self.folder}, there are {steps}; "
+                "give one of these"
             )
         folder = self.folder / str(step)
         if not (folder / name).is_dir():
@@ -131,9 +129,9 @@ class Checkpoints:
         if wrong or missing or extra:
             first = (wrong + missing + extra)[:10]
             raise UserError(
-                f"{folder} does not fit the model: {len(missing)} arrays missing, {len(extra)} extra, "
-                f"{len(wrong)} of the wrong shape; first {len(first)}: {'; '.join(first)}; "
-                "give the config it was saved with"
+                f"{folder} does not fit the model: {len(missing)} arrays missing, "
+                f"{len(extra)} extra, {len(wrong)} of the wrong shape; first {len(first)}: "
+                f"{'; '.join(first)}; give the config it was saved with"
             )
 
 
@@ -151,9 +149,8 @@ def existing(folder: str | os.PathLike) -> Checkpoints:
     )
 
 
-def _absolute(folder: str | os.PathLike) -> epath.Path:
-    folder = os.fspath(folder)
-    return epath.Path(folder if "://" in folder else os.path.abspath(folder))
+def _absolute(folder: str | os.PathLike) -> Path:
+    return Path(os.path.abspath(folder))
 
 
 def _fields(state: Any) -> tuple[dict[str, Any], Any]:

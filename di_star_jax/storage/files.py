@@ -1,23 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def _partial(path: Path) -> Path:
+    """A hidden name beside `path`, of this process alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A file to write, which takes the name `path` at the end, or vanishes after an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """As `whole`, a new folder to write in; what had the name `path` is gone at the end."""
+    partial = _partial(path)
+    old = partial.with_suffix(".old")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read_json(file: Path) -> dict:
@@ -27,9 +49,8 @@ def read_json(file: Path) -> dict:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file that is never seen half written."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def digest_of(file: Path) -> str:

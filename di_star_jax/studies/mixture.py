@@ -21,7 +21,7 @@ from absl import flags
 from di_star_jax import diffusion, gradients, objectives, sharding, step
 from di_star_jax.errors import run as run_command
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.sdxl import SDXL, null_of
 
 SCHEDULE = diffusion.make_schedule(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -53,7 +53,7 @@ SETTINGS = gradients.Settings(
     assistant_times=(0, 999),
     assistant_updates=3,
     sharing="x0",
-    generator_timesteps=(399,),
+    generator_timesteps=(SDXL.one_step,),
     latent_shape=(2,),
     ema_decay=0.995,
 )
@@ -115,7 +115,7 @@ def encode_text(frozen: dict, token_ids: dict) -> tuple[Condition, Condition]:
     """No prompts: a condition that says the batch's size alone."""
     del frozen, token_ids
     condition = Condition(jnp.zeros((BATCH, 1, 1)), jnp.zeros((BATCH, 1)), None)
-    return condition, pipeline.null_of(condition)
+    return condition, null_of(condition)
 
 
 def sample_mixture(key: jax.Array, count: int) -> jax.Array:
@@ -208,7 +208,7 @@ def draw(generator: dict, count: int = 200_000) -> np.ndarray:
     x0 = gradients.denoise(
         generator,
         z,
-        jnp.array(399),
+        jnp.array(SDXL.one_step),
         None,
         networks=gradients.Networks(apply_unet, None, None),
         schedule=SCHEDULE,

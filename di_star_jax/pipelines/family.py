@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one family of models has of its own; a family is one file beside this one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from di_star_jax.models.unet import Condition
+
+# (graphdefs, parameters, token ids, all by component; pixels) -> (condition, null condition).
+EncodeText = Callable[
+    [dict[str, nnx.GraphDef], dict[str, Any], dict[str, jax.Array], int],
+    tuple[Condition, Condition],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a pipeline folder holds, and what its networks are told of a prompt.
+
+    parts: names of the networks' folders; a pipeline may lack some, never the UNet.
+    tokenizers: name of the text encoder that reads a tokenizer's token ids, by the tokenizer's.
+    encode_text: a batch of prompts as the UNet's condition, with what stands for 'no prompt'.
+    one_step: time of the one-step generator's step, in [0, 999].
+    """
+
+    parts: tuple[str, ...]
+    tokenizers: dict[str, str]
+    encode_text: EncodeText
+    one_step: int

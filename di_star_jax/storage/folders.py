@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders in the layout of diffusers: found here or on the Hub, read safely, written whole.
+
+Nothing in them is run, and no name in them leads out of them.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import safetensors
+from absl import logging
+
+from di_star_jax.errors import UserError
+from di_star_jax.storage.files import whole_folder
+
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems of weight files' names
+SCHEDULER = ("scheduler", "scheduler_config.json")  # folder and file, in a pipeline
+_STEMS = (DIFFUSERS, TRANSFORMERS, "pytorch_model")
+_TEXT = ["*.json", "*.txt"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_config(folder: str | os.PathLike, subfolder: str = "", name: str = "config.json") -> dict:
+    """The parsed JSON file of a model folder. Raises: UserError where it is missing or broken."""
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}; give a folder in the layout of diffusers")
+    return read_object(Path(folder) / subfolder / name)
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file that holds an object. Raises: UserError where it is missing or broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"no file {path}; give a folder in the layout of diffusers") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{path} holds {kind}, expected a JSON object; download it again")
+    return content
+
+
+def write_object(path: Path, content: dict) -> None:
+    """Writes a JSON file as diffusers does, its keys in order."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# From the Hub.
+
+
+def resolve(name: str) -> Path:
+    """A local folder for a folder's or a Hub repository's name.
+
+    Of the Hub's, safetensors, json and txt files only.
+
+    Raises: UserError for a path that is no folder (without asking the network), or when the Hub
+      does not deliver.
+    """
+    if _is_folder(name):
+        return Path(name)
+    folder = _fetch(name, _TEXT)
+    patterns = ["*.safetensors"]
+    # Beside the components of a pipeline, repositories keep the same weights again in single files.
+    if (folder / "model_index.json").is_file():
+        patterns = [f"{part}/*.safetensors" for part in components(folder)]
+    _fetch(name, patterns, ignore="*.fp16*")
+    if not any(folder.rglob("*.safetensors")):
+        _fetch(name, patterns)
+    return folder
+
+
+def resolve_tokenizer(name: str) -> Path:
+    """As `resolve`, but fetches no weights."""
+    return Path(name) if _is_folder(name) else _fetch(name, _TEXT)
+
+
+def _is_folder(name: str) -> bool:
+    """Whether `name` is local. Raises: UserError if it cannot be a repository's either."""
+    if Path(name).is_dir():
+        return True
+    if Path(name).exists():
+        raise UserError(
+            f"{name} is a file, expected a folder in the layout of diffusers; "
+            "give the folder around it"
+        )
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise UserError(
+            f"no folder {name}; give an existing folder, or a name on the Hub such as "
+            "stabilityai/stable-diffusion-xl-base-1.0"
+        )
+    return False
+
+
+def _fetch(name: str, patterns: list[str], ignore: str | None = None) -> Path:
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore)
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name} is no local folder and could not be had from the Hub ({reason}); "
+            f"check the name and the network, or run `hf download {name}` where there is one "
+            "and give the folder"
+        ) from None
+
+
+# What is in them.
+
+
+def components(pipeline: str | os.PathLike) -> list[str]:
+    """Names of the subfolders of a pipeline.
+
+    Raises: UserError where its model_index.json is missing or suspicious.
+    """
+    model_index = Path(pipeline) / "model_index.json"
+    content = read_object(model_index)
+    names = [
+        name
+        for name, kind in content.items()
+        if isinstance(kind, list) and kind[:1] not in ([], [None])
+    ]
+    for name in names:
+        if not re.fullmatch(r"\w+", name):
+            raise UserError(
+                f"{model_index} names a component {name!r}, expected a plain name; "
+                "get it from a source you trust"
+            )
+    return names
+
+
+def weight_files(folder: Path) -> tuple[list[Path], Path | None]:
+    """A model folder's safetensors files, and the index if they are shards of one model.
+
+    Half-precision files are taken where there are no others. Raises: UserError where none are.
+    """
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; give a folder with safetensors weights")
+    for variant in ("", ".fp16"):
+        for stem in _STEMS:
+            single = folder / f"{stem}{variant}.safetensors"
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if variant and (single.is_file() or index.is_file()):
+                logging.info("%s has half-precision weights only: taking its .fp16 files", folder)
+            if single.is_file():
+                return [single], None
+            if index.is_file():
+                return _shards(index), index
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise _pickle_error(pickles[0])
+    raise UserError(
+        f"no weights in {folder}, expected e.g. {DIFFUSERS}.safetensors or "
+        f"{TRANSFORMERS}.safetensors; give the folder of one model, such as PIPELINE/unet"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted({str(name) for name in read_object(index)["weight_map"].values()})
+    except (KeyError, AttributeError):
+        raise UserError(f"{index} has no table 'weight_map'; download the folder again") from None
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):  # nothing that leaves the folder
+            raise UserError(
+                f"{index} names a file {name!r}, expected plain names of safetensors files "
+                "beside it; get the weights from a source you trust"
+            )
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name}, which is not there; download the folder again")
+    return [index.parent / name for name in names]
+
+
+def open_weights(path: Path) -> Any:
+    """An open safetensors file, its tensors not read. Raises: UserError for anything else."""
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except (safetensors.SafetensorError, OSError) as error:
+        if _begins_as_pickle(path):
+            raise _pickle_error(path) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} is not a readable safetensors file ({reason}); download it again"
+        ) from None
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    # A safetensors file may begin with 0x80 too, but its ninth byte is "{".
+    return start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")
+
+
+def _pickle_error(path: Path) -> UserError:
+    return UserError(
+        f"{path} is a pickle, which can run code when it is read; expected safetensors: "
+        "convert it first with safetensors.torch.save_file"
+        "(torch.load(file, weights_only=True), 'model.safetensors')"
+    )
+
+
+# Written whole.
+
+
+def check_output(folder: str | os.PathLike) -> None:
+    """Raises: UserError if `new_folder` would refuse to replace this folder."""
+    folder = Path(folder)
+    marks = ("config.json", "model_index.json")
+    if folder.exists() and not any((folder / name).is_file() for name in marks):
+        raise UserError(
+            f"{folder} exists and is no model folder, so it is not overwritten; give another output"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A model's or a pipeline's folder to write in, which appears whole, or not at all.
+
+    Raises: UserError where `folder` is something else, or cannot be written.
+    """
+    check_output(folder)
+    try:
+        with whole_folder(folder) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder} ({error.strerror}); give an output on a disk with room"
+        ) from None
