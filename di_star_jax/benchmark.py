@@ -39,7 +39,8 @@ from di_star_jax import sharding, xla_flags
 from di_star_jax.checks import check
 from di_star_jax.config import parse_flags
 from di_star_jax.cost import compile as aot
-from di_star_jax.cost import flops, plan
+from di_star_jax.cost import plan
+from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError
 from di_star_jax.errors import run as run_command
 from di_star_jax.rewards import rewards_used
@@ -161,7 +162,7 @@ def _preset(chip: str | None) -> dict:
     }
 
 
-def roofline(flop: float, traffic: dict, chip: flops.Chip) -> dict[str, float]:
+def roofline(flop: float, traffic: dict, chip: Chip) -> dict[str, float]:
     """Least seconds a call. Args: flop of one device's model; traffic of `flops.collectives`."""
     received = sum(size for (_, what), size in traffic.items() if what == "bytes")
     return {"compute_s": flop / chip.flops, "network_s": received / chip.network}
@@ -266,10 +267,10 @@ def run(
         )
     check(config, len(devices))
     if what == "train":
-        plan.check_memory(config, devices[0], len(devices))
+        plan.check_memory(plan.make(config, len(devices), devices[0].device_kind))
     mesh = sharding.make_mesh(m.data, m.fsdp, m.context, devices=devices)
     device = devices[0]
-    chip = flops.CHIPS.get(flops.chip_of(device.device_kind))
+    chip = CHIPS.get(chip_of(device.device_kind))
     work = aot.WORK[what](config, mesh)
     model_flop = aot.model_flop(what, config, jax.devices()[0])
     theirs = _torch_times(config, what, repeats) if versus else None
@@ -294,7 +295,7 @@ def run(
         },
         "effort": effort,
         "model_flop": model_flop,
-        **_preset(flops.chip_of(device.device_kind)),
+        **_preset(chip_of(device.device_kind)),
     }
     per_device = model_flop * config.data.batch_size / len(devices)
     if chip:

@@ -17,8 +17,8 @@ from test_step import CONFIGS
 from test_train import UNET
 
 from di_star_jax import benchmark, sharding
+from di_star_jax.cost import chips, flops, plan
 from di_star_jax.cost import compile as aot
-from di_star_jax.cost import flops, plan
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
@@ -157,17 +157,17 @@ def test_the_compilers_out_of_memory_becomes_what_to_do():
 
 
 def test_a_batch_that_a_device_cannot_hold_is_predicted_before_anything_is_loaded():
-    class Device:
-        device_kind = "TPU v5 lite"
+    def plan_of(batch):
+        return plan.make(dry(**{"data.batch_size": batch}), 16, "TPU v5 lite")
 
-    plan.check_memory(dry(**{"data.batch_size": 16}), Device(), 16)
+    plan.check_memory(plan_of(16))
     with pytest.raises(
         UserError, match="raise compute.microbatches=1, set compute.remat_unet='full'"
     ):
-        plan.check_memory(dry(**{"data.batch_size": 128}), Device(), 16)
+        plan.check_memory(plan_of(128))
 
 
 def test_chips_are_found_by_their_device_kind():
-    assert flops.chip_of("TPU v5 lite") == "v5e" and flops.chip_of("NVIDIA H200") == "H200"
-    assert flops.chip_of("NVIDIA A100-SXM4-80GB") == "A100" and flops.chip_of("cpu") is None
-    assert math.isclose(flops.CHIPS["v6e"].flops, 918e12)
+    assert chips.chip_of("TPU v5 lite") == "v5e" and chips.chip_of("NVIDIA H200") == "H200"
+    assert chips.chip_of("NVIDIA A100-SXM4-80GB") == "A100" and chips.chip_of("cpu") is None
+    assert math.isclose(chips.CHIPS["v6e"].flops, 918e12)

@@ -102,13 +102,13 @@ def _frozen(config, mesh: Mesh) -> assembly.Frozen:
 
     models = {
         name: placed(pipeline.abstract_model(known[name], **options[name]))
-        for name in plan.PARTS
+        for name in assembly.PARTS
         if name in known
     }
     rewards = {
         name: placed(REWARDS[name].file.abstract(found, **options["reward"]))
         for name, found in known.items()
-        if name not in plan.PARTS
+        if name not in assembly.PARTS
     }
     schedule = Schedule(*2 * (jnp.ones(1000),))  # only its shape counts here
     return assembly.assemble(config, models, rewards, schedule, tokenizers={}, folder=None)
