@@ -12,6 +12,22 @@ from di_star_jax.models import published
 SDXL = {"unet": 2_567_463_684}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def build_once():
+    """Models of the same config.json are built once for all tests."""
+    built, plain = {}, plan.abstract_params
+
+    def abstract_params(configs):
+        for name, known in configs.items():
+            if json.dumps(known) not in built:
+                built[json.dumps(known)] = plain({name: known})[name]
+        return {name: built[json.dumps(known)] for name, known in configs.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "abstract_params", abstract_params)
+        yield
+
+
 def lines_of(config, device_count, device_kind="cpu"):
     return plan.describe(plan.make(config, device_count, device_kind))
 
