@@ -27,8 +27,9 @@ def main() -> None:
     if config.dry_run:
         from di_star_jax.cost import plan
 
-        check(config, planned_devices(config, jax.device_count()))
-        print("\n".join(plan.describe(config, jax.device_count())))
+        count, kind = jax.device_count(), jax.devices()[0].device_kind
+        check(config, planned_devices(config, count))
+        print("\n".join(plan.describe(plan.make(config, count, kind))))
         return
     check_workdir(_WORKDIR.value)
     connect(os.environ)

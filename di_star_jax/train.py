@@ -141,11 +141,12 @@ class Report:
 
 def introduce(config, mesh: Mesh) -> None:
     """Says what the run is, and refuses one that cannot fit its devices. Raises: UserError."""
-    log.say("\n".join(plan.describe(config, jax.device_count())))
+    planned = plan.make(config, jax.device_count(), mesh.devices.flat[0].device_kind)
+    log.say("\n".join(plan.describe(planned)))
     kernel = assembly.kernel_of(config, mesh.devices.flat[0].platform)
     where = "" if kernel == "xla" else f" on {attention.LONG} tokens and more, else xla"
     log.say(f"attention: {kernel}{where}")
-    plan.check_memory(config, mesh.devices.flat[0], jax.device_count())
+    plan.check_memory(planned)
 
 
 def load_state(

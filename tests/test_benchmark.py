@@ -3,11 +3,13 @@
 holds.
 """
 
+import dataclasses
 import json
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -17,8 +19,8 @@ from test_step import CONFIGS
 from test_train import UNET
 
 from di_star_jax import benchmark, sharding
+from di_star_jax.cost import chips, flops, plan
 from di_star_jax.cost import compile as aot
-from di_star_jax.cost import flops, plan
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
@@ -84,7 +86,7 @@ def test_model_flop_do_not_depend_on_how_memory_is_saved(folder):
 @pytest.mark.slow
 def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(folder):
     config = tiny(folder)
-    result = benchmark.run(config, "train", name="tiny", topology="v5e:2x2", versus="", repeats=1)
+    result = benchmark.run(config, benchmark.Request("train", "tiny", topology="v5e:2x2"))
     assert result["attention"] == "splash" and result["environment"]["device"] == "TPU v5 lite"
     kinds = result["collectives"]
     assert kinds["all-gather"]["count"] > 0 and kinds["all-gather"]["bytes"] > 0
@@ -119,7 +121,7 @@ def test_all_gathers_are_those_of_the_split_weights(folder):
 @pytest.mark.slow
 def test_a_measurement_holds_times_settings_and_environment(folder):
     config = tiny(folder, **{"mesh.fsdp": 8, "data.batch_size": 8, "compute.dtype": "float32"})
-    result = benchmark.run(config, "vae", name="tiny", topology="", versus="", repeats=3)
+    result = benchmark.run(config, benchmark.Request("vae", "tiny", repeats=3))
     assert len(result["samples"]) == 3 and result["ours"]["median_s"] > 0
     assert result["ours"]["samples_per_s_per_device"] == pytest.approx(
         1 / result["ours"]["median_s"]
@@ -127,6 +129,28 @@ def test_a_measurement_holds_times_settings_and_environment(folder):
     assert result["environment"]["mesh"] == {"data": 1, "fsdp": 8, "context": 1}
     assert json.loads(json.dumps(result))["settings"]["remat_unet"] == "full"
     assert "mfu" not in result  # a CPU is not in the table
+
+
+def test_random_weights_differ_where_their_shapes_do_not():
+    kernel, vector = np.zeros((64, 32), np.float32), np.zeros(32, np.float32)
+    state = {
+        "generator": {
+            "a": {"kernel": kernel, "bias": vector, "scale": vector},
+            "b": {"kernel": kernel, "embedding": kernel},
+        },
+        "opt_generator": {"a": {"kernel": kernel}},
+    }
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    args = sharding.abstract((state,), sharding.replicated(mesh))
+    (made,) = benchmark.materialise(args)
+    (again,) = benchmark.materialise(args)
+    jax.tree.map(np.testing.assert_array_equal, made, again)
+    a, b = made["generator"]["a"], made["generator"]["b"]
+    assert abs(np.corrcoef(a["kernel"].ravel(), b["kernel"].ravel())[0, 1]) < 0.1
+    assert a["kernel"].std() == pytest.approx(64**-0.5, rel=0.1)
+    assert (a["bias"] == 0).all() and (a["scale"] == 1).all()
+    assert b["embedding"].std() == pytest.approx(1, rel=0.2)
+    assert (made["opt_generator"]["a"]["kernel"] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:7x5x3"])
@@ -157,17 +181,15 @@ def test_the_compilers_out_of_memory_becomes_what_to_do():
 
 
 def test_a_batch_that_a_device_cannot_hold_is_predicted_before_anything_is_loaded():
-    class Device:
-        device_kind = "TPU v5 lite"
-
-    plan.check_memory(dry(**{"data.batch_size": 16}), Device(), 16)
+    fits = plan.make(dry(**{"data.batch_size": 16}), 16, "TPU v5 lite")
+    plan.check_memory(fits)
     with pytest.raises(
         UserError, match="raise compute.microbatches=1, set compute.remat_unet='full'"
     ):
-        plan.check_memory(dry(**{"data.batch_size": 128}), Device(), 16)
+        plan.check_memory(dataclasses.replace(fits, config=dry(**{"data.batch_size": 128})))
 
 
 def test_chips_are_found_by_their_device_kind():
-    assert flops.chip_of("TPU v5 lite") == "v5e" and flops.chip_of("NVIDIA H200") == "H200"
-    assert flops.chip_of("NVIDIA A100-SXM4-80GB") == "A100" and flops.chip_of("cpu") is None
-    assert math.isclose(flops.CHIPS["v6e"].flops, 918e12)
+    assert chips.chip_of("TPU v5 lite") == "v5e" and chips.chip_of("NVIDIA H200") == "H200"
+    assert chips.chip_of("NVIDIA A100-SXM4-80GB") == "A100" and chips.chip_of("cpu") is None
+    assert math.isclose(chips.CHIPS["v6e"].flops, 918e12)

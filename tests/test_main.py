@@ -98,9 +98,8 @@ def test_a_broken_config_file_is_named_in_one_line(command, tmp_path, content, m
 
 def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "di_star_jax.cost.plan.describe", lambda c, n: seen.append((c, n)) or ["the plan"]
-    )
+    monkeypatch.setattr("di_star_jax.cost.plan.make", lambda c, n, kind: seen.append((c, n)))
+    monkeypatch.setattr("di_star_jax.cost.plan.describe", lambda plan: ["the plan"])
     code, stdout, _ = command(SDXL + ":sim", DRY, "--config.data.batch_size=32")
     assert (code, stdout) == (0, "the plan\n")
     ((got, devices),) = seen

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our step against PyTorch's, which is written from the paper over the published code's networks."""
+"""Our step against PyTorch's, written from the paper over the published code's networks."""
 
 import dataclasses
 import functools
@@ -33,9 +33,8 @@ PARTS = {
 @pytest.fixture(scope="module")
 def world():
     """(PyTorch's networks, our graphs, our parameters of the same values, token ids, draws)."""
-    torch.set_num_threads(
-        1
-    )  # several wait for each other where other processes keep the cores busy
+    # Several wait for each other where other processes keep the cores busy.
+    torch.set_num_threads(1)
     modules = {
         name: randomise(peer.network(CONFIGS[part], dtype=torch.float32, device="cpu"), seed)
         for seed, (name, part) in enumerate(PARTS.items())
@@ -67,14 +66,9 @@ def theirs(world, **changes):
     drawn = peer.Draws(
         *map(to_torch, (draws.noise[:, 0], draws.t, draws.eps, draws.t_psi, draws.eps_psi))
     )
-    return peer.step_gradients(
-        modules,
-        dataclasses.replace(GIVEN, **changes),
-        *peer.schedule(),
-        {name: to_torch(v) for name, v in ids.items()},
-        drawn,
-        100.0,
-    )
+    method = peer.method_of(dataclasses.replace(GIVEN, **changes), "cpu")
+    token_ids = {name: to_torch(v) for name, v in ids.items()}
+    return peer.step_gradients(method, modules, token_ids, drawn, 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +115,8 @@ def test_the_step_has_the_gradients_and_losses_of_pytorchs(world, ours):
     ):
         found = errors(grads, target)
         worst = max(found, key=found.get)
-        print(
-            f"{name}: median {np.median(list(found.values())):.1e}, worst {found[worst]:.1e} of {worst}"
-        )
+        median = np.median(list(found.values()))
+        print(f"{name}: median {median:.1e}, worst {found[worst]:.1e} of {worst}")
         assert found[worst] <= 1e-4, f"{name}: {found[worst]:.1e} of {worst}"
     logged = figures.rewards["pickscore"], figures.regulariser, figures.assistant
     for name, values, target in zip(("reward", "regulariser", "assistant"), logged, expected[2:]):
@@ -132,33 +125,26 @@ def test_the_step_has_the_gradients_and_losses_of_pytorchs(world, ours):
         assert error <= 1e-5, name
 
 
-@pytest.mark.parametrize("what", peer.WORK)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_work_of_the_benchmark_runs(what, dtype):
-    peer.make(
-        what,
-        CONFIGS,
-        GIVEN,
+def job(dtype="float32", **changes):
+    return peer.Job(
+        configs=CONFIGS,
+        settings=dataclasses.replace(GIVEN, **changes),
         batch=2,
         resolution=24,
         dtype=dtype,
         device="cpu",
         compile=False,
         reward_scale=100.0,
-    )()
+    )
+
+
+@pytest.mark.parametrize("what", peer.WORK)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_work_of_the_benchmark_runs(what, dtype):
+    peer.make(what, job(dtype))()
 
 
 def test_what_pytorchs_side_does_not_have_is_refused():
     for changes in ({"objective": "kl"}, {"sharing": "x_t"}, {"generator_timesteps": (999, 499)}):
         with pytest.raises(UserError, match="PyTorch's side has no other"):
-            peer.make(
-                "train",
-                CONFIGS,
-                dataclasses.replace(GIVEN, **changes),
-                batch=2,
-                resolution=24,
-                dtype="float32",
-                device="cpu",
-                compile=False,
-                reward_scale=100.0,
-            )
+            peer.make("train", job(**changes))

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 
 import pytest
@@ -11,9 +12,29 @@ from di_star_jax.models import published
 SDXL = {"unet": 2_567_463_684}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def build_once():
+    """Models of the same config.json are built once for all tests."""
+    built, plain = {}, plan.abstract_params
+
+    def abstract_params(configs):
+        for name, known in configs.items():
+            if json.dumps(known) not in built:
+                built[json.dumps(known)] = plain({name: known})[name]
+        return {name: built[json.dumps(known)] for name, known in configs.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "abstract_params", abstract_params)
+        yield
+
+
+def lines_of(config, device_count, device_kind="cpu"):
+    return plan.describe(plan.make(config, device_count, device_kind))
+
+
 @pytest.fixture(scope="module")
 def sdxl():
-    return "\n".join(plan.describe(dry(), device_count=1))
+    return "\n".join(lines_of(dry(), 1))
 
 
 def test_dry_run_of_sdxl_counts_parameters_without_weights_or_devices(sdxl):
@@ -35,7 +56,7 @@ def test_dry_run_says_on_which_chips_it_fits(sdxl):
     fits = next(line for line in sdxl.splitlines() if "in all; fits" in line)
     assert "H100" in fits and "v5e" not in fits  # eight images a chip
     assert "v5e 2," in sdxl.splitlines()[-1]
-    one_each = plan.describe(dry(**{"mesh.data": 8}), device_count=1)
+    one_each = lines_of(dry(**{"mesh.data": 8}), 1)
     assert "v5e" in next(line for line in one_each if "in all; fits" in line)
 
 
@@ -62,7 +83,7 @@ def test_activations_follow_pixels_dtype_and_recomputation():
 
 
 def test_models_that_are_neither_here_nor_published_are_said_to_be_unknown():
-    lines = plan.describe(dry(**{"weights.reference": "some/model"}), device_count=1)
+    lines = lines_of(dry(**{"weights.reference": "some/model"}), 1)
     assert (
         "parameters: unknown before its config.json is here: weights.reference=some/model" in lines
     )
@@ -73,7 +94,7 @@ def test_sizes_come_from_the_folders_that_are_there(tmp_path):
     for part, config in (("unet", published.UNET_SD15), ("reward", published.PICKSCORE)):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
-    lines = plan.describe(
+    lines = lines_of(
         dry(**{"weights.reference": str(tmp_path), "weights.pickscore": str(tmp_path / "reward")}),
         16,
     )
@@ -83,11 +104,32 @@ def test_sizes_come_from_the_folders_that_are_there(tmp_path):
 
 def test_a_folder_without_unet_is_refused(tmp_path):
     with pytest.raises(UserError, match="no file .*unet/config.json"):
-        plan.describe(dry(**{"weights.reference": str(tmp_path)}), 1)
+        lines_of(dry(**{"weights.reference": str(tmp_path)}), 1)
 
 
 def test_a_mesh_that_cannot_split_the_unet_is_refused():
     with pytest.raises(
         UserError, match="mesh.fsdp x mesh.context = 3 divides no axis of .*kernel with shape"
     ):
-        plan.describe(dry(**{"mesh.fsdp": 3, "data.batch_size": 3}), 1)
+        lines_of(dry(**{"mesh.fsdp": 3, "data.batch_size": 3}), 1)
+
+
+def test_memory_is_said_of_a_known_chip_and_of_a_dry_run_only():
+    planned = plan.make(dry(), 16, "cpu")
+
+    def has_memory(dry_run, device_kind):
+        changes = {"config": dry(dry_run=dry_run), "device_kind": device_kind}
+        lines = plan.describe(dataclasses.replace(planned, **changes))
+        return any("memory" in line for line in lines)
+
+    assert not has_memory(False, "cpu")
+    assert has_memory(False, "TPU v5 lite") and has_memory(True, "cpu")
+
+
+def test_a_config_json_may_leave_out_what_diffusers_has_as_defaults(tmp_path):
+    (tmp_path / "unet").mkdir()
+    short = {k: v for k, v in published.UNET_SD15.items() if k != "block_out_channels"}
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(short))
+    planned = plan.make(dry(**{"weights.reference": str(tmp_path)}), 16, "cpu")
+    assert planned.parameters["unet"] == 859_520_964
+    assert planned.image_bytes == plan.activation_bytes(dry())  # SD 1.5 is as wide as SDXL

@@ -290,7 +290,7 @@ def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch
     config = dry(**{"reward.pickscore": 0.0, "eval.metrics": ()})
     config.reward.brightness = 5.0
     check(config, 16)
-    assert plan.describe(config, 16)
+    assert plan.describe(plan.make(config, 16, "cpu"))
     assert rewards.sources_of(config) == {"brightness": ""}
     loaded = rewards.load_rewards(rewards.sources_of(config), str(tmp_path))["brightness"]
     images = jnp.stack([jnp.full((4, 4, 3), -0.5), jnp.full((4, 4, 3), 0.25)])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step and its parts without weights, to be compiled for devices that need not be here,
-or measured.
+"""A training step and its parts without weights, to be compiled or measured.
+
+The devices that they are compiled for need not be here.
 """
 
 import importlib.util
@@ -8,24 +9,25 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from di_star_jax import assembly, drawing, sharding, step
+from di_star_jax.assembly import Parts
 from di_star_jax.cost import flops, plan
 from di_star_jax.diffusion import Schedule
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.folder import abstract_model
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS
 
-GENERATIONS = {
-    "v5e": ("v5litepod", 1),
-    "v5p": ("v5p", 2),
-    "v6e": ("v6e", 1),
-}  # Cloud's name, cores per chip
+# Of TPUs: Cloud's name, cores per chip.
+GENERATIONS = {"v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
 
 
 def topology_devices(name: str) -> list:
@@ -37,7 +39,8 @@ def topology_devices(name: str) -> list:
     generation, _, shape = name.partition(":")
     if generation not in GENERATIONS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(
-            f"topology={name!r}, expected a generation and its chips, e.g. v5e:4x4, v6e:2x4 or v5p:2x2x1"
+            f"topology={name!r}, expected a generation and its chips, e.g. v5e:4x4, v6e:2x4 or "
+            "v5p:2x2x1"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -65,8 +68,7 @@ def topology_devices(name: str) -> list:
 
 
 class Work(NamedTuple):
-    """Something to compile or measure: a jitted function, its abstract arguments with their
-    shardings, and their mesh.
+    """Something to compile or measure: a jitted function and its abstract arguments on a mesh.
 
     The first argument is donated, and is the first result, where `donates`.
     """
@@ -74,11 +76,11 @@ class Work(NamedTuple):
     fn: Any
     args: tuple
     mesh: Mesh
-    donates: bool
+    donates: bool = False
 
 
-def _frozen(config, mesh: Mesh) -> assembly.Frozen:
-    """The run's functions over models that are known by their config.json alone.
+def _parts(config, mesh: Mesh) -> Parts:
+    """The run's models, which are known by their config.json alone.
 
     Raises: UserError where weights of the reference or a reward are neither a folder nor a
       published model's name.
@@ -89,157 +91,125 @@ def _frozen(config, mesh: Mesh) -> assembly.Frozen:
             f"{unknown[0]} is neither a folder nor a model whose sizes are known; give a folder"
         )
     options = assembly.model_options(config, mesh)
-    dtype = jnp.dtype(config.compute.dtype)
-
-    def placed(model):
-        return model._replace(
-            params=jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
-                model.params,
-                sharding.params_sharding(mesh, model.params),
-            )
-        )
-
-    models = {
-        name: placed(pipeline.abstract_model(known[name], options[name]))
-        for name in plan.PARTS
-        if name in known
-    }
-    rewards = {
-        name: placed(REWARDS[name].file.abstract(found, options["reward"]))
-        for name, found in known.items()
-        if name not in plan.PARTS
-    }
-    schedule = Schedule(*2 * (jnp.ones(1000),))  # only its shape counts here
-    return assembly.assemble(config, models, rewards, schedule, tokenizers={}, folder=None)
+    models, rewards = {}, {}
+    for name, found in known.items():
+        if name in SDXL.parts:
+            models[name] = abstract_model(found, options[name])
+        else:
+            reward = REWARDS[name].file.abstract(found, options["reward"])
+            params = options["reward"].placed(reward.params)
+            rewards[name] = reward._replace(params=params)
+    ones = jnp.ones(1000)  # only its shape counts here
+    return Parts(models, rewards, Schedule(ones, ones), tokenizers={}, folder=None)
 
 
-def _token_ids(config, frozen: assembly.Frozen, mesh: Mesh) -> dict:
-    names = {"tokenizer": frozen.configs["text_encoder"]}
-    if "text_encoder_2" in frozen.configs:
-        names["tokenizer_2"] = frozen.configs["text_encoder_2"]
+def _token_ids(config, parts: Parts, mesh: Mesh) -> dict:
     batch = config.data.batch_size
-    ids = {
-        name: _array(mesh, (batch, text.get("max_position_embeddings", 77)), jnp.int32)
-        for name, text in names.items()
-    }
-    return ids | {
-        name: jax.tree.map(lambda x: _array(mesh, (batch, *x.shape[1:]), x.dtype), reward.shapes)
-        for name, reward in frozen.rewards.items()
-    }
+    ids = {}
+    for name, encoder in SDXL.tokenizers.items():
+        if encoder in parts.models:
+            length = parts.models[encoder].config.get("max_position_embeddings", 77)
+            ids[name] = _array(mesh, (batch, length), jnp.int32)
+    for name, reward in parts.rewards.items():
+        ids[name] = jax.tree.map(
+            lambda x: _array(mesh, (batch, *x.shape[1:]), x.dtype), reward.shapes
+        )
+    return ids
 
 
-def _array(mesh: Mesh, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     """Of a batch."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
 
+def _latents(config, parts: Parts, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return _array(mesh, (config.data.batch_size, *parts.latent_shape(config.data.resolution)))
+
+
 def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+    return sharding.abstract(key, sharding.replicated(mesh))
 
 
 def train_work(config, mesh: Mesh) -> Work:
     """The whole training step."""
-    frozen, opts = _frozen(config, mesh), assembly.optimizers(config)
-    state = assembly.abstract_state(frozen.unet, opts, mesh)
-    fn = step.make_train_step(
-        frozen.networks,
-        assembly.settings_of(config, frozen.latent_shape),
-        frozen.schedule,
-        *opts,
-        mesh,
-    )
-    return Work(
-        assembly.jit_step(fn, state, mesh),
-        (state, frozen.params, _token_ids(config, frozen, mesh), _key(mesh)),
-        mesh,
-        donates=True,
-    )
+    parts, optimizers = _parts(config, mesh), assembly.optimizers_of(config)
+    state = assembly.abstract_state(parts.models["unet"], optimizers, mesh)
+    fn = step.make_train_step(assembly.method_of(config, parts), optimizers, mesh)
+    args = (state, parts.frozen(), _token_ids(config, parts, mesh), _key(mesh))
+    return Work(assembly.jit_step(fn, state, mesh), args, mesh, donates=True)
 
 
 def sample_work(config, mesh: Mesh) -> Work:
-    """Prompts to pictures by the generator, and their reward."""
-    frozen = _frozen(config, mesh)
-    fn = drawing.make_draw_of_run(
-        frozen, assembly.settings_of(config, frozen.latent_shape), mesh, score=False
-    )
-    return Work(
-        fn,
-        (frozen.params["unet"], frozen.params, _token_ids(config, frozen, mesh), _key(mesh)),
-        mesh,
-        False,
-    )
+    """Prompts to pictures by the generator."""
+    parts = _parts(config, mesh)
+    method = assembly.method_of(config, parts)
+    timesteps = np.array(method.settings.generator_timesteps)
+    sampling = drawing.Sampling("few_step", timesteps, 1.0, method.settings.latent_shape)
+    drawer = drawing.Drawer(parts.models, parts.schedule, sampling)
+    params = {name: model.params for name, model in parts.models.items()}
+    batch = config.data.batch_size
+    noise = jax.ShapeDtypeStruct((len(timesteps), batch, *sampling.latent_shape), jnp.float32)
+    fn = drawing.make_draw(drawer, mesh)
+    return Work(fn, (params, _token_ids(config, parts, mesh), noise), mesh)
 
 
 def unet_work(config, mesh: Mesh) -> Work:
     """The UNet forward and backward to its float32 parameters."""
-    frozen = _frozen(config, mesh)
-    params = assembly.abstract_state(frozen.unet, assembly.optimizers(config), mesh).generator
-    specs, batch = sharding.params_spec(mesh, params), config.data.batch_size
-    ids = _token_ids(config, frozen, mesh)
-    local = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (frozen.params, ids))
-    whole = jax.tree.map(
-        lambda x: _array(mesh, x.shape, x.dtype),
-        jax.eval_shape(frozen.networks.encode_text, *local)[0],
-    )
+    parts, batch = _parts(config, mesh), config.data.batch_size
+    method = assembly.method_of(config, parts)
+    optimizers = assembly.optimizers_of(config)
+    params = assembly.abstract_state(parts.models["unet"], optimizers, mesh).generator
+    specs = sharding.params_spec(mesh, params)
+    local = sharding.abstract((parts.frozen(), _token_ids(config, parts, mesh)))
+    condition, _ = jax.eval_shape(method.encode_text, *local)
+    condition = sharding.abstract(condition, sharding.batch_sharding(mesh))
 
-    def each(params, x_t, t, condition):
-        loss = lambda params: jnp.sum(frozen.networks.unet(params, x_t, t, condition) ** 2) / batch
+    def gradient(params: Any, x_t: jax.Array, t: jax.Array, condition: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return jnp.sum(method.unet(params)(x_t, t, condition) ** 2) / batch
+
         return sharding.sum_gradients(jax.grad(loss)(params), specs)
 
-    spread = sharding.on_each(mesh, each, (specs, *3 * (sharding.batch_spec(),)), specs)
-    return Work(
-        jax.jit(spread),
-        (
-            params,
-            _array(mesh, (batch, *frozen.latent_shape)),
-            _array(mesh, (batch,), jnp.int32),
-            whole,
-        ),
-        mesh,
-        False,
-    )
+    one = sharding.batch_spec()
+    fn = jax.jit(sharding.on_each(mesh, gradient, (specs, one, one, one), specs))
+    t = _array(mesh, (batch,), jnp.int32)
+    return Work(fn, (params, _latents(config, parts, mesh), t, condition), mesh)
 
 
 def vae_work(config, mesh: Mesh) -> Work:
     """The decoder forward and backward to its latents."""
-    frozen = _frozen(config, mesh)
+    parts = _parts(config, mesh)
+    decode = assembly.decoder(parts)
 
-    def each(params, latents):
-        return jax.grad(lambda x: jnp.sum(frozen.decode(params, x) ** 2))(latents)
+    def total(latents: jax.Array, params: dict) -> jax.Array:
+        return jnp.sum(decode(params, latents) ** 2)
 
-    return _of_latents(config, mesh, frozen, each)
+    return _of_latents(total, parts.frozen(), [_latents(config, parts, mesh)], mesh)
 
 
 def reward_work(config, mesh: Mesh) -> Work:
     """Decoder and reward forward and backward to the latents."""
-    frozen = _frozen(config, mesh)
+    parts = _parts(config, mesh)
+    reward = assembly.reward_of_latents(config, parts)
 
-    def each(params, latents, token_ids, crop):
-        return jax.grad(lambda x: jnp.sum(frozen.networks.reward(params, x, token_ids, crop)[0]))(
-            latents
-        )
+    def total(latents: jax.Array, params: dict, token_ids: dict, crop: jax.Array) -> jax.Array:
+        return jnp.sum(reward(params, latents, token_ids, crop)[0])
 
-    return _of_latents(
-        config,
-        mesh,
-        frozen,
-        each,
-        _token_ids(config, frozen, mesh),
-        _array(mesh, (config.data.batch_size, 2)),
-    )
+    crop = _array(mesh, (config.data.batch_size, 2))
+    batch = [_latents(config, parts, mesh), _token_ids(config, parts, mesh), crop]
+    return _of_latents(total, parts.frozen(), batch, mesh)
 
 
-def _of_latents(config, mesh: Mesh, frozen: assembly.Frozen, each, *others) -> Work:
-    latents = _array(mesh, (config.data.batch_size, *frozen.latent_shape))
-    spread = sharding.on_each(
-        mesh,
-        each,
-        (sharding.params_spec(mesh, frozen.params), *(1 + len(others)) * (sharding.batch_spec(),)),
-        sharding.batch_spec(),
-    )
-    return Work(jax.jit(spread), (frozen.params, latents, *others), mesh, False)
+def _of_latents(total: Callable, params: dict, batch: list, mesh: Mesh) -> Work:
+    """The gradient of total(latents, params, ...) by device. Args: batch, latents first."""
+
+    def gradient(params: dict, latents: jax.Array, *others: Any) -> jax.Array:
+        return jax.grad(total)(latents, params, *others)
+
+    one = sharding.batch_spec()
+    specs = (sharding.params_spec(mesh, params), *[one] * len(batch))
+    return Work(jax.jit(sharding.on_each(mesh, gradient, specs, one)), (params, *batch), mesh)
 
 
 WORK = {
@@ -251,30 +221,32 @@ WORK = {
 }
 
 
-def model_flop(what: str, config, device) -> float:
-    """Model FLOP of one sample: one pass each, nothing recomputed, whatever the config saves memory
-    by.
-    """
+# What changes neither the model's arithmetic nor its result: one image, nothing recomputed.
+_PLAIN = {
+    "data.batch_size": 1,
+    "compute.microbatches": 1,
+    "compute.loop_networks": False,
+    "compute.remat_unet": "none",
+    "compute.remat_vae": "none",
+    "compute.remat_reward": "none",
+    "compute.attention": "xla",
+    "decode.slice": 0,
+}
+
+
+def model_flop(what: str, config, device: jax.Device) -> float:
+    """Model FLOP of one sample: one pass each, however the config saves memory."""
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(
-        {
-            "data.batch_size": 1,
-            "compute.microbatches": 1,
-            "compute.loop_networks": False,
-            "compute.remat_unet": "none",
-            "compute.remat_vae": "none",
-            "compute.remat_reward": "none",
-            "compute.attention": "xla",
-            "decode.slice": 0,
-        }
-    )
+    config.update_from_flattened_dict(_PLAIN)
     work = WORK[what](config, sharding.make_mesh(1, 1, devices=[device]))
     return flops.count(work.fn, *work.args)
 
 
 class Compiled(NamedTuple):
-    """run: the compiled function; seconds: of trace, lower, compile; memory: bytes a device by
-    purpose; traffic: see `flops.collectives`.
+    """A compiled function and what compiling told.
+
+    seconds: of trace, lower, compile; memory: bytes a device by purpose; traffic: see
+    `flops.collectives`.
     """
 
     run: Any
@@ -290,45 +262,42 @@ def compile_work(work: Work, config, *, effort: float) -> Compiled:
       the devices.
     """
     device = work.mesh.devices.flat[0]
-    seconds, began = {}, time.time()
-
-    def lap(name, result):
-        nonlocal began
-        seconds[name], began = time.time() - began, time.time()
-        return result
-
-    traced = lap("trace", work.fn.trace(*work.args))
-    lowered = lap(
-        "lower",
-        traced.lower(lowering_platforms=({"gpu": "cuda"}.get(device.platform, device.platform),)),
-    )
+    platform = "cuda" if device.platform == "gpu" else device.platform
+    began = time.time()
+    traced = work.fn.trace(*work.args)
+    traced_at = time.time()
+    lowered = traced.lower(lowering_platforms=(platform,))
+    lowered_at = time.time()
     try:
-        run = lap(
-            "compile",
-            lowered.compile({"exec_time_optimization_effort": effort} if effort else None),
-        )
+        run = lowered.compile({"exec_time_optimization_effort": effort} if effort else None)
     except jax.errors.JaxRuntimeError as error:
         raise _too_large(error, config, device.device_kind) from None
-    sizes = run.memory_analysis()
-    memory = (
-        {}
-        if sizes is None
-        else {
-            "arguments": sizes.argument_size_in_bytes,
-            "temporaries": sizes.temp_size_in_bytes,
-            "aliased": sizes.alias_size_in_bytes,
-            "peak": sizes.peak_memory_in_bytes,
-        }
-    )
-    return Compiled(run, seconds, memory, flops.collectives(traced.jaxpr))
+    seconds = {
+        "trace": traced_at - began,
+        "lower": lowered_at - traced_at,
+        "compile": time.time() - lowered_at,
+    }
+    return Compiled(run, seconds, _memory(run), flops.collectives(traced.jaxpr))
 
 
-def _too_large(error: Exception, config, chip: str) -> Exception:
+def _memory(compiled: Any) -> dict[str, int]:
+    """Bytes a device by purpose; {} where the compiler does not say."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return {}
+    return {
+        "arguments": sizes.argument_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "aliased": sizes.alias_size_in_bytes,
+        "peak": sizes.peak_memory_in_bytes,
+    }
+
+
+def _too_large(error: Exception, config, device_kind: str) -> Exception:
     """A UserError for the compiler's out-of-memory message, any other error as it is."""
-    found = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
-    if not found:
+    sizes = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
+    if not sizes:
         return error
-    need, have = (
-        float(found[i]) * {"G": 1.0, "M": 1e-3}[found[i + 1]] * 2**30 / 1e9 for i in (1, 3)
-    )
-    return plan.out_of_memory(need, have, chip, config)
+    unit = {"G": 2**30 / 1e9, "M": 2**30 / 1e12}
+    need, have = (float(sizes[i]) * unit[sizes[i + 1]] for i in (1, 3))
+    return plan.out_of_memory(need, have, device_kind, config)

@@ -1,134 +1,155 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's opponent: the same work in PyTorch with diffusers and transformers, on one
-device.
+"""The benchmark's opponent: the same work in PyTorch with diffusers and transformers, one device.
 
 Written from the paper (Eq. 3.4, 3.8, 2.2), not from our step, so that tests/test_peer.py proves one
 by the other. Images and latents are NCHW here; B is the batch, h and w are a latent's sides. Only
-this module imports torch.
+the functions of this module import torch, so that the package can be walked without it.
 """
 
-import contextlib
-import functools
-from collections import namedtuple
-from collections.abc import Callable
+from __future__ import annotations
 
-import diffusers
-import torch
-import transformers
-from torch import Tensor, nn
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from di_star_jax.errors import UserError
 from di_star_jax.gradients import Settings
 from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD, resize_matrix
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
 # torch.compile gets these, one at a time, as diffusers advises: many of SDXL's are alike and share
 # their code, and a whole UNet would take minutes for each of the three ways in which a step uses
 # one.
 COMPILED = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
-FULL_SIZE = (
-    10**9
-)  # parameters; a UNet of more is recomputed in the backward pass on a GPU, as ours is
+# Parameters; a UNet of more is recomputed in the backward pass on a GPU, as ours is.
+FULL_SIZE = 10**9
 DECODED_PIXELS = 2**21  # decoded at a time: for the backward pass a 1024-pixel image keeps 13 GB
 
 
-# Networks; generator and assistant have float32 parameters, the others are frozen and stored in the
-# compute dtype.
-Modules = namedtuple(
-    "Modules", "generator assistant reference vae text_encoder text_encoder_2 reward"
-)
-# All that is random in a step: z, eps, eps_psi [B, 4, h, w] standard normal; t, t_psi [B] integer
-# times.
-Draws = namedtuple("Draws", "z t eps t_psi eps_psi")
-Condition = namedtuple("Condition", "context pooled time_ids")  # [B, L, D], [B, P], [B, 6], float32
+class Modules(NamedTuple):
+    """Networks: the first two with float32 parameters, the others frozen in the compute dtype."""
+
+    generator: nn.Module
+    assistant: nn.Module
+    reference: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+    text_encoder_2: nn.Module
+    reward: nn.Module
+
+
+class Draws(NamedTuple):
+    """All that is random in a step: noises [B, 4, h, w], standard normal; integer times [B]."""
+
+    z: Tensor
+    t: Tensor
+    eps: Tensor
+    t_psi: Tensor
+    eps_psi: Tensor
+
+
+class Condition(NamedTuple):
+    """Of a UNet: [B, L, D], [B, P], [B, 6], float32."""
+
+    context: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+
+
+class Method(NamedTuple):
+    """What the equations need besides networks: settings; alpha and sigma by timestep [1000]."""
+
+    settings: Settings
+    alpha: Tensor
+    sigma: Tensor
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t, sigma_t [B, 1, 1, 1] at times [B]."""
+        return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
+
+
+def method_of(settings: Settings, device: str) -> Method:
+    """Settings with SDXL's schedule, as in its scheduler_config.json, float32."""
+    import torch
+
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    return Method(settings, alpha.float().to(device), sigma.float().to(device))
 
 
 def network(config: dict, *, dtype: torch.dtype, device: str, compile: bool = False) -> nn.Module:
     """The published code's network for a config.json, frozen, with random weights."""
+    import torch
+
     name = config.get("_class_name") or config["architectures"][0]
-    cls, blocks = (
-        getattr(diffusers, name, None) or getattr(transformers, name),
-        len(config.get("block_out_channels", ())),
-    )
-    if name == "AutoencoderKL":  # whose file names them, while our table of published ones does not
-        config = {
-            "down_block_types": ["DownEncoderBlock2D"] * blocks,
-            "up_block_types": ["UpDecoderBlock2D"] * blocks,
-            **config,
-        }
-    with torch.device(device):
-        net = (
-            cls(cls.config_class.from_dict(config))
-            if name.startswith("CLIP")
-            else cls.from_config(config)
-        )
-    net = (
-        nn.Module.to(net, dtype=dtype, memory_format=torch.channels_last)
-        .eval()
-        .requires_grad_(False)
-    )
+    net = _built(name, config, device).eval().requires_grad_(False)
+    torch.nn.Module.to(net, dtype=dtype, memory_format=torch.channels_last)
     if device == "cuda" and name == "UNet2DConditionModel" and net.num_parameters() > FULL_SIZE:
         net.enable_gradient_checkpointing()
     if compile:
-        torch._dynamo.config.recompile_limit = (
-            256  # of a class: each shape, dtype and kind of gradient needs one
-        )
+        # Of a class: each shape, dtype and kind of gradient needs one.
+        torch._dynamo.config.recompile_limit = 256
         for block in net.modules():
             if type(block).__name__ in COMPILED:
                 block.forward = torch.compile(block.forward, dynamic=False)
     return net
 
 
+def _built(name: str, config: dict, device: str) -> nn.Module:
+    import diffusers
+    import torch
+    import transformers
+
+    with torch.device(device):
+        if name.startswith("CLIP"):
+            cls = getattr(transformers, name)
+            return cls(cls.config_class.from_dict(config))
+        if name == "AutoencoderKL":  # whose file names them; our table of published ones does not
+            blocks = len(config["block_out_channels"])
+            down, up = ["DownEncoderBlock2D"] * blocks, ["UpDecoderBlock2D"] * blocks
+            config = {"down_block_types": down, "up_block_types": up, **config}
+        return getattr(diffusers, name).from_config(config)
+
+
 def dtype_of(net: nn.Module) -> torch.dtype:
+    """That of its parameters."""
     return next(net.parameters()).dtype
-
-
-def schedule(device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), [1000] float32 each: SDXL's scheduler_config.json."""
-    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alpha_bar = torch.cumprod(1 - beta, 0)
-    return alpha_bar.sqrt().float().to(device), (1 - alpha_bar).sqrt().float().to(device)
-
-
-def _at(values: Tensor, t: Tensor) -> Tensor:
-    return values[t][:, None, None, None]  # [B, 1, 1, 1]
 
 
 def predict_eps(
     unet: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, dtype: torch.dtype
 ) -> Tensor:
-    """eps [B, 4, h, w] float32, computed in dtype: by autocast where the parameters have another."""
+    """eps [B, 4, h, w] float32, computed in dtype: by autocast where the parameters differ."""
+    import torch
+
     stored = dtype_of(unet)
+    added = {"text_embeds": condition.pooled.to(stored), "time_ids": condition.time_ids}
     # A context for each call: until its end autocast keeps what it cast, with or without a
     # gradient.
     with torch.autocast(x_t.device.type, dtype) if stored != dtype else contextlib.nullcontext():
-        (eps,) = unet(
-            x_t.to(stored, memory_format=torch.channels_last),
-            t,
-            condition.context.to(stored),
-            return_dict=False,
-            added_cond_kwargs={
-                "text_embeds": condition.pooled.to(stored),
-                "time_ids": condition.time_ids,
-            },
-        )
+        x_t = x_t.to(stored, memory_format=torch.channels_last)
+        context = condition.context.to(stored)
+        (eps,) = unet(x_t, t, context, return_dict=False, added_cond_kwargs=added)
     return eps.float()
 
 
 def one_step(
-    unet: nn.Module,
-    z: Tensor,
-    condition: Condition,
-    settings: Settings,
-    alpha: Tensor,
-    sigma: Tensor,
-    dtype: torch.dtype,
+    unet: nn.Module, z: Tensor, condition: Condition, method: Method, dtype: torch.dtype
 ) -> Tensor:
     """x0 [B, 4, h, w] of the one-step generator."""
-    t = torch.full((len(z),), settings.generator_timesteps[0], device=z.device)
-    return (z - _at(sigma, t) * predict_eps(unet, z, t, condition, dtype)) / _at(alpha, t)
+    import torch
+
+    t = torch.full((len(z),), method.settings.generator_timesteps[0], device=z.device)
+    alpha_t, sigma_t = method.at(t)
+    return (z - sigma_t * predict_eps(unet, z, t, condition, dtype)) / alpha_t
 
 
-@torch.no_grad()
 def encode_text(
     first: nn.Module, second: nn.Module, token_ids: dict, pixels: int
 ) -> tuple[Condition, Condition]:
@@ -136,55 +157,55 @@ def encode_text(
 
     Args: both text encoders; token_ids [B, L]; the image's side, not cropped.
     """
-    one = first(token_ids["tokenizer"], output_hidden_states=True)
-    two = second(token_ids["tokenizer_2"], output_hidden_states=True)
-    context = torch.cat(
-        [one.hidden_states[-2], two.hidden_states[-2]], dim=-1
-    ).float()  # [B, L, 768 + 1280]
+    import torch
+
+    with torch.no_grad():
+        one = first(token_ids["tokenizer"], output_hidden_states=True)
+        two = second(token_ids["tokenizer_2"], output_hidden_states=True)
+    layers = [one.hidden_states[-2], two.hidden_states[-2]]
+    context = torch.cat(layers, dim=-1).float()  # [B, L, 768 + 1280]
     pooled = two.text_embeds.float()
     time_ids = pooled.new_tensor([pixels, pixels, 0, 0, pixels, pixels]).expand(len(pooled), 6)
-    return (
-        Condition(context, pooled, time_ids),
-        Condition(torch.zeros_like(context), torch.zeros_like(pooled), time_ids),
-    )
+    null = Condition(torch.zeros_like(context), torch.zeros_like(pooled), time_ids)
+    return Condition(context, pooled, time_ids), null
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     """Scaled latents [B, 4, h, w] to images [B, 3, H, W] in [-1, 1], float32."""
+    import torch
+
     z = (latents / vae.config.scaling_factor).to(dtype_of(vae), memory_format=torch.channels_last)
     return vae.decode(z, return_dict=False)[0].float()
 
 
-@torch.no_grad()
 def embed_text(clip: nn.Module, token_ids: Tensor) -> Tensor:
     """[B, L] -> [B, P] float32 of length 1."""
-    return nn.functional.normalize(
-        clip.text_projection(clip.text_model(token_ids).pooler_output).float(), dim=-1
-    )
+    import torch
+
+    with torch.no_grad():
+        features = clip.text_projection(clip.text_model(token_ids).pooler_output).float()
+    return torch.nn.functional.normalize(features, dim=-1)
 
 
 def make_score(vae: nn.Module, clip: nn.Module, pixels: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns score(latents [B, 4, h, w], text [B, P] of length 1) -> PickScore's cosine [B] of the
-    decoded images.
-    """
-    matrix, mean, std = (
-        torch.from_numpy(v).to(clip.device)
-        for v in (
-            resize_matrix(pixels, clip.config.vision_config.image_size),
-            CLIP_MEAN[:, None, None],
-            CLIP_STD[:, None, None],
-        )
-    )
+    """PickScore's cosine of decoded images.
 
-    def score(latents, text):
+    Returns: score(latents [B, 4, h, w], text [B, P] of length 1) -> [B].
+    """
+    import torch
+
+    resize = resize_matrix(pixels, clip.config.vision_config.image_size)
+    constants = (resize, CLIP_MEAN[:, None, None], CLIP_STD[:, None, None])
+    matrix, mean, std = (torch.from_numpy(value).to(clip.device) for value in constants)
+
+    def score(latents: Tensor, text: Tensor) -> Tensor:
         x = ((decode(vae, latents) + 1) / 2).clamp(0, 1)
         x = (x @ matrix.T).clamp(0, 1)  # [B, 3, H, S]; Pillow stores 8 bits after each axis
         x = (matrix @ x).clamp(0, 1)  # [B, 3, S, S]
         seen = ((x - mean) / std).to(dtype_of(clip), memory_format=torch.channels_last)
-        features = clip.visual_projection(
-            clip.vision_model(pixel_values=seen).pooler_output
-        ).float()
-        return (nn.functional.normalize(features, dim=-1) * text).sum(-1)
+        pooled = clip.vision_model(pixel_values=seen).pooler_output
+        features = clip.visual_projection(pooled).float()
+        return (torch.nn.functional.normalize(features, dim=-1) * text).sum(-1)
 
     return score
 
@@ -192,9 +213,12 @@ def make_score(vae: nn.Module, clip: nn.Module, pixels: int) -> Callable[[Tensor
 def value_and_gradient(
     fn: Callable, pixels: int, latents: Tensor, *others: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(fn(latents, *others) [B], its gradient [B, 4, h, w]), of as many images at a time as
-    DECODED_PIXELS holds.
+    """(fn(latents, *others) [B], its gradient [B, 4, h, w]).
+
+    Of as many images at a time as DECODED_PIXELS holds.
     """
+    import torch
+
     values, grads = [], []
     at_once = max(1, DECODED_PIXELS // pixels**2)
     for part, *rest in zip(latents.detach().split(at_once), *(x.split(at_once) for x in others)):
@@ -210,267 +234,309 @@ def regulariser(
     eps: Tensor,
     conditions: tuple[Condition, Condition],
     modules: Modules,
-    settings: Settings,
-    alpha: Tensor,
-    sigma: Tensor,
+    method: Method,
 ) -> Tensor:
-    """-w(t) d'(y_t)^T (s_psi(x_t) - grad log q(x_t | x_0)) (Eq. 3.4 and 3.8, in scores as there),
-    [B].
+    """-w(t) d'(y_t)^T (s_psi(x_t) - grad log q(x_t | x_0)), [B].
 
-    The gradient flows through x_t into both networks and into d'(y_t); their parameters are the
-    caller's to freeze.
+    Eq. 3.4 and 3.8, in scores as there. The gradient flows through x_t into both networks and into
+    d'(y_t); their parameters are the caller's to freeze.
     """
-    dtype, size = dtype_of(modules.reference), x0[0].numel()
-    alpha_t, sigma_t = _at(alpha, t), _at(sigma, t)
+    settings, size = method.settings, x0[0].numel()
+    alpha_t, sigma_t = method.at(t)
     x_t = alpha_t * x0 + sigma_t * eps
+    dtype = dtype_of(modules.reference)
     s_psi = -predict_eps(modules.assistant, x_t, t, conditions[0], dtype) / sigma_t
-    if settings.omega == 1:
-        s_ref = -predict_eps(modules.reference, x_t, t, conditions[0], dtype) / sigma_t
-    else:
-        both = Condition(*(torch.cat(pair) for pair in zip(*conditions)))
-        eps_c, eps_0 = predict_eps(
-            modules.reference, x_t.repeat(2, 1, 1, 1), t.repeat(2), both, dtype
-        ).chunk(2)
-        s_ref = -(eps_0 + settings.omega * (eps_c - eps_0)) / sigma_t
+    s_ref = -guided_eps(modules.reference, x_t, t, conditions, settings.omega) / sigma_t
     y_t = s_psi - s_ref
     c = settings.constants.huber_c * size**0.5 / sigma_t  # it is given in units of eps
     d_prime = y_t / (y_t.square().sum((1, 2, 3), keepdim=True) + c**2).sqrt()
-    w_t = {"eps": sigma_t, "score": torch.ones_like(sigma_t), "x0": sigma_t**2 / alpha_t}[
-        settings.weighting
-    ]
+    w_t = {"eps": sigma_t, "score": 1.0, "separate": sigma_t**2 / alpha_t}[settings.weighting]
     loss = -(w_t * d_prime * (s_psi + eps / sigma_t)).sum((1, 2, 3))
     return loss / size if settings.reduction == "mean" else loss
 
 
+def guided_eps(
+    unet: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    conditions: tuple[Condition, Condition],
+    omega: float,
+) -> Tensor:
+    """A frozen UNet's classifier-free guided eps [B, 4, h, w]; of omega = 1 the conditional one."""
+    import torch
+
+    dtype = dtype_of(unet)
+    if omega == 1:
+        return predict_eps(unet, x_t, t, conditions[0], dtype)
+    both = Condition(*(torch.cat(pair) for pair in zip(*conditions)))
+    eps = predict_eps(unet, x_t.repeat(2, 1, 1, 1), t.repeat(2), both, dtype)
+    eps_c, eps_0 = eps.chunk(2)
+    return eps_0 + omega * (eps_c - eps_0)
+
+
+class Results(NamedTuple):
+    """Of a step: gradients by parameter's name, then [B] each, the last one an element's."""
+
+    generator: dict[str, Tensor]
+    assistant: dict[str, Tensor]
+    reward: Tensor
+    regulariser: Tensor
+    denoising: Tensor
+
+
 def step_gradients(
+    method: Method,
     modules: Modules,
-    settings: Settings,
-    schedule_alpha: Tensor,
-    schedule_sigma: Tensor,
     token_ids: dict[str, Tensor],
     draws: Draws,
     reward_scale: float,
-):
+) -> Results:
     """Both gradients of the batch's mean losses; they stay in the parameters' `grad`.
 
     Args: token_ids, int64 [B, L] under 'tokenizer', 'tokenizer_2' and 'reward'; reward_scale,
       alpha_rew; others, see there.
-    Returns: (generator's gradients by name, assistant's, reward [B], regulariser [B], assistant's
-      loss an element [B]).
     """
-    generator, assistant, dtype = modules.generator, modules.assistant, dtype_of(modules.reference)
+    generator, assistant = modules.generator, modules.assistant
     generator.requires_grad_(True).zero_grad(set_to_none=True)
     # Frozen while it only passes a gradient on: compiled blocks would work out their weights'
     # gradients too.
     assistant.requires_grad_(False).zero_grad(set_to_none=True)
     pixels = draws.z.shape[-1] * 2 ** (len(modules.vae.config.block_out_channels) - 1)
     conditions = encode_text(modules.text_encoder, modules.text_encoder_2, token_ids, pixels)
-    x0 = one_step(
-        generator, draws.z, conditions[0], settings, schedule_alpha, schedule_sigma, dtype
-    )
-
+    x0 = one_step(generator, draws.z, conditions[0], method, dtype_of(modules.reference))
     # The gradient is found at x0 first, term by term: one term's activations are gone before the
     # next one's come.
-    leaf = x0.detach().requires_grad_()
-    loss = regulariser(
-        leaf, draws.t, draws.eps, conditions, modules, settings, schedule_alpha, schedule_sigma
-    )
-    (dx0,) = torch.autograd.grad(loss.mean(), leaf)
-    score, text = (
-        make_score(modules.vae, modules.reward, pixels),
-        embed_text(modules.reward, token_ids["reward"]),
-    )
-    if reward_scale:
-        reward, d_reward = value_and_gradient(score, pixels, x0, text)
-        dx0 = dx0 - reward_scale / len(x0) * d_reward
-    else:
-        with torch.no_grad():
-            reward = score(x0, text)
-    x0.backward(dx0)
-
-    assistant.requires_grad_(True)
-    x_t = (
-        _at(schedule_alpha, draws.t_psi) * x0.detach()
-        + _at(schedule_sigma, draws.t_psi) * draws.eps_psi
-    )
-    error = predict_eps(assistant, x_t, draws.t_psi, conditions[0], dtype) - draws.eps_psi
-    denoising = error.square().sum((1, 2, 3))  # Eq. 2.2 with lambda(t) = sigma_t^2
-    denoising.mean().backward()
+    loss, d_loss = _regulariser_at(x0, draws, conditions, modules, method)
+    reward, d_reward = _reward_at(x0, modules, token_ids["reward"], pixels, reward_scale)
+    x0.backward(d_loss - reward_scale / len(x0) * d_reward)
+    denoising = _train_assistant(x0.detach(), draws, conditions[0], modules, method)
     grads = [{name: p.grad for name, p in net.named_parameters()} for net in (generator, assistant)]
-    return *grads, reward, loss.detach(), denoising.detach() / error[0].numel()
+    return Results(*grads, reward, loss, denoising)
 
 
-def _train(
-    net: Callable,
-    settings: Settings,
-    ids: dict,
-    normal: Callable,
-    times: Callable,
-    pixels: int,
-    *,
-    reward_scale: float,
-) -> Callable:
-    """The whole step: both gradients, clipped, AdamW on both networks, the generator's average."""
-    modules = Modules(
-        net("unet", torch.float32),
-        net("unet", torch.float32),
-        net("unet"),
-        *map(net, Modules._fields[3:]),
-    )
-    alpha_sigma = schedule(ids["reward"].device)
-    trained = [list(unet.parameters()) for unet in modules[:2]]
-    average = [p.clone() for p in trained[0]]
-    optimizers = [
-        torch.optim.AdamW(params, lr=5e-7, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
-        for params in trained
-    ]
+def _regulariser_at(
+    x0: Tensor,
+    draws: Draws,
+    conditions: tuple[Condition, Condition],
+    modules: Modules,
+    method: Method,
+) -> tuple[Tensor, Tensor]:
+    """The regulariser [B], and its mean's gradient at x0."""
+    import torch
 
-    def run():
-        draws = Draws(
-            normal(),
-            times(*settings.generator_times),
-            normal(),
-            times(*settings.assistant_times),
-            normal(),
+    leaf = x0.detach().requires_grad_()
+    loss = regulariser(leaf, draws.t, draws.eps, conditions, modules, method)
+    (gradient,) = torch.autograd.grad(loss.mean(), leaf)
+    return loss.detach(), gradient
+
+
+def _reward_at(
+    x0: Tensor, modules: Modules, token_ids: Tensor, pixels: int, reward_scale: float
+) -> tuple[Tensor, Tensor | float]:
+    """The reward [B], and its gradient at x0 where it has a scale."""
+    import torch
+
+    score = make_score(modules.vae, modules.reward, pixels)
+    text = embed_text(modules.reward, token_ids)
+    if reward_scale:
+        return value_and_gradient(score, pixels, x0, text)
+    with torch.no_grad():
+        return score(x0, text), 0.0
+
+
+def _train_assistant(
+    x0: Tensor, draws: Draws, condition: Condition, modules: Modules, method: Method
+) -> Tensor:
+    """Eq. 2.2 with lambda(t) = sigma_t^2, backward; its value an element [B]."""
+    modules.assistant.requires_grad_(True)
+    alpha_t, sigma_t = method.at(draws.t_psi)
+    x_t = alpha_t * x0 + sigma_t * draws.eps_psi
+    dtype = dtype_of(modules.reference)
+    eps = predict_eps(modules.assistant, x_t, draws.t_psi, condition, dtype)
+    denoising = (eps - draws.eps_psi).square().sum((1, 2, 3))
+    denoising.mean().backward()
+    return denoising.detach() / x0[0].numel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the works run on: random weights and inputs.
+
+    Args:
+      configs: config.json by component.
+      settings: of the step.
+      batch, resolution: images of resolution x resolution pixels.
+      dtype: "bfloat16" (trained UNets by autocast over float32 parameters) or "float32".
+      device: "cuda" or "cpu".
+      compile: blocks by torch.compile.
+      reward_scale: alpha_rew of "train".
+    """
+
+    configs: dict[str, dict]
+    settings: Settings
+    batch: int
+    resolution: int
+    dtype: str
+    device: str
+    compile: bool
+    reward_scale: float
+
+    def frozen(self, part: str) -> nn.Module:
+        """A network in the compute dtype."""
+        return self._network(part, self.dtype)
+
+    def trained(self, part: str) -> nn.Module:
+        """A network with float32 parameters."""
+        return self._network(part, "float32").requires_grad_(True)
+
+    def _network(self, part: str, dtype: str) -> nn.Module:
+        import torch
+
+        options = {"dtype": getattr(torch, dtype), "device": self.device, "compile": self.compile}
+        return network(self.configs[part], **options)
+
+    def token_ids(self) -> dict[str, Tensor]:
+        """[B, L] by tokenizer, and the reward's."""
+        import torch
+
+        parts = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "reward": "reward"}
+        ids = {}
+        for name, part in parts.items():
+            text = self.configs[part].get("text_config", self.configs[part])
+            shape = (self.batch, text.get("max_position_embeddings", 77))
+            ids[name] = torch.randint(text.get("vocab_size", 49408), shape, device=self.device)
+        return ids
+
+    def normal(self) -> Tensor:
+        """Standard normal latents [B, 4, h, w]."""
+        import torch
+
+        side = self.resolution // 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
+        channels = self.configs["unet"].get("in_channels", 4)
+        return torch.randn(self.batch, channels, side, side, device=self.device)
+
+    def times(self, first: int, last: int) -> Tensor:
+        """Times [B] from first to last."""
+        import torch
+
+        return torch.randint(first, last + 1, (self.batch,), device=self.device)
+
+    def draws(self) -> Draws:
+        """Of one step."""
+        t, t_psi = (
+            self.times(*bounds)
+            for bounds in (self.settings.generator_times, self.settings.assistant_times)
         )
-        step_gradients(modules, settings, *alpha_sigma, ids, draws, reward_scale)
+        return Draws(self.normal(), t, self.normal(), t_psi, self.normal())
+
+
+def _train(job: Job) -> Callable[[], None]:
+    """The whole step: both gradients, clipped, AdamW on both networks, the generator's average."""
+    import torch
+
+    generator, assistant = job.trained("unet"), job.trained("unet")
+    frozen = ("unet", "vae", "text_encoder", "text_encoder_2", "reward")
+    modules = Modules(generator, assistant, *map(job.frozen, frozen))
+    method, token_ids = method_of(job.settings, job.device), job.token_ids()
+    trained = [list(unet.parameters()) for unet in (generator, assistant)]
+    average = [p.detach().clone() for p in trained[0]]
+    adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
+    optimizers = [adam(params, lr=5e-7) for params in trained]
+
+    def run() -> None:
+        step_gradients(method, modules, token_ids, job.draws(), job.reward_scale)
         for params, optimizer in zip(trained, optimizers):
-            nn.utils.clip_grad_norm_(params, 10.0)
+            torch.nn.utils.clip_grad_norm_(params, 10.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(average, trained[0], 1 - settings.ema_decay)
+            torch._foreach_lerp_(average, trained[0], 1 - job.settings.ema_decay)
 
     return run
 
 
-def _sample(
-    net: Callable, settings: Settings, ids: dict, normal: Callable, times: Callable, pixels: int
-) -> Callable:
+def _sample(job: Job) -> Callable[[], Tensor]:
     """Prompts to 8-bit images [B, 3, H, W]."""
-    unet, vae, *encoders = map(net, ("unet", "vae", "text_encoder", "text_encoder_2"))
-    alpha_sigma = schedule(ids["tokenizer"].device)
+    import torch
+
+    unet, vae = job.frozen("unet"), job.frozen("vae")
+    encoders = job.frozen("text_encoder"), job.frozen("text_encoder_2")
+    method, token_ids = method_of(job.settings, job.device), job.token_ids()
 
     @torch.no_grad()
-    def run():
-        x0 = one_step(
-            unet,
-            normal(),
-            encode_text(*encoders, ids, pixels)[0],
-            settings,
-            *alpha_sigma,
-            dtype_of(unet),
-        )
+    def run() -> Tensor:
+        condition, _ = encode_text(*encoders, token_ids, job.resolution)
+        x0 = one_step(unet, job.normal(), condition, method, dtype_of(unet))
         return ((decode(vae, x0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     return run
 
 
-def _unet(
-    net: Callable, settings: Settings, ids: dict, normal: Callable, times: Callable, pixels: int
-) -> Callable:
+def _unet(job: Job) -> Callable[[], None]:
     """A trained UNet forward and backward to its float32 parameters."""
-    unet, encoders = (
-        net("unet", torch.float32).requires_grad_(True),
-        [net("text_encoder"), net("text_encoder_2")],
-    )
-    given = normal(), times(0, 999), encode_text(*encoders, ids, pixels)[0], dtype_of(encoders[0])
+    unet = job.trained("unet")
+    encoders = job.frozen("text_encoder"), job.frozen("text_encoder_2")
+    condition, _ = encode_text(*encoders, job.token_ids(), job.resolution)
+    given = job.normal(), job.times(0, 999), condition, dtype_of(encoders[0])
 
-    def run():
+    def run() -> None:
         unet.zero_grad(set_to_none=True)
         predict_eps(unet, *given).square().mean().backward()
 
     return run
 
 
-def _vae(
-    net: Callable, settings: Settings, ids: dict, normal: Callable, times: Callable, pixels: int
-) -> Callable:
+def _vae(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
     """The decoder forward and backward to the latents."""
-    vae, latents = net("vae"), normal()
-    return lambda: value_and_gradient(
-        lambda x: decode(vae, x).square().sum((1, 2, 3)), pixels, latents
-    )
+    vae = job.frozen("vae")
+
+    def squares(latents: Tensor) -> Tensor:
+        return decode(vae, latents).square().sum((1, 2, 3))
+
+    return functools.partial(value_and_gradient, squares, job.resolution, job.normal())
 
 
-def _reward(
-    net: Callable, settings: Settings, ids: dict, normal: Callable, times: Callable, pixels: int
-) -> Callable:
-    """Decoder and reward forward and backward to the latents, with the prompts' half of the score."""
-    vae, clip, latents = net("vae"), net("reward"), normal()
-    score = make_score(vae, clip, pixels)
-    return lambda: value_and_gradient(score, pixels, latents, embed_text(clip, ids["reward"]))
+def _reward(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Decoder and reward forward and backward to the latents, and the prompts' side of it."""
+    clip, latents, token_ids = job.frozen("reward"), job.normal(), job.token_ids()["reward"]
+    score = make_score(job.frozen("vae"), clip, job.resolution)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return value_and_gradient(score, job.resolution, latents, embed_text(clip, token_ids))
+
+    return run
 
 
 WORK = {"train": _train, "sample": _sample, "unet": _unet, "vae": _vae, "reward": _reward}
+# What "train" here has of the settings that change the work: the benchmark's word, and others that
+# cost the same.
+_KNOWN = {"objective": ("di_star",), "assistant_updates": (1,), "scheme": ("separate", "looped")}
 
 
-def make(
-    what: str,
-    configs: dict[str, dict],
-    settings: Settings,
-    *,
-    batch: int,
-    resolution: int,
-    dtype: str,
-    device: str,
-    compile: bool,
-    reward_scale: float,
-) -> Callable[[], None]:
-    """One of the benchmark's works on random weights and inputs: a function that does it once and
-    waits until it is done.
+def make(what: str, job: Job) -> Callable[[], None]:
+    """One of the benchmark's works: a function that does it once and waits until it is done.
 
-    Args: what, a key of WORK; configs, config.json by component; batch, images of resolution x
-      resolution pixels; dtype, "bfloat16" (trained UNets by autocast over float32 parameters) or
-      "float32"; device, "cuda" or "cpu"; reward_scale, alpha_rew of "train".
+    Args: what, a key of WORK.
     Raises: UserError for settings that change the work and that this side does not have.
     """
-    if len(settings.generator_timesteps) != 1:
-        raise UserError(
-            f"{len(settings.generator_timesteps)} generator steps, expected 1: PyTorch's side has no other"
-        )
-    for field, known in (
-        ("objective", ("di_star",)),
-        ("assistant_updates", (1,)),
-        ("sharing", ("x0", "loops")),
-    ):
-        if what == "train" and getattr(settings, field) not in known:
-            raise UserError(
-                f"{field}={getattr(settings, field)!r}, expected {known[0]!r}: PyTorch's side has no other"
-            )
-    if device == "cuda":
+    import torch
+
+    steps = len(job.settings.generator_timesteps)
+    if steps != 1:
+        raise UserError(f"{steps} generator steps, expected 1: PyTorch's side has no other")
+    for field, known in _KNOWN.items() if what == "train" else ():
+        value = getattr(job.settings, field)
+        if value not in known:
+            expected = f"expected {known[0]!r}: PyTorch's side has no other"
+            raise UserError(f"{field}={value!r}, {expected}")
+    if job.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in float32's products, as XLA does
         torch.backends.cudnn.benchmark = True
+    once = WORK[what](job)
 
-    def net(part, stored=getattr(torch, dtype)):
-        return network(configs[part], dtype=stored, device=device, compile=compile)
-
-    def token_ids(part):
-        text = configs[part].get("text_config", configs[part])
-        shape = (batch, text.get("max_position_embeddings", 77))
-        return torch.randint(text.get("vocab_size", 49408), shape, device=device)
-
-    side = resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    ids = {
-        "tokenizer": token_ids("text_encoder"),
-        "tokenizer_2": token_ids("text_encoder_2"),
-        "reward": token_ids("reward"),
-    }
-    work = functools.partial(_train, reward_scale=reward_scale) if what == "train" else WORK[what]
-    once = work(
-        net,
-        settings,
-        ids,
-        lambda: torch.randn(
-            batch, configs["unet"].get("in_channels", 4), side, side, device=device
-        ),
-        lambda first, last: torch.randint(first, last + 1, (batch,), device=device),
-        resolution,
-    )
-
-    def run():
+    def run() -> None:
         once()
-        if device == "cuda":
+        if job.device == "cuda":
             torch.cuda.synchronize()
 
     return run

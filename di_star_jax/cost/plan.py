@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config will build and hold, without weights: sizes, mesh, batch, memory per chip."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,16 +10,87 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
-from di_star_jax.cost import flops
+from di_star_jax.cost.chips import CHIPS, chip_of
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS, sources_of
-from di_star_jax.sharding import mesh_shape
 from di_star_jax.storage import folders
 
-PARTS = SDXL.parts
+SDXL_WIDTH = 320  # channels of its UNet's first level
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run's size, known before anything is loaded.
+
+    Args:
+      config: checked.
+      mesh: devices by axis.
+      devices_here: of this machine; a dry run may be for more.
+      device_kind: of these, as `jax.Device.device_kind` has it.
+      parameters: how many, by component and reward.
+      unknown: the config's fields that name models of unknown sizes.
+      state: bytes on a chip by purpose; {} where the UNet is unknown.
+      image_bytes: on a chip for each image of its part of the batch, an estimate.
+    """
+
+    config: object
+    mesh: dict[str, int]
+    devices_here: int
+    device_kind: str
+    parameters: dict[str, int]
+    unknown: list[str]
+    state: dict[str, float]
+    image_bytes: float
+
+    @property
+    def devices(self) -> int:
+        """Those that the mesh is made of."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def images(self) -> float:
+        """On a device in a step; less than one where devices share an image."""
+        return self.config.data.batch_size / self.devices
+
+    @property
+    def activation_bytes(self) -> float:
+        """On a chip, of the images it works on at a time."""
+        return self.images / self.config.compute.microbatches * self.image_bytes
+
+    @property
+    def bytes(self) -> float:
+        """On a chip in all."""
+        return sum(self.state.values()) + self.activation_bytes
+
+
+def make(config, device_count: int, device_kind: str) -> Plan:
+    """The plan of a run on devices of one kind; of a dry run, for the mesh that it asks for.
+
+    Raises: UserError for an unusable model folder, and where the mesh cannot split the UNet.
+    """
+    planned = planned_devices(config, device_count) if config.dry_run else device_count
+    sizes = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, planned)
+    mesh = dict(zip(sharding.AXES, sizes))
+    configs, unknown = model_configs(config)
+    trees = abstract_params(configs)
+    counts = {name: parameters(tree) for name, tree in trees.items()}
+    state, image_bytes = {}, 0.0
+    if "unet" in trees:
+        sharding.params_sharding(AbstractMesh(sizes, sharding.AXES), trees["unet"])
+        state = memory_per_chip(config, counts, mesh["fsdp"] * mesh["context"])
+        width = trees["unet"]["conv_in"]["kernel"].shape[-1] / SDXL_WIDTH
+        image_bytes = activation_bytes(config, width)
+    return Plan(config, mesh, device_count, device_kind, counts, unknown, state, image_bytes)
+
+
+def planned_devices(config, device_count: int) -> int:
+    """Devices that a dry run is for: this machine's where the mesh fits them, else the fewest."""
+    given = [size for size in config.mesh.values() if size > 0]
+    product = math.prod(given)
+    return device_count if len(given) < 3 and device_count % product == 0 else product
 
 
 def model_configs(config) -> tuple[dict[str, dict], list[str]]:
@@ -46,7 +118,7 @@ def model_configs(config) -> tuple[dict[str, dict], list[str]]:
 
 
 def _local(folder: Path) -> dict[str, dict]:
-    optional = [part for part in PARTS[1:] if (folder / part).is_dir()]
+    optional = [part for part in SDXL.parts[1:] if (folder / part).is_dir()]
     return {part: folders.read_config(folder, part) for part in ["unet", *optional]}
 
 
@@ -54,7 +126,9 @@ def abstract_params(configs: dict[str, dict]) -> dict:
     """Shapes of the parameters. Args: configs, as of `model_configs`. Returns: a tree for each."""
     return {
         name: (
-            pipeline.abstract_model(known) if name in PARTS else REWARDS[name].file.abstract(known)
+            pipeline.abstract_model(known)
+            if name in SDXL.parts
+            else REWARDS[name].file.abstract(known)
         ).params
         for name, known in configs.items()
     }
@@ -95,117 +169,92 @@ def memory_per_chip(config, counts: dict[str, int], shards: int) -> dict[str, fl
     Args: counts, parameters by component; shards, chips that share one copy.
     """
     compute = jnp.dtype(config.compute.dtype).itemsize
-    unet = counts["unet"]
+    unet = counts["unet"] / shards
     moments = 2 if config.optim.b1 else 1  # at b1 = 0 the first is the gradient
-    return {
-        "generator and assistant, float32": 2 * unet * 4 / shards,
-        "Adam's moments of both": 2 * moments * unet * 4 / shards,
-        "average of the generator (EMA)": unet * 4 / shards,
-        "gradients of both": 2 * unet * 4 / shards,
+    state = {
+        "generator and assistant, float32": 2 * unet * 4,
+        "Adam's moments of both": 2 * moments * unet * 4,
+        "average of the generator (EMA)": unet * 4,
+        "gradients of both": 2 * unet * 4,
         f"frozen networks, {config.compute.dtype}": sum(counts.values()) * compute / shards,
-        **(
-            {"networks picked in loops": unet * compute / shards}
-            if config.compute.loop_networks
-            else {}
-        ),
-        # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of
-        # the UNet.
-        "gathered weights": unet / 30 * compute if shards > 1 else 0.0,
     }
+    if config.compute.loop_networks:
+        state["networks picked in loops"] = unet * compute
+    # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of
+    # the UNet.
+    state["gathered weights"] = counts["unet"] / 30 * compute if shards > 1 else 0.0
+    return state
 
 
-def out_of_memory(need: float, have: float, chip: str, config) -> UserError:
+def out_of_memory(need: float, have: float, device_kind: str, config) -> UserError:
     """What to do about it. Args: need, have, GB of one chip."""
     c = config.compute
     return UserError(
-        f"the step needs {need:.1f} GB a device, {chip} has {have:.1f}; in this order raise compute.microbatches="
-        f"{c.microbatches}, set compute.remat_unet={c.remat_unet!r}, remat_vae={c.remat_vae!r} and remat_reward="
-        f"{c.remat_reward!r} to 'full', raise mesh.fsdp={config.mesh.fsdp}, lower data.batch_size={config.data.batch_size}"
+        f"the step needs {need:.1f} GB a device, {device_kind} has {have:.1f}; in this order raise "
+        f"compute.microbatches={c.microbatches}, set compute.remat_unet={c.remat_unet!r}, "
+        f"remat_vae={c.remat_vae!r} and remat_reward={c.remat_reward!r} to 'full', raise "
+        f"mesh.fsdp={config.mesh.fsdp}, lower data.batch_size={config.data.batch_size}"
     )
 
 
-def check_memory(config, device: jax.Device, device_count: int) -> None:
+def check_memory(plan: Plan) -> None:
     """Refuses a run that cannot fit its devices, before anything is loaded. Raises: UserError.
 
     Says nothing where the device or the models are not known; what a compiler makes of the step may
     still be more.
     """
-    chip = flops.CHIPS.get(flops.chip_of(device.device_kind))
-    configs, unknown = model_configs(config)
-    if chip is None or unknown:
+    chip = CHIPS.get(chip_of(plan.device_kind))
+    if chip is None or plan.unknown:
         return
-    data, fsdp, context = mesh_shape(
-        config.mesh.data, config.mesh.fsdp, config.mesh.context, device_count
-    )
-    counts = {name: parameters(tree) for name, tree in abstract_params(configs).items()}
-    width = configs["unet"]["block_out_channels"][0] / 320
-    each = config.data.batch_size // (data * fsdp) // config.compute.microbatches / context
-    need = sum(memory_per_chip(config, counts, fsdp * context).values()) + each * activation_bytes(
-        config, width
-    )
-    if need > chip.memory:
-        raise out_of_memory(need / 1e9, chip.memory / 1e9, device.device_kind, config)
+    if plan.bytes > chip.memory:
+        need, have = plan.bytes / 1e9, chip.memory / 1e9
+        raise out_of_memory(need, have, plan.device_kind, plan.config)
 
 
-def _memory_lines(
-    config, counts: dict[str, int], width: float, shards: int, per_device: float
-) -> list[str]:
-    state, each = memory_per_chip(config, counts, shards), activation_bytes(config, width)
-    total = sum(state.values()) + per_device * each
-    room = {name: chip.memory - sum(state.values()) for name, chip in flops.CHIPS.items()}
-    fits = [chip for chip in room if room[chip] >= per_device * each]
-    largest = [f"{chip} {int(room[chip] // each)}" for chip in room if room[chip] >= each]
-    return [
-        *(f"memory per chip: {size / 1e9:7.2f} GB {name}" for name, size in state.items()),
-        f"memory per chip: {per_device * each / 1e9:7.2f} GB activations (estimate), {each / 1e9:.2f} GB an image",
-        f"memory per chip: {total / 1e9:7.2f} GB in all; fits {', '.join(fits) or 'none of the known chips'}",
-        f"images per chip that fit: {', '.join(largest) or 'none on the known chips; raise mesh.fsdp'}",
-    ]
-
-
-def describe(config, device_count: int) -> list[str]:
+def describe(plan: Plan) -> list[str]:
     """What the run is, a line each: mesh, batch, parameters, memory per chip.
 
-    Args: config, checked; device_count: devices there are. A dry run of another mesh says so.
-    Raises: UserError for an unusable model folder, and where mesh.fsdp cannot split the UNet.
+    Of memory only where a chip is known or asked for: on other devices nobody runs out of it.
     """
-    planned = planned_devices(config, device_count) if config.dry_run else device_count
-    data, fsdp, context = mesh_shape(
-        config.mesh.data, config.mesh.fsdp, config.mesh.context, planned
-    )
-    here = (
-        f"{device_count} device{'s' if device_count > 1 else ''} ({jax.devices()[0].device_kind})"
-    )
-    per_device = config.data.batch_size / planned
-    where = (
-        f" over {here}"
-        if planned == device_count
-        else f"; this machine has {here}, the plan assumes {planned}"
-    )
-    lines = [
-        f"mesh: data={data} x fsdp={fsdp} x context={context}{where}",
-        f"batch: {config.data.batch_size} images of {config.data.resolution} pixels a step, {per_device:g} on a device",
-        f"steps: {config.assistant.warmup_steps} of the assistant alone, then {config.train.steps} of both, "
-        f"{config.train.steps * config.data.batch_size:,} images",
+    lines = [_mesh_line(plan), *_batch_lines(plan)]
+    lines += [f"parameters: {count:>13,} {name}" for name, count in plan.parameters.items()]
+    lines += [f"parameters: unknown before its config.json is here: {f}" for f in plan.unknown]
+    if plan.state and (plan.config.dry_run or chip_of(plan.device_kind)):
+        lines += _memory_lines(plan)
+    return lines
+
+
+def _mesh_line(plan: Plan) -> str:
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    count = plan.devices_here
+    here = f"{count} device{'s' if count > 1 else ''} ({plan.device_kind})"
+    if plan.devices == count:
+        return f"mesh: {mesh} over {here}"
+    return f"mesh: {mesh}; this machine has {here}, the plan assumes {plan.devices}"
+
+
+def _batch_lines(plan: Plan) -> list[str]:
+    c = plan.config
+    return [
+        f"batch: {c.data.batch_size} images of {c.data.resolution} pixels a step, "
+        f"{plan.images:g} on a device",
+        f"steps: {c.assistant.warmup_steps} of the assistant alone, then {c.train.steps} of both, "
+        f"{c.train.steps * c.data.batch_size:,} images",
     ]
-    configs, unknown = model_configs(config)
-    trees = abstract_params(configs)
-    counts = {name: parameters(tree) for name, tree in trees.items()}
-    lines += [f"parameters: {count:>13,} {name}" for name, count in counts.items()]
-    lines += [f"parameters: unknown before its config.json is here: {field}" for field in unknown]
-    if "unet" not in trees:
-        return lines
-    sharding.params_sharding(AbstractMesh((data, fsdp, context), sharding.AXES), trees["unet"])
-    width = configs["unet"]["block_out_channels"][0] / 320
-    at_once = per_device / config.compute.microbatches
-    return lines + _memory_lines(config, counts, width, fsdp * context, at_once)
 
 
-def planned_devices(config, device_count: int) -> int:
-    """Devices that a dry run is for: this machine's `device_count` if the mesh fits them, else the
-    smallest it fits.
-    """
-    sizes = [config.mesh.data, config.mesh.fsdp, config.mesh.context]
-    given = [size for size in sizes if size > 0]
-    product = math.prod(given)
-    return device_count if len(given) < 3 and device_count % product == 0 else product
+def _memory_lines(plan: Plan) -> list[str]:
+    image, activations = plan.image_bytes, plan.activation_bytes
+    room = {name: chip.memory - sum(plan.state.values()) for name, chip in CHIPS.items()}
+    fits = [name for name in room if room[name] >= activations]
+    most = [f"{name} {int(room[name] // image)}" for name in room if room[name] >= image]
+    sizes = {
+        **plan.state,
+        f"activations (estimate), {image / 1e9:.2f} GB an image": activations,
+        f"in all; fits {', '.join(fits) or 'none of the known chips'}": plan.bytes,
+    }
+    images = ", ".join(most) or "none on the known chips; raise mesh.fsdp"
+    return [
+        *(f"memory per chip: {size / 1e9:7.2f} GB {name}" for name, size in sizes.items()),
+        f"images per chip that fit: {images}",
+    ]

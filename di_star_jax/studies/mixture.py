@@ -11,6 +11,8 @@ that is highest at a single mode. Writes OUT/mixture.md and OUT/mixture.png.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,12 @@ import numpy as np
 import optax
 from absl import flags
 
-from di_star_jax import diffusion, gradients, objectives, sharding, step
+from di_star_jax import diffusion, gradients, objectives, samplers, sharding, step
 from di_star_jax.errors import run as run_command
+from di_star_jax.log import markdown_table
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines.sdxl import SDXL, null_of
+from di_star_jax.studies.page import conclusion_of
 
 SCHEDULE = diffusion.make_schedule(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -52,7 +56,7 @@ SETTINGS = gradients.Settings(
     generator_times=(20, 980),
     assistant_times=(0, 999),
     assistant_updates=3,
-    sharing="x0",
+    scheme="separate",
     generator_timesteps=(SDXL.one_step,),
     latent_shape=(2,),
     ema_decay=0.995,
@@ -103,12 +107,14 @@ def network(params: dict, x_t: jax.Array, t: jax.Array) -> jax.Array:
     return h
 
 
-def apply_unet(
-    params: dict | tuple, x_t: jax.Array, t: jax.Array, condition: Condition
-) -> jax.Array:
+def unet(params: dict | tuple) -> Callable:
     """The step's `unet`: the reference has no parameters, for it is exact."""
-    del condition
-    return network(params, x_t, t) if params else exact_eps(x_t, t)
+
+    def predict(x_t: jax.Array, t: jax.Array, condition: Condition | None) -> jax.Array:
+        del condition
+        return network(params, x_t, t) if params else exact_eps(x_t, t)
+
+    return predict
 
 
 def encode_text(frozen: dict, token_ids: dict) -> tuple[Condition, Condition]:
@@ -125,7 +131,7 @@ def sample_mixture(key: jax.Array, count: int) -> jax.Array:
     return jnp.asarray(CENTRES)[mode] + STD * jax.random.normal(key_eps, (count, 2))
 
 
-def run_steps(update, state, count: int):
+def run_steps(update: Callable, state: Any, count: int) -> Any:
     """`count` calls of state = update(state, k) as one compiled loop."""
     return jax.jit(
         lambda state: jax.lax.fori_loop(0, count, lambda k, state: update(state, k), state)
@@ -133,49 +139,50 @@ def run_steps(update, state, count: int):
 
 
 def pretrain(steps: int) -> dict:
-    """A network that knows the mixture's scores: where generator and assistant start, as DI*'s do
-    from SDXL.
+    """A network that knows the mixture's scores.
+
+    Generator and assistant start from it, as DI*'s do from SDXL.
     """
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     params = init_network(0)
 
-    def update(state, k):
+    def loss(params: dict, k: jax.Array) -> jax.Array:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), k), 3)
         x0, eps = sample_mixture(keys[0], BATCH), jax.random.normal(keys[1], (BATCH, 2))
         t = jax.random.randint(keys[2], (BATCH,), 0, 1000)
         x_t = diffusion.add_noise(x0, eps, SCHEDULE.alpha[t], SCHEDULE.sigma[t])
-        grads = jax.grad(
-            lambda p: objectives.denoising_score_matching(network(p, x_t, t), eps).mean()
-        )(state[0])
-        updates, opt = optimizer.update(grads, state[1])
-        return optax.apply_updates(state[0], updates), opt
+        return objectives.denoising_score_matching(network(params, x_t, t), eps).mean()
+
+    def update(state: tuple, k: jax.Array) -> tuple:
+        params, opt = state
+        updates, opt = optimizer.update(jax.grad(loss)(params, k), opt)
+        return optax.apply_updates(params, updates), opt
 
     return run_steps(update, (params, optimizer.init(params)), steps)[0]
 
 
+def _optimizer(rate: float, steps: int) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(rate, steps, 0.1)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.0))
+
+
 def train(start: dict, settings: gradients.Settings, scale: float, steps: int) -> dict:
     """The generator's averaged parameters after `steps` of the project's own step."""
-    networks = gradients.Networks(
-        apply_unet, encode_text, lambda frozen, x0, token_ids, crop: (scale * reward(x0), {})
-    )
-    opts = [
-        optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adam(optax.cosine_decay_schedule(rate, steps, 0.1), b1=0.0),
-        )
-        for rate in (3e-4, 1e-3)
-    ]
-    update = step.make_train_step(
-        networks, settings, SCHEDULE, *opts, sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    )
-    state = step.init_state(start, start, *opts)
-    return run_steps(
-        lambda state, k: update(
-            state, {"unet": ()}, {"prompt": jnp.zeros(BATCH)}, jax.random.key(2)
-        )[0],
-        state,
-        steps,
-    ).ema
+
+    def scaled_reward(frozen, x0, token_ids, crop):
+        return scale * reward(x0), {}
+
+    method = gradients.Method(unet, encode_text, scaled_reward, SCHEDULE, settings)
+    optimizers = step.Optimizers(_optimizer(3e-4, steps), _optimizer(1e-3, steps))
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    train_step = step.make_train_step(method, optimizers, mesh)
+    token_ids, key = {"prompt": jnp.zeros(BATCH)}, jax.random.key(2)
+
+    def update(state: step.TrainState, k: jax.Array) -> step.TrainState:
+        del k  # the state counts its steps
+        return train_step(state, {"reference": ()}, token_ids, key)[0]
+
+    return run_steps(update, step.init_state(start, start, optimizers), steps).ema
 
 
 def measure(x0: np.ndarray) -> dict[str, float | list[float]]:
@@ -184,45 +191,49 @@ def measure(x0: np.ndarray) -> dict[str, float | list[float]]:
     Args: [N, 2].
     """
     count, _, _ = np.histogram2d(x0[:, 0], x0[:, 1], bins=(GRID, GRID))
-    middle = (GRID[1:] + GRID[:-1]) / 2
-    points = np.stack(np.meshgrid(middle, middle, indexing="ij"), axis=-1)
-    density = sum(
-        w * np.exp(-((points - c) ** 2).sum(-1) / (2 * STD**2))
-        for c, w in zip(CENTRES, MODE_WEIGHTS)
-    )
-    q = np.maximum(density / density.sum(), 1e-12)
+    q = np.maximum(_mass(), 1e-12)
     p = count / len(x0)  # samples beyond the grid are missing from p: their share is `outside`
-    kl = float(np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0])))
     nearest = ((x0[:, None] - CENTRES) ** 2).sum(-1).argmin(-1)
     return {
-        "kl": kl,
+        "kl": float(np.sum(p[p > 0] * np.log(p[p > 0] / q[p > 0]))),
         "outside": float(1 - p.sum()),
         "reward": float(reward(jnp.asarray(x0)).mean()),
         "modes": (np.bincount(nearest, minlength=len(CENTRES)) / len(x0)).tolist(),
     }
 
 
+def _mass() -> np.ndarray:
+    """The mixture's, by bin of GRID."""
+    middle = (GRID[1:] + GRID[:-1]) / 2
+    points = np.stack(np.meshgrid(middle, middle, indexing="ij"), axis=-1)
+    squares = ((points[..., None, :] - CENTRES) ** 2).sum(-1)
+    density = (MODE_WEIGHTS * np.exp(-squares / (2 * STD**2))).sum(-1)
+    return density / density.sum()
+
+
 def draw(generator: dict, count: int = 200_000) -> np.ndarray:
     """[count, 2] samples of a one-step generator, the same noise for all."""
     z = jax.random.normal(jax.random.key(3), (count, 2))
-    x0 = gradients.denoise(
-        generator,
-        z,
-        jnp.array(SDXL.one_step),
-        None,
-        networks=gradients.Networks(apply_unet, None, None),
-        schedule=SCHEDULE,
+    x0 = samplers.one_step(
+        lambda x_t, t: network(generator, x_t, t), z, np.array([SDXL.one_step]), SCHEDULE
     )
     return np.asarray(x0)
 
 
 def table(results: dict[str, dict]) -> str:
     """Markdown. Args: measures by 'name | reward scale'."""
-    head = "| objective | reward scale | KL to the mixture | mean reward | share of each mode |\n|---|---|---|---|---|\n"
-    return head + "".join(
-        f"| {name} | {m['kl']:.3f} | {m['reward']:.3f} | {' '.join(f'{share:.2f}' for share in m['modes'])} |\n"
-        for name, m in results.items()
-    )
+    header = [
+        "objective",
+        "reward scale",
+        "KL to the mixture",
+        "mean reward",
+        "share of each mode",
+    ]
+    rows = []
+    for name, m in results.items():
+        shares = " ".join(f"{share:.2f}" for share in m["modes"])
+        rows.append([*name.split(" | "), f"{m['kl']:.3f}", f"{m['reward']:.3f}", shares])
+    return markdown_table(header, rows) + "\n"
 
 
 def figure(samples: dict[str, np.ndarray], path: pathlib.Path) -> None:
@@ -253,26 +264,31 @@ def run(out: pathlib.Path, steps: int) -> None:
         "start | -": draw(start),
     }
     for name, changes in METHODS.items():
+        settings = dataclasses.replace(SETTINGS, **changes)
         for scale in REWARD_SCALES:
-            settings = dataclasses.replace(SETTINGS, **changes)
-            samples[f"{name} | {scale:g}"] = draw(train(start, settings, scale, steps))
-            print(
-                f"{name}, reward x {scale:g}: {json.dumps(measure(samples[f'{name} | {scale:g}']))}",
-                flush=True,
-            )
-    page = out / "mixture.md"
-    page.write_text(
-        "# Every objective on a mixture in the plane\n\n"
-        f"A one-step generator of four layers, the exact score of a mixture of four modes as the reference, {steps} steps "
-        f"of {BATCH}\nsamples by the project's own step; made by `python -m di_star_jax.studies.mixture --out=docs "
-        f"--steps={steps}`. The reward is highest\nat the second mode (the cross). Modes are listed in the order "
-        f"{', '.join(f'({x:.1f}, {y:.1f})' for x, y in CENTRES)};\ntheir weights are "
-        f"{', '.join(f'{w:g}' for w in MODE_WEIGHTS)}.\n\n"
-        + table({n: measure(x0) for n, x0 in samples.items()})
-        + "\n![samples of every objective](mixture.png)\n\n"
-        + page.conclusion_of(page)
-    )
+            x0 = draw(train(start, settings, scale, steps))
+            samples[f"{name} | {scale:g}"] = x0
+            print(f"{name}, reward x {scale:g}: {json.dumps(measure(x0))}", flush=True)
+    write_page(out / "mixture.md", {name: measure(x0) for name, x0 in samples.items()}, steps)
     figure(samples, out / "mixture.png")
+
+
+def write_page(path: pathlib.Path, results: dict[str, dict], steps: int) -> None:
+    """The page of what was measured; its conclusion is kept."""
+    centres = ", ".join(f"({x:.1f}, {y:.1f})" for x, y in CENTRES)
+    weights = ", ".join(f"{w:g}" for w in MODE_WEIGHTS)
+    text = f"""# Every objective on a mixture in the plane
+
+A one-step generator of four layers, the exact score of a mixture of four modes as the reference, \
+{steps} steps of {BATCH}
+samples by the project's own step; made by `python -m di_star_jax.studies.mixture --out=docs \
+--steps={steps}`. The reward is highest
+at the second mode (the cross). Modes are listed in the order {centres};
+their weights are {weights}.
+
+"""
+    picture = "![samples of every objective](mixture.png)"
+    path.write_text(f"{text}{table(results)}\n{picture}\n\n{conclusion_of(path)}")
 
 
 def main() -> None:

@@ -3,14 +3,11 @@
 
 from pathlib import Path
 
+_HEADING = "## Conclusion"
+
 
 def conclusion_of(page: Path) -> str:
-    """The part of a written page from '## Conclusion' on, which people write and a new table must
-    not lose.
-    """
+    """What people wrote on a page, from '## Conclusion' on, which a new table must not lose."""
     text = page.read_text() if page.exists() else ""
-    return (
-        text[text.index("## Conclusion") :]
-        if "## Conclusion" in text
-        else "## Conclusion\n\nNot drawn yet.\n"
-    )
+    _, found, conclusion = text.partition(_HEADING)
+    return _HEADING + conclusion if found else f"{_HEADING}\n\nNot drawn yet.\n"

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What chips can do."""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """A chip's limits.
+
+    flops: dense bfloat16, 1/s; memory: bytes that arrays can have; bandwidth: bytes/s of HBM;
+    network: bytes/s that a chip can send to its neighbours, all links together, one way.
+    """
+
+    flops: float
+    memory: float
+    bandwidth: float
+    network: float
+
+
+# Vendors' data sheets; memory of TPUs as libtpu's compiler reports it, of the H200 what its driver
+# shows.
+CHIPS = {
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 180e9),
+    "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 540e9),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 360e9),
+    "A100": Chip(312e12, 79.2 * 2**30, 2039e9, 300e9),
+    "H100": Chip(989e12, 79.2 * 2**30, 3350e9, 450e9),
+    "H200": Chip(989e12, 139.8 * 2**30, 4800e9, 450e9),
+}
+# How `jax.Device.device_kind` names them.
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def chip_of(device_kind: str) -> str | None:
+    """The key of CHIPS for a device, or None for one that is not there, such as a CPU."""
+    named = next((name for name in ("H200", "H100", "A100") if name in device_kind), None)
+    return _KINDS.get(device_kind, named)
