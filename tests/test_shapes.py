@@ -122,12 +122,12 @@ def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     import jax.numpy as jnp
 
     from di_star_jax.pipelines import folder as pipeline
-    from di_star_jax.prompts import files as prompts
+    from di_star_jax.prompts.tokens import Tokenizer
     from di_star_jax.rewards import similarity
     from di_star_jax.rewards.pixels import clip_pixels
 
     model = pipeline.load_model(SHIPPED / "reward")
-    tokenizer = prompts.Tokenizer(SHIPPED / "tokenizer")
+    tokenizer = Tokenizer(SHIPPED / "tokenizer")
     rng = np.random.default_rng(4)
     drawn = [scenes.sample_scene(rng, held_out=True) for _ in range(128)]
     pairs = [taste.preference_pair(scene, rng) for scene in drawn]

@@ -23,7 +23,7 @@ from di_star_jax.models.clip import (
 )
 from di_star_jax.models.unet import Condition, UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
-from di_star_jax.prompts.files import Tokenizer
+from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.storage import weights
 
 _CLASSES = {

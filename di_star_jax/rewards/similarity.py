@@ -12,7 +12,7 @@ from di_star_jax.errors import UserError
 from di_star_jax.models.clip import CLIPModel
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.folder import Model
-from di_star_jax.prompts.files import Tokenizer
+from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
 from di_star_jax.rewards.reward import Reward, Tokenize, listed
 from di_star_jax.storage import weights

@@ -41,7 +41,7 @@ from di_star_jax.errors import run as run_command
 from di_star_jax.models.clip import CLIPConfig, CLIPModel
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.prompts import files as prompts
+from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import similarity
 from di_star_jax.shapes import oracle, scenes, taste, tokenizer
 from di_star_jax.storage import checkpoint, weights
@@ -650,7 +650,7 @@ def distil_generator(
 
 def caption_ids(folder: pathlib.Path, captions: list[str]) -> np.ndarray:
     """Token ids, int32 [N, TOKENS], by the tokenizer in `folder`."""
-    return prompts.Tokenizer(folder)(captions)
+    return Tokenizer(folder)(captions)
 
 
 def accuracy(draw, captions: list[str], seed: int, batch_size: int = 100) -> float:

@@ -26,7 +26,7 @@ from di_star_jax.errors import run as run_command
 from di_star_jax.evaluation import before_after
 from di_star_jax.evaluation.measures import FeatureStatistics, frechet_distance
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.prompts import files as prompts
+from di_star_jax.prompts.tokens import Tokenizer, token_batch
 from di_star_jax.rewards import similarity
 from di_star_jax.shapes import oracle, pretrain, scenes
 from di_star_jax.storage import checkpoint
@@ -69,7 +69,7 @@ class Judge:
         Args: config of the reward's shape; tokenizer folder.
         """
         images, captions = pretrain.render_dataset(workdir / "data", JUDGE_IMAGES)
-        self._tokenizer = prompts.Tokenizer(tokenizer)
+        self._tokenizer = Tokenizer(tokenizer)
         self._graphdef, self._params = pretrain.train_clip(
             workdir / "judge", images, self._tokenizer(captions), config, JUDGE_STEPS, seed=30
         )
@@ -116,7 +116,7 @@ class World:
         self._draw = drawing.make_draw_of_run(
             self.frozen, assembly.settings_of(config, self.frozen.latent_shape), mesh
         )
-        self._ids = prompts.token_batch(self.captions, self.frozen.tokenizers)
+        self._ids = token_batch(self.captions, self.frozen.tokenizers)
 
     def _teacher(self, file: pathlib.Path, omega: float) -> np.ndarray:
         """Features of two pictures per held-out caption by the teacher in 50 guided steps, made
