@@ -87,6 +87,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.data.prompts = (
         "prompts.txt"  # .txt .tsv .csv .json .jsonl .parquet; the paper: 3M LAION-Aesthetic > 6.25
     )
+    # with data.prompts="parti", or another set of --prompts of evaluate: its file's path or URL
+    config.data.prompts_file = ""
     config.data.column = ""  # of a table; "" finds prompt, Prompt, caption or text
     config.data.resolution = 1024  # pixels, a multiple of 64
     config.data.batch_size = 128  # images per step over all devices; DMD2's
@@ -192,6 +194,7 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
 
     config.eval = ml_collections.ConfigDict()
     config.eval.prompts = ""  # file of held-out prompts for the before/after table; "" for none
+    config.eval.prompts_file = ""  # as data.prompts_file
     config.eval.num_prompts = 500
     config.eval.num_per_prompt = 8  # pictures of each, for the diversity; at least 2
     config.eval.batch_size = 128  # prompts at a time

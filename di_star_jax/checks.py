@@ -7,6 +7,7 @@ import os
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE, WEIGHTINGS
+from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, rewards_used
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
@@ -116,12 +117,9 @@ def check(config, device_count: int) -> None:
         )
     _check_mesh(c, device_count)
     if not c.dry_run:
-        for name in ("data.prompts", "eval.prompts"):
-            path = c[name.split(".")[0]].prompts
-            if path and not os.path.isfile(path):
-                raise UserError(
-                    f"{name}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts"
-                )
+        for section in ("data", "eval"):
+            if c[section].prompts:
+                _check_prompts(f"{section}.prompts", c[section])
         for name in ("reference", "generator", "assistant", "reward_tokenizer"):
             _check_weights(f"weights.{name}", c.weights[name], _FOLDER)
         for name in rewards_used(c):
@@ -134,6 +132,16 @@ def check(config, device_count: int) -> None:
                         f"{file} ({where})" for file, where in REWARDS[name].file.NEEDED.items()
                     ),
                 )
+
+
+def _check_prompts(option: str, section) -> None:
+    name, path = resolve(section.prompts, section.prompts_file, option)
+    there = os.path.exists(path) if name else os.path.isfile(path)
+    if "://" not in path and not there:
+        option = f"{option}_file" if name else option
+        raise UserError(
+            f"{option}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts"
+        )
 
 
 def _check_generator(generator) -> None:

@@ -198,6 +198,7 @@ def load_prompts(config, section: str, folder: Path) -> Source:
         return prompt_source.load(
             config[section].prompts,
             folder / "prompts",
+            file=config[section].prompts_file,
             column=config.data.column,
             option=f"{section}.prompts",
         )

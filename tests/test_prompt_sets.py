@@ -213,6 +213,18 @@ def test_a_loaded_set_keeps_what_was_read_and_is_built_anew_when_its_file_change
     assert load("parti", tmp_path / "data", file=path)[1].text == "a döner"
 
 
+def test_a_run_trains_on_a_named_set_and_keeps_nothing_beside_the_prompts_of_a_file(tmp_path):
+    path = write(tmp_path / "PartiPrompts.tsv", PARTI)
+    options = {"column": "", "option": "data.prompts"}
+    named = load("parti", tmp_path / "data", file=path, **options)
+    own = load(path, tmp_path / "data", **options)
+    assert [p.text for p in named] == ['a "red" cat', "a dog", 'a "red" cat']
+    assert [p.text for p in own] == [p.text for p in named]
+    assert named[1].categories["Challenge"] == "Quantity" and own[1].categories == {}
+    with pytest.raises(UserError, match="add data.prompts_file=PATH_OR_URL"):
+        load("parti", tmp_path / "data", **options)
+
+
 def test_one_file_read_as_two_sets_is_two_data_sources(tmp_path):
     path = write(tmp_path / "a.tsv", PARTI)
     assert "Note" in load(path, tmp_path / "data")[0].categories
