@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import collections
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from di_star_jax.errors import UserError
 from di_star_jax.prompts import source as prompt_source
 from di_star_jax.prompts.files import Layout, read
 from di_star_jax.prompts.tokens import Tokenizer
-from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
+from di_star_jax.shapes import scenes
+from di_star_jax.shapes.tokenizer import END, learn_merges, make_word_tokenizer
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "prompts"
 with_real = pytest.mark.skipif(
@@ -129,6 +132,17 @@ def test_word_tokenizer_gives_one_token_a_word_and_pads_as_asked(tmp_path):
     for word in ("circles", "right", "ride"):
         assert (first([word])[0] != end).sum() == 2
     assert first(["x" * 40]).shape == (1, 8)  # unknown words fall into bytes
+
+
+def test_the_same_words_have_the_same_tokens_in_any_process():
+    code = (
+        "from di_star_jax.shapes import scenes; "
+        "from di_star_jax.shapes.tokenizer import learn_merges; "
+        "print(learn_merges(scenes.words()))"
+    )
+    here = {str(learn_merges(scenes.words())) for _ in range(20)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert here == {done.stdout.strip()}
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):

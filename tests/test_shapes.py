@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes world: its grammar, its oracle, its taste, and the checkpoint that the package ships."""
+"""The shapes world: its grammar, its oracle, its taste, and the checkpoint that comes with it."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_there_are_more_than_100_000_captions_and_parsing_inverts_them():
     for index in rng.integers(scenes.num_captions(), size=200):
         scene = scenes.scene_at(int(index))
         assert scenes.parse(scene.caption) == scene
-        assert len(scene.caption.split()) <= scenes.MAX_WORDS
+        assert len(scene.caption.split()) <= 16
         assert set(scene.caption.split()) <= set(scenes.words())
     with pytest.raises(UserError):
         scenes.parse("a photo of a cat")
