@@ -28,7 +28,7 @@ from di_star_jax.evaluation.measures import FeatureStatistics, frechet_distance
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.prompts.tokens import Tokenizer, token_batch
 from di_star_jax.rewards import similarity
-from di_star_jax.shapes import oracle, pretrain, scenes
+from di_star_jax.shapes import datasets, oracle, pretrain, scenes
 from di_star_jax.storage import checkpoint
 
 ROWS = {  # preset: the row of the paper's Table 2, or what it stands for here
@@ -56,7 +56,7 @@ STEPS, WARMUP, EVERY, TRAIN_BATCH = (
     16,
 )  # of training; EVERY steps, a point of the curve
 PER_CAPTION, CURVE_CAPTIONS, BATCH = 4, 50, 50
-JUDGE_IMAGES, JUDGE_STEPS = 20_000, 1500
+JUDGE_IMAGES = 20_000
 MEASURES = ("reward", "attributes right", "prompt score", "Frechet distance", "diversity")
 
 
@@ -68,10 +68,10 @@ class Judge:
 
         Args: config of the reward's shape; tokenizer folder.
         """
-        images, captions = pretrain.render_dataset(workdir / "data", JUDGE_IMAGES)
+        images, captions = datasets.render_dataset(workdir / "data", JUDGE_IMAGES)
         self._tokenizer = Tokenizer(tokenizer)
         self._graphdef, self._params = pretrain.train_clip(
-            workdir / "judge", images, self._tokenizer(captions), config, JUDGE_STEPS, seed=30
+            workdir / "judge", pretrain.CLIP, images, self._tokenizer(captions), config, seed=30
         )
         self._image = jax.jit(functools.partial(similarity.image_embeddings, self._graphdef))
         self._text = jax.jit(functools.partial(similarity.text_embeddings, self._graphdef))
