@@ -83,6 +83,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     # .txt, .tsv, .csv, .json, .jsonl or .parquet, or a published set's name; the paper: 3M of
     # LAION-Aesthetic > 6.25
     config.data.prompts = "prompts.txt"
+    # with data.prompts="parti", or another set of --prompts of evaluate: its file's path or URL
+    config.data.prompts_file = ""
     # of a table; empty finds prompt, Prompt, caption or text
     config.data.column = ""
     # pixels, a multiple of 64
@@ -213,6 +215,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.eval = ml_collections.ConfigDict()
     # held-out prompts for the before/after table, as data.prompts; empty for none
     config.eval.prompts = ""
+    # as data.prompts_file
+    config.eval.prompts_file = ""
     # of them, at most
     config.eval.num_prompts = 500
     # pictures of each, for the diversity; 2 or more

@@ -11,6 +11,7 @@ from di_star_jax.config import fields
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE, WEIGHTINGS
 from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, rewards_used
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
@@ -195,6 +196,16 @@ def _check_rewards(config) -> None:
         one_of("eval.metrics", name, list(config.reward))
 
 
+def _check_prompts(option: str, section) -> None:
+    name, path = resolve(section.prompts, section.prompts_file, option)
+    there = os.path.exists(path) if name else os.path.isfile(path)
+    if "://" not in path and not there:
+        option = f"{option}_file" if name else option
+        raise UserError(
+            f"{option}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts"
+        )
+
+
 def _check_generator(generator) -> None:
     if generator.steps > 100:
         raise UserError(
@@ -283,13 +294,9 @@ def _check_rows(config, context: int) -> None:
 
 def _check_sources(config) -> None:
     """Files and folders that must be there."""
-    for name in ("data.prompts", "eval.prompts"):
-        path = fields(config)[name]
-        if path and not os.path.isfile(path):
-            raise UserError(
-                f"{name}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of "
-                "prompts"
-            )
+    for section in ("data", "eval"):
+        if config[section].prompts:
+            _check_prompts(f"{section}.prompts", config[section])
     for name in ("reference", "generator", "assistant", "reward_tokenizer"):
         _check_weights(f"weights.{name}", config.weights[name], _FOLDER)
     for name in rewards_used(config):
@@ -297,6 +304,17 @@ def _check_sources(config) -> None:
             needed = REWARDS[name].file.NEEDED.items()
             files = "; ".join(f"{file} ({where})" for file, where in needed)
             _check_weights(f"weights.{name}", config.weights[name], f"it must hold {files}")
+
+
+def _check_prompts(option: str, section) -> None:
+    """Refuses a file that is not there. Args: section, of the config."""
+    name, path = resolve(section.prompts, section.prompts_file, option)
+    there = os.path.exists(path) if name else os.path.isfile(path)
+    if "://" not in path and not there:
+        option = f"{option}_file" if name else option
+        raise UserError(
+            f"{option}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts"
+        )
 
 
 def _check_weights(name: str, value: str, advice: str) -> None:

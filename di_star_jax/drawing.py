@@ -27,7 +27,7 @@ from di_star_jax.pipelines.folder import (
     vae_scale,
 )
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.prompts.files import token_batch
+from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.samplers import EpsFn
 from di_star_jax.storage import checkpoint, folders, weights

@@ -34,7 +34,9 @@ from di_star_jax.evaluation import scores as scoring
 from di_star_jax.evaluation.results import Evaluation
 from di_star_jax.evaluation.scores import Scores, Shot
 from di_star_jax.pipelines.folder import Options
-from di_star_jax.prompts import sets as prompt_sets
+from di_star_jax.prompts import source as prompt_source
+from di_star_jax.prompts.files import Prompt
+from di_star_jax.prompts.sets import PROMPT_SETS
 from di_star_jax.shapes import scenes
 from di_star_jax.storage import checkpoint
 from di_star_jax.storage.files import digest_of, read_json, write_text
@@ -57,8 +59,8 @@ class Job(NamedTuple):
     """What is to be done. shots: all images, prompt after prompt, samples of one prompt together."""
 
     out: Path
-    prompts: prompt_sets.Prompts
-    texts: list[prompt_sets.Prompt]
+    prompts: prompt_source.Source
+    texts: list[Prompt]
     samples: int
     shots: list[Shot]
     metrics: list[str]
@@ -148,7 +150,7 @@ def _job(args, metadata: dict) -> Job:
     """Prompts, files and settings, checked. Raises: UserError."""
     out = Path(args.out)
     _open_out(out)
-    loaded = prompt_sets.load(args.prompts, out / PROMPTS, args.prompts_file or "")
+    loaded = prompt_source.load(args.prompts, out / PROMPTS, file=args.prompts_file or "")
     for note in loaded.notes:
         metrics.say(f"prompts: {note}")
     texts = [loaded[i] for i in range(min(args.num_prompts or len(loaded), len(loaded)))]
@@ -438,7 +440,7 @@ def evaluate(args, job: Job, mesh: Mesh, settings: dict, broken: list[Path]) -> 
             "trained_on": job.was_trained_on(name),
             "note": _note(name, settings["metrics"][name], notes),
         }
-    named = prompt_sets.PROMPT_SETS.get(job.prompts.name)
+    named = PROMPT_SETS.get(job.prompts.name)
     groups = named.groups if named else _own_groups(job)
     files = [
         [_relative(shot.file, job.out) for shot in job.shots[i : i + job.samples]]
@@ -658,7 +660,7 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         "of --checkpoint.",
     )
     flags.DEFINE_string(
-        "prompts", None, f"One of {', '.join(prompt_sets.PROMPT_SETS)}, or a file.", required=True
+        "prompts", None, f"One of {', '.join(PROMPT_SETS)}, or a file.", required=True
     )
     flags.DEFINE_string("prompts_file", None, "Path or URL of a named set's published file.")
     flags.DEFINE_integer("num_prompts", None, "The first so many; all if not given.", lower_bound=1)

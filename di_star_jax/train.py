@@ -21,8 +21,8 @@ from di_star_jax.evaluation.held_out import HeldOut
 from di_star_jax.gradients import Settings
 from di_star_jax.models import attention
 from di_star_jax.pipelines.export import export_pipeline, generator_scheduler
-from di_star_jax.prompts.files import PromptStream, Source
-from di_star_jax.prompts.files import load as read_prompts
+from di_star_jax.prompts import source as prompt_source
+from di_star_jax.prompts.source import PromptStream, Source
 from di_star_jax.storage import checkpoint, folders, weights
 from di_star_jax.storage.checkpoint import Checkpoints
 
@@ -190,23 +190,34 @@ def lasting(source: str) -> str:
     return str(Path(source).absolute()) if source and Path(source).is_dir() else source
 
 
-def load_prompts(file: str, folder: Path, column: str) -> Source:
-    """A prompt list by index, prepared by the first host while the others wait."""
+def load_prompts(config, section: str, folder: Path) -> Source:
+    """Prompts of "data" or "eval" by index, prepared by the first host while the others wait."""
+
+    def load() -> Source:
+        return prompt_source.load(
+            config[section].prompts,
+            folder / "prompts",
+            file=config[section].prompts_file,
+            column=config.data.column,
+            option=f"{section}.prompts",
+        )
+
     if jax.process_index() == 0:
-        read_prompts(file, folder / "prompts", column=column)
-    multihost_utils.sync_global_devices(f"prompts of {file}")
-    return read_prompts(file, folder / "prompts", column=column)
+        load()
+    multihost_utils.sync_global_devices(f"{section}.prompts")
+    return load()
 
 
 def batches(config, parts: Parts, mesh: Mesh, folder: Path) -> Callable[[int], dict]:
     """k -> token ids of step k, over all devices: the same on any number of hosts."""
     size = config.data.batch_size
-    source = load_prompts(config.data.prompts, folder, config.data.column)
+    source = load_prompts(config, "data", folder)
     stream = PromptStream(source, seed=config.seed, batch_size=size)
     rows = sharding.local_rows(mesh, size)
 
     def batch_at(k):
-        return sharding.place_batch(parts.tokenize(stream.at(k, rows)), mesh, size)
+        texts = [prompt.text for prompt in stream.at(k, rows)]
+        return sharding.place_batch(parts.tokenize(texts), mesh, size)
 
     return batch_at
 
@@ -215,7 +226,7 @@ def scorer_of(config, parts: Parts, settings: Settings, mesh: Mesh, folder: Path
     """What scores the generator on eval.prompts; None without."""
     if not config.eval.prompts:
         return None
-    source = load_prompts(config.eval.prompts, folder, config.data.column)
+    source = load_prompts(config, "eval", folder)
     prompts = [source[i] for i in range(min(config.eval.num_prompts, len(source)))]
     sampling = drawing.Sampling(
         "few_step", np.array(settings.generator_timesteps), 1.0, settings.latent_shape
@@ -232,7 +243,7 @@ def scorer_of(config, parts: Parts, settings: Settings, mesh: Mesh, folder: Path
         draw=draw,
         sampling=sampling,
         prompts=prompts,
-        token_ids=parts.tokenize(prompts),
+        token_ids=parts.tokenize([prompt.text for prompt in prompts]),
         samples=config.eval.samples,
         batch_size=config.eval.batch_size,
         seed=config.seed,

@@ -32,7 +32,7 @@ from di_star_jax.evaluation import scores as scoring
 from di_star_jax.models import published
 from di_star_jax.models.clip import CLIPConfig
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.prompts import files as prompts
+from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards import aesthetic, clipscore, hpsv2, hpsv2_legacy, pickscore, pixels
 from di_star_jax.rewards.views import VIEWS
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
@@ -651,7 +651,7 @@ def mixture_inputs(frozen):
     texts = ["a red circle", "a blue square", "square", "a red cat and a blue dog"]
     return (
         x0,
-        prompts.token_batch(texts, frozen.tokenizers),
+        token_batch(texts, frozen.tokenizers),
         jax.random.uniform(jax.random.key(1), (4, 2)),
     )
 

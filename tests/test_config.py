@@ -246,6 +246,21 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
             16,
             r"data.prompts=nowhere.txt: no such file",
         ),
+        (
+            {"dry_run": False, "data.prompts": "parti"},
+            16,
+            r"data.prompts=parti needs PartiPrompts, .* add data.prompts_file=PATH_OR_URL",
+        ),
+        (
+            {"dry_run": False, "data.prompts": "drawbnch"},
+            16,
+            r"data.prompts=drawbnch is neither a file nor .*, did you mean drawbench\?",
+        ),
+        (
+            {"dry_run": False, "data.prompts": "parti", "data.prompts_file": "nowhere.tsv"},
+            16,
+            r"data.prompts_file=nowhere.tsv: no such file",
+        ),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_in_one_line(changes, devices, message):

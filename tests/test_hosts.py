@@ -22,13 +22,12 @@ from di_star_jax.storage import checkpoint
 # time.
 RUN = """
 import json, os, pathlib, sys
-from di_star_jax import hosts, train
-from di_star_jax.prompts import files as prompts
+from di_star_jax import assembly, hosts, train
 hosts.connect(os.environ)
 import jax
 from test_train import config_for
-seen, plain = [], prompts.token_batch
-prompts.token_batch = lambda texts, tokenizers: seen.append(list(texts)) or plain(texts, tokenizers)
+seen, plain = [], assembly.Parts.tokenize
+assembly.Parts.tokenize = lambda parts, texts: seen.append(list(texts)) or plain(parts, texts)
 folder, workdir = map(pathlib.Path, sys.argv[1:])
 changes = {"eval.prompts": "", "objective.name": "kl", "assistant.sharing": "x_t", "assistant.warmup_steps": 0, "train.steps": 2, "train.save_every": 2, "mesh.fsdp": 4}
 train.run(config_for(folder, **changes), str(workdir))

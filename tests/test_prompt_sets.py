@@ -14,6 +14,7 @@ import pytest
 
 from di_star_jax.errors import UserError
 from di_star_jax.prompts import sets as prompt_sets
+from di_star_jax.prompts.source import load
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "prompts"
 with_real = pytest.mark.skipif(
@@ -50,8 +51,13 @@ def write_hpsv2(folder, leave_out=""):
     return folder
 
 
+def prompts_of(name, path):
+    spec = prompt_sets.PROMPT_SETS[name] if name else prompt_sets.own_file()
+    return prompt_sets.read(spec, path)
+
+
 def read(name, path):
-    return [tuple(prompt) for prompt in prompt_sets.read(name, path)]
+    return [tuple(prompt) for prompt in prompts_of(name, path)]
 
 
 def jsonl(*entries):
@@ -176,7 +182,7 @@ def test_laion_and_pickapic_are_read_from_text_and_parquet(tmp_path):
     ],
 )
 def test_further_columns_of_text_in_the_users_own_file_are_kept(tmp_path, name, content, kept):
-    found = prompt_sets.load(write(tmp_path / name, content), tmp_path / "data")
+    found = load(write(tmp_path / name, content), tmp_path / "data")
     assert list(found) == [(0, "a cat", kept)] and found.name == name
     assert found.verified is None and found.notes == ()
 
@@ -196,25 +202,37 @@ def test_further_columns_of_text_in_the_users_own_parquet_are_kept(tmp_path):
 
 def test_a_loaded_set_keeps_what_was_read_and_is_built_anew_when_its_file_changes(tmp_path):
     path = write(tmp_path / "PartiPrompts.tsv", PARTI)
-    found = prompt_sets.load("parti", tmp_path / "data", path)
+    found = load("parti", tmp_path / "data", file=path)
     assert [tuple(prompt) for prompt in found] == read("parti", path)
     assert found[0].text == 'a "red" cat' and found[2].row == 3 and found.name == "parti"
     assert found.digest == hashlib.sha256(PARTI.encode()).hexdigest()
     built = sorted((tmp_path / "data").iterdir())
-    prompt_sets.load("parti", tmp_path / "data", path)
+    load("parti", tmp_path / "data", file=path)
     assert sorted((tmp_path / "data").iterdir()) == built
     write(path, PARTI.replace("dog", "döner"))
-    assert prompt_sets.load("parti", tmp_path / "data", path)[1].text == "a döner"
+    assert load("parti", tmp_path / "data", file=path)[1].text == "a döner"
+
+
+def test_a_run_trains_on_a_named_set_and_keeps_nothing_beside_the_prompts_of_a_file(tmp_path):
+    path = write(tmp_path / "PartiPrompts.tsv", PARTI)
+    options = {"column": "", "option": "data.prompts"}
+    named = load("parti", tmp_path / "data", file=path, **options)
+    own = load(path, tmp_path / "data", **options)
+    assert [p.text for p in named] == ['a "red" cat', "a dog", 'a "red" cat']
+    assert [p.text for p in own] == [p.text for p in named]
+    assert named[1].categories["Challenge"] == "Quantity" and own[1].categories == {}
+    with pytest.raises(UserError, match="add data.prompts_file=PATH_OR_URL"):
+        load("parti", tmp_path / "data", **options)
 
 
 def test_one_file_read_as_two_sets_is_two_data_sources(tmp_path):
     path = write(tmp_path / "a.tsv", PARTI)
-    assert "Note" in prompt_sets.load(path, tmp_path / "data")[0].categories
-    assert "Note" not in prompt_sets.load("parti", tmp_path / "data", path)[0].categories
+    assert "Note" in load(path, tmp_path / "data")[0].categories
+    assert "Note" not in load("parti", tmp_path / "data", file=path)[0].categories
 
 
 def test_a_source_that_differs_from_the_published_one_is_used_and_says_so(tmp_path):
-    found = prompt_sets.load("parti", tmp_path / "data", write(tmp_path / "a.tsv", PARTI))
+    found = load("parti", tmp_path / "data", file=write(tmp_path / "a.tsv", PARTI))
     assert found.verified is False
     assert "is not, byte for byte, the file of google-research/parti @ 5a65797" in found.notes[0]
     assert (
@@ -225,14 +243,14 @@ def test_a_source_that_differs_from_the_published_one_is_used_and_says_so(tmp_pa
 
 def test_a_published_count_without_a_known_checksum_is_neither_verified_nor_refused(tmp_path):
     rows = "".join(f"prompt {i},Colors\n" for i in range(200))
-    found = prompt_sets.load(
-        "drawbench", tmp_path / "data", write(tmp_path / "a.csv", "Prompts,Category\n" + rows)
+    found = load(
+        "drawbench", tmp_path / "data", file=write(tmp_path / "a.csv", "Prompts,Category\n" + rows)
     )
     assert found.verified is None and found.notes == ()
 
 
 def test_a_folders_digest_is_that_of_its_list_of_checksums(tmp_path):
-    found = prompt_sets.load("hpsv2", tmp_path / "data", write_hpsv2(tmp_path / "benchmark"))
+    found = load("hpsv2", tmp_path / "data", file=write_hpsv2(tmp_path / "benchmark"))
     files = [
         tmp_path / "benchmark" / f"{style}.json"
         for style in ("anime", "concept-art", "paintings", "photo")
@@ -253,7 +271,8 @@ def test_a_folders_digest_is_that_of_its_list_of_checksums(tmp_path):
             "parti",
             "a.tsv",
             "id\tcaption\n1\ta cat\n",
-            "columns id, caption, expected Prompt, Category, Challenge; is this really PartiPrompts",
+            "columns id, caption, expected Prompt, Category, Challenge; is this really "
+            "PartiPrompts",
         ),
         ("parti", "a.tsv", "<html>" + "x" * 5000, "is this really PartiPrompts"),
         ("parti", "a.tsv", "Prompt\tCategory\na\tb\n", "expected Prompt, Category, Challenge"),
@@ -293,7 +312,7 @@ def test_a_folders_digest_is_that_of_its_list_of_checksums(tmp_path):
 def test_files_that_are_not_the_set_are_refused_in_one_line(tmp_path, name, file, content, message):
     path = write(tmp_path / file, content)
     with pytest.raises(UserError, match=message) as error:
-        prompt_sets.load(name or path, tmp_path / "data", path if name else "")
+        load(name or path, tmp_path / "data", file=path if name else "")
     assert "\n" not in str(error.value) and len(str(error.value)) < 800
 
 
@@ -312,7 +331,8 @@ def test_an_incomplete_folder_is_refused(tmp_path):
         (
             "parti",
             "",
-            "needs PartiPrompts, which is PartiPrompts.tsv of google-.* add --prompts_file=PATH_OR_URL",
+            "needs PartiPrompts, which is PartiPrompts.tsv of google-.* "
+            "add --prompts_file=PATH_OR_URL",
         ),
         ("drawbnch", "", "neither a file nor one of parti, hpsv2, .*, did you mean drawbench"),
         (
@@ -328,13 +348,13 @@ def test_an_incomplete_folder_is_refused(tmp_path):
 )
 def test_unknown_names_and_missing_sources_are_refused_in_one_line(tmp_path, name, source, message):
     with pytest.raises(UserError, match=message) as error:
-        prompt_sets.load(name, tmp_path, source)
+        load(name, tmp_path, file=source)
     assert "\n" not in str(error.value)
 
 
-def test_read_refuses_an_unknown_set():
+def test_an_unknown_set_is_refused_whatever_its_file():
     with pytest.raises(UserError, match="did you mean geneval"):
-        prompt_sets.read("genevel", "a.jsonl")
+        prompt_sets.resolve("genevel", "a.jsonl")
 
 
 def test_columns_to_tabulate_by_are_columns_that_are_kept():
@@ -381,12 +401,9 @@ def test_a_url_is_downloaded_once(tmp_path, web):
     folder, url, asked = web
     write(folder / "PartiPrompts.tsv", PARTI)
     for _ in range(2):
-        assert (
-            len(prompt_sets.load("parti", tmp_path / "data", f"{url}/PartiPrompts.tsv?raw=true"))
-            == 3
-        )
+        assert len(load("parti", tmp_path / "data", file=f"{url}/PartiPrompts.tsv?raw=true")) == 3
     assert asked == ["/PartiPrompts.tsv?raw=true"]
-    own = prompt_sets.load(f"{url}/PartiPrompts.tsv", tmp_path / "data")
+    own = load(f"{url}/PartiPrompts.tsv", tmp_path / "data")
     assert own.name == "PartiPrompts.tsv" and own[0].categories["Note"] == "of one"
 
 
@@ -394,11 +411,10 @@ def test_a_url_of_a_folder_and_one_without_suffix_are_downloaded(tmp_path, web):
     folder, url, asked = web
     write_hpsv2(folder / "benchmark")
     write(folder / "export", "Prompts,Category\na red car,Colors\n")
-    assert len(prompt_sets.load("hpsv2", tmp_path / "data", f"{url}/benchmark/")) == 12
+    assert len(load("hpsv2", tmp_path / "data", file=f"{url}/benchmark/")) == 12
     assert len(asked) == 4 and "/benchmark/concept-art.json" in asked
     assert (
-        prompt_sets.load("drawbench", tmp_path / "data", f"{url}/export?format=csv")[0].text
-        == "a red car"
+        load("drawbench", tmp_path / "data", file=f"{url}/export?format=csv")[0].text == "a red car"
     )
 
 
@@ -414,7 +430,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_nothing(tmp_path, web, nam
     folder, url, _ = web
     write(folder / "page" / "index.html", "<html>")
     with pytest.raises(UserError, match=message) as error:
-        prompt_sets.load(name, tmp_path / "data", url + path)
+        load(name, tmp_path / "data", file=url + path)
     assert "\n" not in str(error.value)
     assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
 
@@ -424,14 +440,14 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match="cannot download http://127.0.0.1:1/a.tsv .* and give its path"
     ):
-        prompt_sets.load("parti", tmp_path, "http://127.0.0.1:1/a.tsv")
+        load("parti", tmp_path, file="http://127.0.0.1:1/a.tsv")
 
 
 def test_a_round_trip_through_tfds_imports_neither_tensorflow_nor_torch(tmp_path):
     path = write(tmp_path / "a.tsv", PARTI)
     code = (
-        "import sys; from di_star_jax import prompt_sets; "
-        f"p = prompt_sets.load('parti', {str(tmp_path)!r}, {str(path)!r}); "
+        "import sys; from di_star_jax.prompts.source import load; "
+        f"p = load('parti', {str(tmp_path)!r}, file={str(path)!r}); "
         "assert len(p) == 3 and 'tensorflow_datasets' in sys.modules; "
         "print([m for m in ('torch', 'tensorflow', 'scipy') if m in sys.modules])"
     )
@@ -458,7 +474,7 @@ def test_a_round_trip_through_tfds_imports_neither_tensorflow_nor_torch(tmp_path
     ],
 )
 def test_published_files_are_whole_verified_and_without_notes(tmp_path, name, file, count, last):
-    found = prompt_sets.load(name, tmp_path, REAL / file)
+    found = load(name, tmp_path, file=REAL / file)
     assert len(found) == count and found.verified is True and found.notes == ()
     assert [found[i].row for i in (0, count // 2, count - 1)] == [0, count // 2, count - 1]
     assert found.digest == hashlib.sha256((REAL / file).read_bytes()).hexdigest()
@@ -468,23 +484,23 @@ def test_published_files_are_whole_verified_and_without_notes(tmp_path, name, fi
 
 @with_real
 def test_published_categories_have_their_published_sizes():
-    parti = list(prompt_sets.read("parti", REAL / "parti_prompts.tsv"))
+    parti = list(prompts_of("parti", REAL / "parti_prompts.tsv"))
     sizes = {
         column: collections.Counter(p.categories[column] for p in parti)
         for column in ("Category", "Challenge")
     }
     assert len(sizes["Category"]) == 12 and sizes["Category"]["Animals"] == 314
     assert len(sizes["Challenge"]) == 11 and sizes["Challenge"]["Fine-grained Detail"] == 312
-    geneval = prompt_sets.read("geneval", REAL / "geneval_metadata.jsonl")
+    geneval = prompts_of("geneval", REAL / "geneval_metadata.jsonl")
     tags = collections.Counter(p.categories["tag"] for p in geneval)
     assert len(tags) == 6 and tags["single_object"] == 80 and tags["color_attr"] == 100
-    coco = list(prompt_sets.read("coco", REAL / "coco2014_val_mlperf_5k.tsv"))
+    coco = list(prompts_of("coco", REAL / "coco2014_val_mlperf_5k.tsv"))
     assert coco[0] == (
         0,
         "A city at night with people walking around.",
         {"image_id": "227049", "id": "70"},
     )
-    assert len({p.text for p in prompt_sets.read("coco", REAL / "coco2014_val_30k.txt")}) <= 29_436
+    assert len({p.text for p in prompts_of("coco", REAL / "coco2014_val_30k.txt")}) <= 29_436
 
 
 @with_real
@@ -496,5 +512,5 @@ def test_sets_are_read_in_under_a_second():
         ("coco", "coco2014_val_30k.txt"),
     ):
         start = time.perf_counter()
-        assert len(list(prompt_sets.read(name, REAL / file))) > 500
+        assert len(list(prompts_of(name, REAL / file))) > 500
         assert time.perf_counter() - start < 1.0, name

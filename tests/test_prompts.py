@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 import collections
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from di_star_jax.errors import UserError
-from di_star_jax.prompts import files as prompts
-from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
+from di_star_jax.prompts import source as prompt_source
+from di_star_jax.prompts.files import Layout, read
+from di_star_jax.prompts.tokens import Tokenizer
+from di_star_jax.shapes import scenes
+from di_star_jax.shapes.tokenizer import END, learn_merges, make_word_tokenizer
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "prompts"
 with_real = pytest.mark.skipif(
@@ -20,8 +25,12 @@ def write(path, text, encoding="utf-8"):
     return path
 
 
-def read(path, column=""):
-    return [prompt for _, prompt in prompts.read_prompts(path, column)]
+def texts(path):
+    return [prompt.text for prompt in read(path, Layout())]
+
+
+def load(path, folder):
+    return prompt_source.load(path, folder, column="", option="data.prompts")
 
 
 def test_every_format_gives_the_same_prompts(tmp_path):
@@ -44,7 +53,7 @@ def test_every_format_gives_the_same_prompts(tmp_path):
     ]
     pyarrow.parquet.write_table(pyarrow.table({"prompt": expected}), tmp_path / "a.parquet")
     for path in (*files, tmp_path / "a.parquet"):
-        assert read(path) == expected, path.name
+        assert texts(path) == expected, path.name
 
 
 @pytest.mark.parametrize(
@@ -57,46 +66,48 @@ def test_every_format_gives_the_same_prompts(tmp_path):
         ("a.csv", b"id,words\n1,a cat\n", "columns id, words, expected prompt or Prompt"),
         ("a.jsonl", b"{not json}\n", "is not JSONL"),
         ("a.parquet", b"nothing", "not readable as parquet"),
-        ("a.pkl", b"", "ends in .pkl, expected one of .txt"),
+        ("a.pkl", b"", "is a pickle, which can run code"),
+        ("a.zip", b"", "ends in .zip, expected .txt or .tsv"),
     ],
 )
 def test_unusable_files_are_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
-        prompts.load(tmp_path / name, tmp_path / "data")
+        load(tmp_path / name, tmp_path / "data")
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no prompt file"):
-        prompts.load(tmp_path / "nowhere.txt", tmp_path / "data")
+        load(tmp_path / "nowhere.txt", tmp_path / "data")
 
 
 def test_source_keeps_order_and_rows_and_is_rebuilt_when_the_file_changes(tmp_path):
     path = write(tmp_path / "a.txt", "one\n\ntwo\nthree\n")
-    source = prompts.load(path, tmp_path / "data")
-    assert list(source) == ["one", "two", "three"]
-    assert [source.row(i) for i in range(3)] == [0, 2, 3]
+    source = load(path, tmp_path / "data")
+    assert [prompt.text for prompt in source] == ["one", "two", "three"]
+    assert [prompt.row for prompt in source] == [0, 2, 3]
     write(path, "four\n")
-    assert list(prompts.load(path, tmp_path / "data")) == ["four"]
+    assert [prompt.text for prompt in load(path, tmp_path / "data")] == ["four"]
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_a_step_sees_the_same_prompts_on_any_number_of_hosts(hosts):
     source = [f"prompt {i}" for i in range(30)]
     for step in (0, 1, 7):
-        whole = prompts.PromptStream(source, seed=3, batch_size=8).at(step)
-        stream = prompts.PromptStream(source, seed=3, batch_size=8)
-        assert [p for host in range(hosts) for p in stream.at(step, host, hosts)] == whole
+        whole = prompt_source.PromptStream(source, seed=3, batch_size=8).at(step)
+        stream = prompt_source.PromptStream(source, seed=3, batch_size=8)
+        rows = [range(8)[8 // hosts * host :][: 8 // hosts] for host in range(hosts)]
+        assert [p for part in rows for p in stream.at(step, part)] == whole
 
 
 def test_each_pass_sees_every_prompt_once_in_a_new_order():
     source = [f"prompt {i}" for i in range(24)]
-    stream = prompts.PromptStream(source, seed=0, batch_size=8)
+    stream = prompt_source.PromptStream(source, seed=0, batch_size=8)
     passes = [[p for step in range(3 * n, 3 * n + 3) for p in stream.at(step)] for n in range(2)]
     assert all(collections.Counter(p) == collections.Counter(source) for p in passes)
     assert passes[0] != passes[1]
-    assert prompts.PromptStream(source, seed=1, batch_size=8).at(0) != stream.at(0)
+    assert prompt_source.PromptStream(source, seed=1, batch_size=8).at(0) != stream.at(0)
 
 
 def test_word_tokenizer_gives_one_token_a_word_and_pads_as_asked(tmp_path):
@@ -112,7 +123,7 @@ def test_word_tokenizer_gives_one_token_a_word_and_pads_as_asked(tmp_path):
         max_length=8,
         pad_token="!",
     )
-    first, second = prompts.Tokenizer(tmp_path / "one"), prompts.Tokenizer(tmp_path / "two")
+    first, second = Tokenizer(tmp_path / "one"), Tokenizer(tmp_path / "two")
     ids = first(["a red circle"])
     assert ids.shape == (1, 8) and ids.dtype == "int32"
     start, end = size - 2, size - 1
@@ -120,13 +131,23 @@ def test_word_tokenizer_gives_one_token_a_word_and_pads_as_asked(tmp_path):
     assert second(["a red circle"])[0].tolist() == [*ids[0, :5].tolist(), 0, 0, 0]
     for word in ("circles", "right", "ride"):
         assert (first([word])[0] != end).sum() == 2
-    assert first.count_truncated(["a " * 20, "a"]) == 1
     assert first(["x" * 40]).shape == (1, 8)  # unknown words fall into bytes
+
+
+def test_the_same_words_have_the_same_tokens_in_any_process():
+    code = (
+        "from di_star_jax.shapes import scenes; "
+        "from di_star_jax.shapes.tokenizer import learn_merges; "
+        "print(learn_merges(scenes.words()))"
+    )
+    here = {str(learn_merges(scenes.words())) for _ in range(20)}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert here == {done.stdout.strip()}
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match="no tokenizer in"):
-        prompts.Tokenizer(tmp_path)
+        Tokenizer(tmp_path)
 
 
 @with_real
@@ -143,13 +164,13 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
     ],
 )
 def test_published_prompt_lists_are_read_whole(name, count):
-    assert len(read(REAL / name)) == count
+    assert len(texts(REAL / name)) == count
 
 
 @with_real
 def test_a_published_list_becomes_a_data_source_with_its_quotes_and_accents(tmp_path):
-    source = prompts.load(REAL / "parti_prompts.tsv", tmp_path)
-    direct = read(REAL / "parti_prompts.tsv")
+    source = load(REAL / "parti_prompts.tsv", tmp_path)
+    direct = texts(REAL / "parti_prompts.tsv")
     assert len(source) == 1632 and any('"' in p for p in direct)
     for i in (0, 17, 800, 1631):
-        assert source[i] == direct[i]
+        assert source[i].text == direct[i]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes world: its grammar, its oracle, its taste, and the checkpoint that the package ships."""
+"""The shapes world: its grammar, its oracle, its taste, and the checkpoint that comes with it."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_there_are_more_than_100_000_captions_and_parsing_inverts_them():
     for index in rng.integers(scenes.num_captions(), size=200):
         scene = scenes.scene_at(int(index))
         assert scenes.parse(scene.caption) == scene
-        assert len(scene.caption.split()) <= scenes.MAX_WORDS
+        assert len(scene.caption.split()) <= 16
         assert set(scene.caption.split()) <= set(scenes.words())
     with pytest.raises(UserError):
         scenes.parse("a photo of a cat")
@@ -122,12 +122,12 @@ def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     import jax.numpy as jnp
 
     from di_star_jax.pipelines import folder as pipeline
-    from di_star_jax.prompts import files as prompts
+    from di_star_jax.prompts.tokens import Tokenizer
     from di_star_jax.rewards import similarity
     from di_star_jax.rewards.pixels import clip_pixels
 
     model = pipeline.load_model(SHIPPED / "reward")
-    tokenizer = prompts.Tokenizer(SHIPPED / "tokenizer")
+    tokenizer = Tokenizer(SHIPPED / "tokenizer")
     rng = np.random.default_rng(4)
     drawn = [scenes.sample_scene(rng, held_out=True) for _ in range(128)]
     pairs = [taste.preference_pair(scene, rng) for scene in drawn]

@@ -204,8 +204,8 @@ def test_sample_makes_the_same_picture_from_a_workdir_and_from_its_export(straig
     for source in (straight, straight / "diffusers"):
         loaded, times = drawing.load(str(source), "ema")
         assert times == (399,)
-        draw = drawing.make_draw(
-            loaded, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0
+        draw = drawing.draw_prompts(
+            loaded, drawing.Sampling("few_step", np.array([399]), 1.0, (8, 8, 4))
         )
         pictures.append(draw(["a red circle", "a blue square"], z))
     assert pictures[0].shape == (2, 16, 16, 3)

@@ -15,6 +15,7 @@ import numpy as np
 
 from di_star_jax import drawing, log, pictures
 from di_star_jax.evaluation.measures import diversity
+from di_star_jax.prompts.files import Prompt
 from di_star_jax.shapes import oracle, scenes
 
 PICTURED = 16  # prompts in samples.png
@@ -32,7 +33,7 @@ class HeldOut:
 
     draw: Callable[[Any, dict, np.ndarray], drawing.Scored]
     sampling: drawing.Sampling
-    prompts: list[str]
+    prompts: list[Prompt]
     token_ids: dict[str, Any]
     samples: int
     batch_size: int
@@ -73,18 +74,19 @@ class HeldOut:
     def _batch(self, generator: Any, start: int, sample: int) -> drawing.Scored:
         """One image of each prompt from `start` on; the last batch wraps, for one shape."""
         count = len(self.prompts)
-        rows = np.arange(start, start + self.batch_size) % count
-        ids = jax.tree.map(lambda ids: ids[rows], self.token_ids)
-        z = drawing.noise(self.seed, rows.tolist(), [sample] * len(rows), self.sampling)
+        taken = np.arange(start, start + self.batch_size) % count
+        ids = jax.tree.map(lambda ids: ids[taken], self.token_ids)
+        rows = [self.prompts[i].row for i in taken]
+        z = drawing.noise(self.seed, rows, [sample] * len(rows), self.sampling)
         drawn = jax.device_get(self.draw(generator, ids, z))
         return jax.tree.map(lambda x: x[: count - start], drawn)
 
 
-def attributes_right(prompts: list[str], images: np.ndarray) -> float:
+def attributes_right(prompts: list[Prompt], images: np.ndarray) -> float:
     """Mean over images [N, samples, H, W, 3] of the share of attributes that the oracle reads."""
     shares = []
     for prompt, row in zip(prompts, images):
-        scene = scenes.parse(prompt)
+        scene = scenes.parse(prompt.text)
         for image in pictures.to_uint8(row):
             right, total = oracle.attributes(scene, image / 255.0)
             shares.append(right / total)
@@ -97,12 +99,15 @@ def keep_before(folder: Path, scores: dict[str, float], images: np.ndarray) -> N
     (folder / "before.json").write_text(json.dumps(scores))
 
 
-def compare(folder: Path, prompts: list[str], after: dict[str, float], images: np.ndarray) -> str:
+def compare(
+    folder: Path, prompts: list[Prompt], after: dict[str, float], images: np.ndarray
+) -> str:
     """Writes `samples.png` and `before_after.json`. Returns: the table as text."""
     if not (folder / "before.json").exists():
         return "no table of before and after: this run began without eval.prompts"
     before = json.loads((folder / "before.json").read_text())
-    grid = pictures.before_after_grid(np.load(folder / "before.npy"), images, prompts[:PICTURED])
+    texts = [prompt.text for prompt in prompts[:PICTURED]]
+    grid = pictures.before_after_grid(np.load(folder / "before.npy"), images, texts)
     pictures.save_png(folder / "samples.png", grid)
     both = {"before": before, "after": after}
     (folder / "before_after.json").write_text(json.dumps(both, indent=1))

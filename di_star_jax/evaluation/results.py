@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures, page, papers
-from di_star_jax.prompts.sets import Prompt
+from di_star_jax.prompts.files import Prompt
 from di_star_jax.rewards import REWARDS
 from di_star_jax.storage.files import write_text
 

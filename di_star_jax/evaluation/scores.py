@@ -24,7 +24,7 @@ from di_star_jax import sharding
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.prompts.sets import Prompt
+from di_star_jax.prompts.files import Prompt
 from di_star_jax.rewards import REWARDS
 from di_star_jax.rewards.pixels import clip_pixels_rounded
 from di_star_jax.rewards.reward import Reward

@@ -25,7 +25,7 @@ from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines.export import TIMESTEPS
 from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.prompts.files import Tokenizer
+from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.storage import folders, weights
 
 

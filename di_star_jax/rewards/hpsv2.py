@@ -12,7 +12,7 @@ from pathlib import Path
 
 from di_star_jax.models.published import PICKSCORE
 from di_star_jax.pipelines.folder import PLAIN, Options, abstract_model, load_model
-from di_star_jax.prompts.files import Tokenizer
+from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards.pixels import Pixels, tensor_pixels, tensor_pixels_rounded
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.similarity import check_weights, reward_of

@@ -18,7 +18,7 @@ from di_star_jax.pipelines.folder import (
     load_model,
     model_class,
 )
-from di_star_jax.prompts.files import Tokenizer
+from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
 from di_star_jax.rewards.reward import Reward, Tokenize, listed
 from di_star_jax.storage import folders, weights

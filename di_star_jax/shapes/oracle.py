@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a scene back from pixels: background, and for each colour how many objects, which kind,
-size and texture.
+"""Reads a scene back from pixels: the background, and what there is of each colour.
 
 The renderer's backdrop is linear in x and y and the outermost BORDER pixels are always backdrop, so
 a plane fitted to them tells what lies in front of it. Everything else is moments of the parts that
 do.
 """
 
+import collections
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import scipy.ndimage
 
 from di_star_jax.shapes import scenes
-from di_star_jax.shapes.scenes import Scene
+from di_star_jax.shapes.scenes import Group, Scene
 
 CONTRAST = 0.13  # from the backdrop, where an object begins
 SMALLEST = 20  # pixels of a part; less is noise
@@ -31,8 +33,9 @@ _SOLVE = np.linalg.pinv(_PLANE[_FRAME])
 
 @dataclass(frozen=True)
 class Seen:
-    """Objects of one colour: how many, kind and size ("small" or "large") of most, whether striped,
-    mean place.
+    """Objects of one colour: how many, kind and size of most, whether striped, mean place.
+
+    size: "small" or "large".
     """
 
     count: int
@@ -51,92 +54,111 @@ class Reading:
     groups: dict[str, Seen]
 
 
+class _Part(NamedTuple):
+    """One object; white is how far its mean lies from its colour towards white."""
+
+    kind: str
+    radius: float
+    white: float
+    x: float
+    y: float
+
+
 def backdrop(image: np.ndarray) -> np.ndarray:
-    """The plane behind the objects. Args: image [64, 64, 3] in [0, 1]. Returns: its coefficients,
-    [3, 3]: value at the centre, slope to the right and slope downwards (per half image), for each
-    of RGB.
+    """The plane behind the objects.
+
+    Args: image [64, 64, 3] in [0, 1].
+    Returns: its coefficients, [3, 3]: value at the centre, slope to the right and slope downwards
+      (per half image), for each of RGB.
     """
     return _SOLVE @ image[_FRAME].astype(np.float64)
 
 
 def parts(mask: np.ndarray) -> list[np.ndarray]:
-    """Connected parts (4 neighbours) of a mask.
+    """Connected parts (4 neighbours) of a mask, in the order of their last pixels.
+
+    The order decides which of two kinds wins that are seen equally often.
 
     Args: bool [H, W]. Returns: bool masks of SMALLEST pixels or more.
     """
-    label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:  # the largest number spreads through each part
-        padded = np.pad(label, 1)
-        spread = np.maximum.reduce(
-            [label, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-        )
-        spread = np.where(mask, spread, 0)
-        if np.array_equal(spread, label):
-            break
-        label = spread
-    values, counts = np.unique(label[mask], return_counts=True)
-    return [label == value for value, count in zip(values, counts) if count >= SMALLEST]
+    labels, count = scipy.ndimage.label(mask)
+    found = [labels == label for label in range(1, count + 1)]
+    found = [part for part in found if part.sum() >= SMALLEST]
+    return sorted(found, key=_last_pixel)
+
+
+def _last_pixel(mask: np.ndarray) -> int:
+    return np.flatnonzero(mask)[-1]
 
 
 def _kind_and_radius(mask: np.ndarray) -> tuple[str, float]:
     """The kind whose outline of the same area and centroid overlaps most."""
     area, x, y = mask.sum(), _X[mask].mean(), _Y[mask].mean()
-    best = ("", 0.0, -1.0)
+    overlaps = {}
     for kind, (unit_area, below) in MOMENTS.items():
         r = np.sqrt(area / unit_area)
-        shape = scenes._distance(kind, _X - x, _Y - (y - below * r), r) < 0
-        overlap = (mask & shape).sum() / (mask | shape).sum()
-        if overlap > best[2]:
-            best = (kind, r, overlap)
-    return best[:2]
+        outline = scenes.distance(kind, _X - x, _Y - (y - below * r), r) < 0
+        overlaps[kind, r] = (mask & outline).sum() / (mask | outline).sum()
+    return max(overlaps, key=overlaps.get)
 
 
-def _colour_and_whiteness(pixels: np.ndarray) -> tuple[str, float]:
-    """Name of the colour of an object's most saturated pixels, and how far its mean lies towards
-    white.
+def _colour_and_white(pixels: np.ndarray) -> tuple[str, float]:
+    """Name of the colour of the most saturated pixels, and how far their mean is towards white.
 
     The most saturated, because half-white edges of red stripes look pink.
     """
     saturation = pixels.max(axis=1) - pixels.min(axis=1)
     vivid = pixels[saturation >= np.quantile(saturation, 0.7)].mean(axis=0)
-    name = list(scenes.COLOURS)[int(np.argmin(((scenes.PALETTE - vivid) ** 2).sum(axis=1)))]
+    name = list(scenes.COLOURS)[_nearest(scenes.PALETTE, vivid)]
     towards = scenes.WHITE - vivid
-    return name, float(((pixels - vivid) @ towards).mean() / (towards @ towards))
+    white = ((pixels - vivid) @ towards).mean() / (towards @ towards)
+    return name, float(white)
+
+
+def _nearest(rows: np.ndarray, value: np.ndarray) -> int:
+    return int(np.argmin(((rows - value) ** 2).sum(axis=1)))
+
+
+def _background(plane: np.ndarray) -> str:
+    """The name of the tone whose direction in RGB is nearest; its brightness varies."""
+    tones = scenes.TONES / np.linalg.norm(scenes.TONES, axis=1, keepdims=True)
+    centre = plane[0] / max(np.linalg.norm(plane[0]), 1e-6)
+    return list(scenes.BACKGROUNDS)[_nearest(tones, centre)]
+
+
+def _inner(mask: np.ndarray) -> np.ndarray:
+    """A part without its outermost ring, which is mixed with the backdrop; all of a thin part."""
+    inner = mask.copy()
+    for axis in (0, 1):
+        for shift in (1, -1):
+            inner &= np.roll(mask, shift, axis)
+    return inner if inner.sum() >= 8 else mask
+
+
+def _seen(found: list[_Part]) -> Seen:
+    kinds, *moments = zip(*found, strict=True)
+    radius, white, x, y = (float(np.mean(values)) for values in moments)
+    return Seen(
+        count=len(found),
+        kind=max(kinds, key=kinds.count),
+        size="small" if radius < 8.0 else "large",
+        striped=white > 0.17,
+        x=x,
+        y=y,
+    )
 
 
 def read(image: np.ndarray) -> Reading:
-    """Args: image float [64, 64, 3] in [0, 1]. Returns: what it shows; never fails."""
+    """What an image shows; never fails. Args: image float [64, 64, 3] in [0, 1]."""
     plane = backdrop(image)
-    tones = scenes.TONES / np.linalg.norm(scenes.TONES, axis=1, keepdims=True)
-    centre = plane[0] / max(np.linalg.norm(plane[0]), 1e-6)
-    background = list(scenes.BACKGROUNDS)[int(np.argmin(((tones - centre) ** 2).sum(axis=1)))]
-    found = {}
-    for mask in parts(np.abs(image - _PLANE @ plane).max(axis=-1) > CONTRAST):
-        # The outermost ring is mixed with the backdrop.
-        inner = (
-            mask
-            & np.roll(mask, 1, 0)
-            & np.roll(mask, -1, 0)
-            & np.roll(mask, 1, 1)
-            & np.roll(mask, -1, 1)
-        )
-        colour, white = _colour_and_whiteness(image[inner if inner.sum() >= 8 else mask])
-        found.setdefault(colour, []).append(
-            (*_kind_and_radius(mask), white, _X[mask].mean(), _Y[mask].mean())
-        )
-    groups = {}
-    for colour, objects in found.items():
-        kinds, radii, whites, xs, ys = zip(*objects)
-        size = "small" if np.mean(radii) < 8.0 else "large"
-        groups[colour] = Seen(
-            len(objects),
-            max(kinds, key=kinds.count),
-            size,
-            bool(np.mean(whites) > 0.17),
-            float(np.mean(xs)),
-            float(np.mean(ys)),
-        )
-    return Reading(background, groups)
+    front = np.abs(image - _PLANE @ plane).max(axis=-1) > CONTRAST
+    found = collections.defaultdict(list)
+    for mask in parts(front):
+        colour, white = _colour_and_white(image[_inner(mask)])
+        kind, radius = _kind_and_radius(mask)
+        found[colour].append(_Part(kind, radius, white, _X[mask].mean(), _Y[mask].mean()))
+    groups = {colour: _seen(objects) for colour, objects in found.items()}
+    return Reading(_background(plane), groups)
 
 
 def attributes(scene: Scene, image: np.ndarray) -> tuple[int, int]:
@@ -149,26 +171,25 @@ def attributes(scene: Scene, image: np.ndarray) -> tuple[int, int]:
     Args: scene; image float [64, 64, 3] in [0, 1]. Returns: (right, all).
     """
     reading = read(image)
-    right, total = int(reading.background == scene.background), 1
-    for group in scene.groups:
-        stated = 4 + bool(group.size)
-        total += stated
-        seen = reading.groups.get(group.colour)
-        if seen is not None:
-            right += (
-                1
-                + (seen.count == group.count)
-                + (seen.kind == group.kind)
-                + (seen.striped == bool(group.texture))
-                + (bool(group.size) and seen.size == group.size)
-            )
+    seen = [reading.groups.get(group.colour) for group in scene.groups]
+    right = [reading.background == scene.background]
+    for group, there in zip(scene.groups, seen, strict=True):
+        right += _right_of_group(group, there)
     if scene.relation:
-        total += 1
-        first, second = (reading.groups.get(group.colour) for group in scene.groups)
-        right += (
-            first is not None and second is not None and _relation(first, second) == scene.relation
-        )
-    return right, total
+        right.append(None not in seen and _relation(*seen) == scene.relation)
+    return sum(right), len(right)
+
+
+def _right_of_group(group: Group, seen: Seen | None) -> list[bool]:
+    if seen is None:
+        return [False] * (5 if group.size else 4)
+    right = [
+        True,
+        seen.count == group.count,
+        seen.kind == group.kind,
+        seen.striped == bool(group.texture),
+    ]
+    return [*right, seen.size == group.size] if group.size else right
 
 
 def _relation(first: Seen, second: Seen) -> str:

@@ -14,18 +14,20 @@ Writes `WORKDIR/checkpoint`, a diffusers pipeline folder with `generator/` and `
 usual parts.
 """
 
+import dataclasses
 import functools
 import json
-import pathlib
-import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import flags
 from flax import nnx
+from tqdm import tqdm
 
 from di_star_jax import (
     diffusion,
@@ -34,288 +36,167 @@ from di_star_jax import (
     models,
     objectives,
     samplers,
-    sharding,
     step,
 )
 from di_star_jax.errors import run as run_command
-from di_star_jax.models.clip import CLIPConfig, CLIPModel
-from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.prompts import files as prompts
+from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import similarity
-from di_star_jax.shapes import oracle, scenes, taste, tokenizer
-from di_star_jax.storage import checkpoint, weights
+from di_star_jax.shapes import datasets, networks, oracle, scenes, tokenizer
+from di_star_jax.shapes.datasets import to_image
+from di_star_jax.shapes.networks import LATENT_SHAPE, RESOLUTION, TOKENS
+from di_star_jax.storage import weights
+from di_star_jax.storage.checkpoint import Checkpoints
 
-NUM_IMAGES = 40_000
-TOKENS = 20  # two specials and the longest caption
-RESOLUTION = 64
+Params = Any
 DISTIL_OMEGA = 5.0
-SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-}
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "force_zeros_for_empty_prompt": True,
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-_HALF_DIFFUSERS = {"file_name": "diffusion_pytorch_model.fp16.safetensors", "dtype": np.float16}
-_HALF_CLIP = {"file_name": "model.fp16.safetensors", "dtype": np.float16}
-
-VAE = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": [16, 24, 64],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "sample_size": 64,
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "force_upcast": False,
-    "scaling_factor": 1.0,
-}
-TEXT_ENCODER = {
-    "architectures": ["CLIPTextModel"],
-    "model_type": "clip_text_model",
-    "hidden_act": "quick_gelu",
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": TOKENS,
-    "projection_dim": 64,
-}
-TEXT_ENCODER_2 = {
-    "architectures": ["CLIPTextModelWithProjection"],
-    "model_type": "clip_text_model",
-    "hidden_act": "gelu",
-    "hidden_size": 96,
-    "intermediate_size": 384,
-    "num_attention_heads": 3,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": TOKENS,
-    "projection_dim": 64,
-}
-UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "act_fn": "silu",
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [32, 96, 128],
-    "layers_per_block": 1,
-    "norm_num_groups": 16,
-    "norm_eps": 1e-5,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 1, 1],
-    "attention_head_dim": [1, 3, 4],
-    "cross_attention_dim": 160,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 64,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-}
-
-REWARD = {
-    "architectures": ["CLIPModel"],
-    "model_type": "clip",
-    "projection_dim": 64,
-    "logit_scale_init_value": 2.6592,
-    "text_config": {
-        "model_type": "clip_text_model",
-        "hidden_act": "gelu",
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "max_position_embeddings": TOKENS,
-        "projection_dim": 64,
-    },
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_act": "gelu",
-        "hidden_size": 96,
-        "intermediate_size": 384,
-        "num_attention_heads": 3,
-        "num_hidden_layers": 4,
-        "image_size": RESOLUTION,
-        "patch_size": 8,
-        "projection_dim": 64,
-    },
-}
+HALF_DIFFUSERS = {"file_name": "diffusion_pytorch_model.fp16.safetensors", "dtype": np.float16}
+HALF_CLIP = {"file_name": "model.fp16.safetensors", "dtype": np.float16}
 
 
-def render_dataset(folder: pathlib.Path, count: int) -> tuple[np.ndarray, list[str]]:
-    """Renders `count` training scenes once.
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How long and how fast a network trains. learning_rate: the highest."""
 
-    Returns: images uint8 [count, 64, 64, 3] (memory-mapped), captions.
+    name: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+    def rows(self, seed: int, k: int, count: int) -> np.ndarray:
+        """Numbers of `count` examples that step k sees; the same ones in a resumed run."""
+        return np.random.default_rng((seed, k)).integers(count, size=self.batch_size)
+
+
+VAE = Stage("vae", 5000, 8, 2e-3)
+TEXT = Stage("text", 1000, 256, 2e-3)
+TEACHER = Stage("teacher", 3000, 64, 1.5e-3)
+CLIP = Stage("CLIP, contrastive", 1500, 96, 1e-3)
+REWARD = Stage("reward, preference", 1500, 48, 3e-4)
+GENERATOR = Stage("generator", 450, 32, 1e-4)  # the assistant learns twice as fast
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is made and trained in all."""
+
+    images: int = 40_000
+    pairs: int = 10_000
+    vae: Stage = VAE
+    text: Stage = TEXT
+    teacher: Stage = TEACHER
+    clip: Stage = CLIP
+    reward: Stage = REWARD
+    generator: Stage = GENERATOR
+
+
+class Network(NamedTuple):
+    """What `nnx.merge` takes, or a dict of each by component."""
+
+    graphdef: Any
+    params: Params
+
+
+def init(config: dict, seed: int) -> Network:
+    """A network with fresh parameters. Args: config, its config.json."""
+    cls, settings = pipeline.model_class(config)
+    return Network(*models.init(lambda rngs: cls(settings, rngs=rngs), seed=seed))
+
+
+# One loop for all stages.
+
+
+def keep_training(
+    folder: Path, stage: Stage, state: Any, update: Callable, batch_at: Callable
+) -> Any:
+    """The state after all steps of a stage, continuing from the checkpoints in `folder`.
+
+    Args:
+      folder: of this stage's checkpoints.
+      stage: says how many steps.
+      state: at step 0; NamedTuple or dict of trees.
+      update: (state, batch, step) -> (state, {name: scalar to show}); may donate the state.
+      batch_at: step -> batch.
     """
-    images_file, captions_file = folder / "images.npy", folder / "captions.json"
-    if not captions_file.exists():  # written last
-        folder.mkdir(parents=True, exist_ok=True)
-        images, captions = np.empty((count, 64, 64, 3), np.uint8), []
-        for i in range(count):
-            rng = np.random.default_rng((1, i))
-            scene = scenes.sample_scene(rng, held_out=False)
-            images[i] = np.round(255.0 * scenes.render(scene, rng))
-            captions.append(scene.caption)
-            if i % 5000 == 0:
-                print(f"data: {i} of {count} scenes", flush=True)
-        np.save(images_file, images)
-        captions_file.write_text(json.dumps(captions))
-    return np.load(images_file, mmap_mode="r"), json.loads(captions_file.read_text())
+    store = Checkpoints(folder, keep=1)
+    first = store.latest_step() or 0
+    if first:
+        state = store.restore(first, jax.eval_shape(lambda: state))
+    shown = []
+    bar = tqdm(range(first, stage.steps), stage.name, stage.steps, initial=first, mininterval=10)
+    for k in bar:
+        state, values = update(state, batch_at(k), np.int32(k))
+        shown.append(values)
+        if (k + 1) % 100 == 0 or k + 1 == stage.steps:
+            bar.set_postfix(jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(shown)))
+            shown = []
+            store.save(k + 1, state, {})
+    store.close()
+    return state
 
 
-def adamw(peak: float, steps: int) -> optax.GradientTransformation:
+def adamw(stage: Stage) -> optax.GradientTransformation:
     """AdamW with warm-up and cosine decay to a twentieth of the peak learning rate."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, peak, min(200, steps // 10), steps, peak / 20
-    )
+    peak, steps = stage.learning_rate, stage.steps
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak / 20)
     return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3)
+        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-3)
     )
 
 
 def fit(
-    name: str,
-    folder: pathlib.Path,
-    params,
-    loss_fn,
-    batch_at,
-    optimizer,
-    steps: int,
-    *,
-    ema_decay=0.998,
-):
-    """Minimises `loss_fn(params, batch, key) -> scalar`, resuming from `folder`.
+    folder: Path, stage: Stage, params: Params, loss_fn: Callable, batch_at: Callable
+) -> Params:
+    """Parameters that minimise `loss_fn(params, batch, key) -> scalar`, averaged over the steps.
 
-    Args:
-      name: shown in the progress lines.
-      folder: of this stage's checkpoints.
-      params: initial parameters.
-      loss_fn: traced once.
-      batch_at: step -> batch; a pure function of the step, so that a resumed run sees the same
-        batches.
-      optimizer: optax transformation.
-      steps: in all.
-      ema_decay: per step, of the parameters' average.
-    Returns:
-      the averaged parameters.
+    Args: as of `keep_training`; params, to start from.
     """
+    optimizer = adamw(stage)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, batch, k):
-        loss, grads = jax.value_and_grad(loss_fn)(
-            state["params"], batch, jax.random.fold_in(jax.random.key(0), k)
-        )
+    def update(state: dict, batch: Any, k: jax.Array) -> tuple[dict, dict]:
+        key = jax.random.fold_in(jax.random.key(0), k)
+        loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch, key)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        decay = jnp.minimum(ema_decay, (1.0 + k) / (10.0 + k))
-        ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state["ema"], params)
-        return {"params": params, "opt": opt, "ema": ema}, loss
+        decay = jnp.minimum(0.998, (1.0 + k) / (10.0 + k))
+        ema = optax.incremental_update(params, state["ema"], 1.0 - decay)
+        return {"params": params, "opt": opt, "ema": ema}, {"loss": loss}
 
     state = {"params": params, "opt": optimizer.init(params), "ema": jax.tree.map(jnp.copy, params)}
-    options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
-        first = manager.latest_step() or 0
-        if first:
-            state = manager.restore(first, args=ocp.args.StandardRestore(state))
-        losses, began = [], time.time()
-        for k in range(first, steps):
-            state, loss = update(state, batch_at(k), np.int32(k))
-            losses.append(loss)
-            done = k + 1
-            if done % 100 == 0 or done == steps:
-                left = (time.time() - began) / (done - first) * (steps - done)
-                print(
-                    f"{name}: step {done} of {steps}, loss {np.mean(jax.device_get(losses)):.4f}, "
-                    f"{left / 60:.0f} min left",
-                    flush=True,
-                )
-                losses = []
-            if done % 500 == 0 or done == steps:
-                manager.save(done, args=ocp.args.StandardSave(state))
-    return state["ema"]
+    return keep_training(folder, stage, state, update, batch_at)["ema"]
 
 
-def to_image(uint8: np.ndarray) -> np.ndarray:
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return uint8.astype(np.float32) / 127.5 - 1.0
+# Autoencoder.
 
 
-def train_vae(folder: pathlib.Path, images: np.ndarray, steps: int = 5000, batch_size: int = 8):
-    """L1 + L2 on pixels and on their differences to the neighbour, and a small KL.
+def train_vae(folder: Path, stage: Stage, images: np.ndarray) -> Network:
+    """L1 + L2 on pixels and on their differences to the neighbour, and a small KL."""
+    graphdef, params = init(networks.VAE, seed=0)
 
-    Returns: (graphdef, params).
-    """
-    graphdef, params = models.init(
-        lambda rngs: AutoencoderKL(VAEConfig.from_json(VAE), rngs=rngs), seed=0
-    )
-
-    def loss_fn(params, image, key):
+    def loss_fn(params: Params, image: jax.Array, key: jax.Array) -> jax.Array:
         vae = nnx.merge(graphdef, params)
         mean, std = vae.encode(image)
-        out = vae.decode(mean + std * jax.random.normal(key, mean.shape))
-        error = out - image
+        error = vae.decode(mean + std * jax.random.normal(key, mean.shape)) - image
         pixels = jnp.abs(error).mean() + (error**2).mean()
         edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
         kl = 0.5 * (mean**2 + std**2 - 1.0 - 2.0 * jnp.log(std)).mean()
         return pixels + edges + 2e-4 * kl
 
-    def batch_at(step):
-        return to_image(
-            images[np.sort(np.random.default_rng((2, step)).integers(len(images), size=batch_size))]
-        )
+    def batch_at(k: int) -> np.ndarray:
+        return to_image(images[np.sort(stage.rows(2, k, len(images)))])
 
-    return graphdef, fit("vae", folder, params, loss_fn, batch_at, adamw(2e-3, steps), steps)
+    return Network(graphdef, fit(folder, stage, params, loss_fn, batch_at))
 
 
-def encode_dataset(
-    folder: pathlib.Path, graphdef, params, images: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations of all latents, [N, 16, 16, 4] float32 each, of a VAE with
-    scaling factor 1.
-    """
-    file = folder / "latents.npz"
-    if not file.exists():
-        encode = jax.jit(lambda image: nnx.merge(graphdef, params).encode(image))
-        parts = [
-            jax.device_get(encode(to_image(images[i : i + 500])))
-            for i in range(0, len(images), 500)
-        ]
-        np.savez(
-            file,
-            mean=np.concatenate([p[0] for p in parts]),
-            std=np.concatenate([p[1] for p in parts]),
-        )
-    stored = np.load(file)
-    return stored["mean"], stored["std"]
+# Text encoders.
 
 
 def mean_image_loss(
     graphdefs: dict, params: dict, heads: dict, token_ids: dict[str, jax.Array], x0: jax.Array
 ) -> jax.Array:
-    """How badly linear maps of the end-of-text states predict the latents, summed over the three
-    states.
+    """How badly linear maps of the three end-of-text states predict the latents, summed.
 
     Args:
       graphdefs, params: hold 'text_encoder' and 'text_encoder_2'.
@@ -331,19 +212,29 @@ def mean_image_loss(
         end = token_ids[name].argmax(axis=-1)  # the end-of-text token has the largest id
         states[part] = out.hidden_states_penultimate[jnp.arange(len(end)), end]
     states["pooled"] = out.pooled
-    return sum(
-        ((state @ heads[name] + heads["mean"] - x0) ** 2).mean() for name, state in states.items()
-    )
+    errors = [state @ heads[name] + heads["mean"] - x0 for name, state in states.items()]
+    return sum((error**2).mean() for error in errors)
+
+
+def _heads(x0: np.ndarray) -> dict[str, jax.Array]:
+    widths = {
+        "text_encoder": networks.TEXT_ENCODER["hidden_size"],
+        "text_encoder_2": networks.TEXT_ENCODER_2["hidden_size"],
+        "pooled": networks.TEXT_ENCODER_2["projection_dim"],
+    }
+    heads = {"mean": jnp.asarray(x0.mean(axis=0).ravel())}
+    for i, (name, width) in enumerate(widths.items()):
+        heads[name] = 0.01 * jax.random.normal(jax.random.key(i), (width, x0[0].size))
+    return heads
 
 
 def train_text(
-    folder: pathlib.Path,
+    folder: Path,
+    stage: Stage,
     x0: np.ndarray,
     token_ids: dict[str, np.ndarray],
     configs: dict[str, dict],
-    steps: int = 1000,
-    batch_size: int = 256,
-):
+) -> tuple[Network, dict]:
     """Text encoders from whose end-of-text states a linear map predicts a caption's mean latents.
 
     The role of CLIP's training before Stable Diffusion's. What a caption says of where things are
@@ -351,165 +242,134 @@ def train_text(
     relation in 5,000 steps.
 
     Args:
-      folder: of the checkpoints.
+      folder, stage: as of `fit`.
       x0: scaled latents, [N, 16, 16, 4].
       token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
       configs: config.json of text_encoder and text_encoder_2.
-      steps, batch_size: of training.
     Returns:
-      (graphdefs, params, heads): dicts by component, and the linear maps for `mean_image_loss`.
+      the encoders by component, and the linear maps for `mean_image_loss`.
     """
-    graphdefs, params = {}, {}
-    for i, (part, config) in enumerate(configs.items()):
-        cls, settings = pipeline.model_class(config)
-        graphdefs[part], params[part] = models.init(
-            lambda rngs: cls(settings, rngs=rngs), seed=11 + i
-        )
-    widths = {
-        "text_encoder": TEXT_ENCODER["hidden_size"],
-        "text_encoder_2": TEXT_ENCODER_2["hidden_size"],
-        "pooled": TEXT_ENCODER_2["projection_dim"],
-    }
-    heads = {
-        name: 0.01 * jax.random.normal(jax.random.key(i), (width, x0[0].size))
-        for i, (name, width) in enumerate(widths.items())
-    }
+    encoders = {part: init(config, 11 + i) for i, (part, config) in enumerate(configs.items())}
+    graphdefs = {part: encoder.graphdef for part, encoder in encoders.items()}
+    params = {part: encoder.params for part, encoder in encoders.items()}
 
-    def loss_fn(params, batch, key):
+    def loss_fn(params: Params, batch: dict, key: jax.Array) -> jax.Array:
         del key
         return mean_image_loss(
             graphdefs, params["encoders"], params["heads"], batch["ids"], batch["x0"]
         )
 
-    def batch_at(step):
-        rows = np.random.default_rng((9, step)).integers(len(x0), size=batch_size)
-        return {
-            "x0": x0[rows].reshape(batch_size, -1),
-            "ids": {k: v[rows] for k, v in token_ids.items()},
-        }
+    def batch_at(k: int) -> dict:
+        rows = stage.rows(9, k, len(x0))
+        return {"x0": x0[rows].reshape(len(rows), -1), "ids": _take(token_ids, rows)}
 
-    start = {"encoders": params, "heads": heads | {"mean": jnp.asarray(x0.mean(axis=0).ravel())}}
-    trained = fit("text", folder, start, loss_fn, batch_at, adamw(2e-3, steps), steps)
-    return graphdefs, trained["encoders"], trained["heads"]
+    start = {"encoders": params, "heads": _heads(x0)}
+    trained = fit(folder, stage, start, loss_fn, batch_at)
+    return Network(graphdefs, trained["encoders"]), trained["heads"]
+
+
+def _take(tree: Any, rows: np.ndarray) -> Any:
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
+# Teacher.
 
 
 def train_teacher(
-    folder: pathlib.Path,
+    folder: Path,
+    stage: Stage,
     latents: tuple[np.ndarray, np.ndarray],
     token_ids: dict[str, np.ndarray],
-    text: tuple[dict, dict, dict],
-    steps: int = 3000,
-    batch_size: int = 64,
-):
-    """eps-prediction (Eq. 2.2), the text encoders trained with the UNet, one caption in ten
-    dropped.
+    text: tuple[Network, dict],
+) -> Network:
+    """eps-prediction (Eq. 2.2), the text encoders trained with the UNet.
 
-    Times weigh sigma_t^2 / alpha_t^2, within bounds, as if the error of x_0 were minimised: how
-    many objects there are, and which is above which, is decided where little of the signal is left,
-    and plain eps-prediction hardly looks there. `mean_image_loss` stays in the sum: without it the
-    untrained UNet's gradients wipe out what the encoders know.
+    `mean_image_loss` stays in the sum: without it the untrained UNet's gradients wipe out what the
+    encoders know.
 
     Args:
-      folder: of the checkpoints.
+      folder, stage: as of `fit`.
       latents: scaled means and standard deviations, [N, 16, 16, 4].
       token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
       text: from `train_text`.
-      steps, batch_size: of training.
     Returns:
-      (graphdefs, params), dicts by component.
+      the networks by component.
     """
-    cls, settings = pipeline.model_class(UNET)
-    graphdef, unet = models.init(lambda rngs: cls(settings, rngs=rngs), seed=10)
-    graphdefs = text[0] | {"unet": graphdef}
-    schedule = diffusion.schedule_from_json(SCHEDULER)
-    mean, std = latents
+    encoders, heads = text
+    unet = init(networks.UNET, seed=10)
+    graphdefs = encoders.graphdef | {"unet": unet.graphdef}
 
-    def loss_fn(params, batch, key):
-        keys = jax.random.split(key, 4)
-        networks, ids = params["networks"], batch["ids"]
-        x0 = batch["mean"] + batch["std"] * jax.random.normal(keys[0], batch["mean"].shape)
-        condition, null = SDXL.encode_text(graphdefs, networks, ids, RESOLUTION)
-        drop = jax.random.bernoulli(keys[1], 0.1, x0.shape[:1])
-        condition = jax.tree.map(
-            lambda c, n: jnp.where(diffusion.per_sample(drop, c), n, c), condition, null
-        )
-        t = jax.random.randint(keys[2], x0.shape[:1], 0, 1000)
-        eps = jax.random.normal(keys[3], x0.shape)
-        x_t = diffusion.add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t])
-        error = (
-            (nnx.merge(graphdefs["unet"], networks["unet"])(x_t, t, condition) - eps) ** 2
-        ).mean((1, 2, 3))
-        weight = jnp.clip((schedule.sigma[t] / schedule.alpha[t]) ** 2, 0.3, 5.0)
-        text_loss = mean_image_loss(
-            graphdefs, networks, params["heads"], ids, batch["mean"].reshape(len(t), -1)
-        )
-        return (weight * error).mean() + 0.1 * text_loss
+    def loss_fn(params: Params, batch: dict, key: jax.Array) -> jax.Array:
+        ids, x0 = batch["ids"], batch["mean"].reshape(len(batch["mean"]), -1)
+        text_loss = mean_image_loss(graphdefs, params["networks"], params["heads"], ids, x0)
+        return eps_loss(graphdefs, params["networks"], batch, key) + 0.1 * text_loss
 
-    def batch_at(step):
-        rows = np.random.default_rng((3, step)).integers(len(mean), size=batch_size)
-        return {
-            "mean": mean[rows],
-            "std": std[rows],
-            "ids": {k: v[rows] for k, v in token_ids.items()},
-        }
+    def batch_at(k: int) -> dict:
+        batch = {"mean": latents[0], "std": latents[1], "ids": token_ids}
+        return _take(batch, stage.rows(3, k, len(latents[0])))
 
-    start = {"networks": text[1] | {"unet": unet}, "heads": text[2]}
-    trained = fit("teacher", folder, start, loss_fn, batch_at, adamw(1.5e-3, steps), steps)
-    return graphdefs, trained["networks"]
+    start = {"networks": encoders.params | {"unet": unet.params}, "heads": heads}
+    trained = fit(folder, stage, start, loss_fn, batch_at)
+    return Network(graphdefs, trained["networks"])
 
 
-def render_pairs(folder: pathlib.Path, count: int) -> dict[str, np.ndarray]:
-    """Preference pairs, made once: images uint8 [count, 2, 64, 64, 3], prob [count] that the first
-    is preferred.
+def eps_loss(graphdefs: dict, params: dict, batch: dict, key: jax.Array) -> jax.Array:
+    """eps-prediction (Eq. 2.2), one caption in ten dropped.
 
-    The captions are in `captions.json` beside it.
+    Times weigh sigma_t^2 / alpha_t^2, within bounds, as if the error of x_0 were minimised: how
+    many objects there are, and which is above which, is decided where little of the signal is left,
+    and plain eps-prediction hardly looks there.
+
+    Args:
+      graphdefs, params: by component.
+      batch: 'mean' and 'std' of latents [B, 16, 16, 4], 'ids' as token_ids of `mean_image_loss`.
+    Returns:
+      scalar.
     """
-    if not (folder / "captions.json").exists():  # written last
-        folder.mkdir(parents=True, exist_ok=True)
-        images, prob, captions = (
-            np.empty((count, 2, 64, 64, 3), np.uint8),
-            np.empty(count, np.float32),
-            [],
-        )
-        for i in range(count):
-            rng = np.random.default_rng((4, i))
-            scene = scenes.sample_scene(rng, held_out=False)
-            *pair, prob[i] = taste.preference_pair(scene, rng)
-            images[i] = np.round(255.0 * np.stack(pair))
-            captions.append(scene.caption)
-        np.savez(folder / "pairs.npz", images=images, prob=prob)
-        (folder / "captions.json").write_text(json.dumps(captions))
-    return dict(np.load(folder / "pairs.npz"))
+    of_latents, of_dropped, of_times, of_noise = jax.random.split(key, 4)
+    schedule = diffusion.schedule_from_json(networks.SCHEDULER)
+    x0 = batch["mean"] + batch["std"] * jax.random.normal(of_latents, batch["mean"].shape)
+    condition = _sometimes_null(
+        of_dropped, *SDXL.encode_text(graphdefs, params, batch["ids"], RESOLUTION)
+    )
+    t = jax.random.randint(of_times, x0.shape[:1], 0, 1000)
+    alpha_t, sigma_t = schedule.alpha[t], schedule.sigma[t]
+    eps = jax.random.normal(of_noise, x0.shape)
+    x_t = diffusion.add_noise(x0, eps, alpha_t, sigma_t)
+    error = nnx.merge(graphdefs["unet"], params["unet"])(x_t, t, condition) - eps
+    weight = jnp.clip((sigma_t / alpha_t) ** 2, 0.3, 5.0)
+    return (weight * (error**2).mean((1, 2, 3))).mean()
 
 
-def _logit_scale(params) -> jax.Array:
+def _sometimes_null(key: jax.Array, condition: Any, null: Any) -> Any:
+    """Each sample's condition, or the null condition for one in ten."""
+    drop = jax.random.bernoulli(key, 0.1, jax.tree.leaves(condition)[0].shape[:1])
+    return jax.tree.map(
+        lambda c, n: jnp.where(diffusion.per_sample(drop, c), n, c), condition, null
+    )
+
+
+# Reward.
+
+
+def _logit_scale(params: Params) -> jax.Array:
     return jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
 
 
 def train_clip(
-    folder: pathlib.Path,
-    images: np.ndarray,
-    ids: np.ndarray,
-    config: dict,
-    steps: int = 1500,
-    batch_size: int = 96,
-    seed: int = 20,
-):
+    folder: Path, stage: Stage, images: np.ndarray, ids: np.ndarray, config: dict, seed: int = 20
+) -> Network:
     """CLIP's contrastive loss on images and their captions.
 
     Args:
-      folder: of the checkpoints.
+      folder, stage: as of `fit`.
       images, ids: uint8 [N, 64, 64, 3] and their captions, int32 [N, TOKENS].
       config: the CLIPModel's config.json.
-      steps, batch_size: of training. seed: of the first parameters.
-    Returns:
-      (graphdef, params)
+      seed: of the first parameters.
     """
-    graphdef, params = models.init(
-        lambda rngs: CLIPModel(CLIPConfig.from_json(config), rngs=rngs), seed=seed
-    )
+    graphdef, params = init(config, seed)
 
-    def contrastive(params, batch, key):
+    def loss_fn(params: Params, batch: dict, key: jax.Array) -> jax.Array:
         del key
         text = similarity.text_embeddings(graphdef, params, batch["ids"])
         image = similarity.image_embeddings(graphdef, params, batch["image"])
@@ -518,87 +378,57 @@ def train_clip(
         pull = optax.softmax_cross_entropy_with_integer_labels
         return (pull(logits, labels).mean() + pull(logits.T, labels).mean()) / 2
 
-    def images_at(step):
-        rows = np.sort(np.random.default_rng((5, step)).integers(len(images), size=batch_size))
+    def batch_at(k: int) -> dict:
+        rows = np.sort(stage.rows(5, k, len(images)))
         return {"image": to_image(images[rows]), "ids": ids[rows]}
 
-    return graphdef, fit(
-        "CLIP, contrastive", folder, params, contrastive, images_at, adamw(1e-3, steps), steps
-    )
+    return Network(graphdef, fit(folder, stage, params, loss_fn, batch_at))
 
 
 def train_reward(
-    folder: pathlib.Path,
-    clip: tuple,
-    pairs: dict[str, np.ndarray],
-    pair_ids: np.ndarray,
-    steps: int = 1500,
-    batch_size: int = 48,
-):
+    folder: Path, stage: Stage, clip: Network, pairs: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> Network:
     """PickScore's loss: cross-entropy over the two scaled scores of a preference pair.
 
     Args:
-      folder: of the checkpoints.
+      folder, stage: as of `fit`.
       clip: from `train_clip`, to start from.
-      pairs, pair_ids: from `render_pairs`, with their captions, int32 [N, TOKENS].
-      steps, batch_size: of training.
-    Returns:
-      (graphdef, params)
+      pairs: uint8 [N, 2, 64, 64, 3], probability [N] that the first is preferred, and captions,
+        int32 [N, TOKENS].
     """
-    graphdef, params = clip
+    images, prob, ids = pairs
 
-    def preference(params, batch, key):
+    def loss_fn(params: Params, batch: dict, key: jax.Array) -> jax.Array:
         del key
-        text = similarity.text_embeddings(graphdef, params, batch["ids"])
-        scores = [
-            jnp.sum(
-                similarity.image_embeddings(graphdef, params, batch["image"][:, i]) * text, axis=-1
-            )
-            for i in range(2)
-        ]
+        text = similarity.text_embeddings(clip.graphdef, params, batch["ids"])
+        scores = []
+        for i in range(2):
+            image = similarity.image_embeddings(clip.graphdef, params, batch["image"][:, i])
+            scores.append(jnp.sum(image * text, axis=-1))
         logits = _logit_scale(params) * jnp.stack(scores, axis=-1)  # [B, 2]
         labels = jnp.stack([batch["prob"], 1.0 - batch["prob"]], axis=-1)
         return optax.softmax_cross_entropy(logits, labels).mean()
 
-    def pairs_at(step):
-        rows = np.random.default_rng((6, step)).integers(len(pair_ids), size=batch_size)
-        return {
-            "image": to_image(pairs["images"][rows]),
-            "prob": pairs["prob"][rows],
-            "ids": pair_ids[rows],
-        }
+    def batch_at(k: int) -> dict:
+        rows = stage.rows(6, k, len(ids))
+        return {"image": to_image(images[rows]), "prob": prob[rows], "ids": ids[rows]}
 
-    return graphdef, fit(
-        "reward, preference", folder, params, preference, pairs_at, adamw(3e-4, steps), steps
-    )
+    return clip._replace(params=fit(folder, stage, clip.params, loss_fn, batch_at))
 
 
-def distil_generator(
-    folder: pathlib.Path,
-    graphdefs: dict,
-    teacher: dict,
-    token_ids: dict[str, np.ndarray],
-    training_steps: int = 450,
-    batch_size: int = 32,
-):
-    """A one-step generator from the teacher: the project's own step with reward 0, in the role of
-    DMD2-SDXL.
+# Generator.
 
-    Args:
-      folder: of the checkpoints.
-      graphdefs, teacher: from `train_teacher`.
-      token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
-      training_steps, batch_size: of training.
-    Returns:
-      the generator's averaged UNet parameters.
-    """
-    networks = gradients.Networks(
-        unet=lambda params, x_t, t, condition: nnx.merge(graphdefs["unet"], params)(
-            x_t, t, condition
-        ),
-        encode_text=lambda params, ids: SDXL.encode_text(graphdefs, params, ids, RESOLUTION),
-        reward=lambda params, x0, ids, crop: (jnp.zeros(x0.shape[0]), {}),
-    )
+
+def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
+    """The project's own training step with reward 0."""
+
+    def encode_text(params: dict, token_ids: dict) -> tuple[Any, Any]:
+        return SDXL.encode_text(graphdefs, params, token_ids, RESOLUTION)
+
+    def no_reward(params: dict, x0: jax.Array, token_ids: dict, crop: Any) -> tuple:
+        del params, token_ids, crop
+        return jnp.zeros(x0.shape[0]), {}
+
     settings = gradients.Settings(
         objective="di_star",
         omega=DISTIL_OMEGA,
@@ -608,165 +438,162 @@ def distil_generator(
         generator_times=(20, 980),
         assistant_times=(0, 999),
         assistant_updates=1,
-        sharing="x0",
+        scheme="separate",
         generator_timesteps=(SDXL.one_step,),
-        latent_shape=(16, 16, 4),
+        latent_shape=LATENT_SHAPE,
         ema_decay=0.98,
     )
-    schedule = diffusion.schedule_from_json(SCHEDULER)
-    opts = [
-        step.adamw(
-            rate, lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=10.0
-        )
-        for rate in (1e-4, 2e-4)
-    ]
-    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    update = jax.jit(
-        step.make_train_step(networks, settings, schedule, *opts, mesh), donate_argnums=0
+    schedule = diffusion.schedule_from_json(networks.SCHEDULER)
+    unet = functools.partial(nnx.merge, graphdefs["unet"])
+    method = gradients.Method(unet, encode_text, no_reward, schedule, settings)
+    train_step = step.make_train_step(method, optimizers, drawing.one_device())
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def distil_generator(
+    folder: Path, stage: Stage, teacher: Network, token_ids: dict[str, np.ndarray]
+) -> Params:
+    """A one-step generator from the teacher, in the role of DMD2-SDXL.
+
+    Args:
+      folder, stage: as of `fit`.
+      teacher: from `train_teacher`.
+      token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
+    Returns:
+      the generator's averaged UNet parameters.
+    """
+    settings = step.AdamW(
+        lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=10.0
     )
-    state = step.init_state(teacher["unet"], teacher["unet"], *opts)
-    store = checkpoint.Checkpoints(folder, keep=1)
-    first = store.latest_step() or 0
-    if first:
-        state = store.restore(first, jax.eval_shape(lambda: state))
-    began = time.time()
-    for k in range(first, training_steps):
-        rows = np.random.default_rng((7, k)).integers(len(token_ids["tokenizer"]), size=batch_size)
-        state, values = update(
-            state, teacher, {n: ids[rows] for n, ids in token_ids.items()}, jax.random.key(7)
-        )
-        done = k + 1
-        if done % 50 == 0:
-            left = (time.time() - began) / (done - first) * (training_steps - done)
-            print(
-                f"generator: step {done} of {training_steps}, regulariser {values['regulariser/loss']:.2f}, assistant "
-                f"{values['assistant/loss']:.4f}, {left / 60:.0f} min left",
-                flush=True,
-            )
-        if done % 100 == 0 or done == training_steps:
-            store.save(done, state, {})
-    store.close()
-    return state.ema
+    optimizers = step.Optimizers(
+        generator=step.adamw(stage.learning_rate, settings),
+        assistant=step.adamw(2.0 * stage.learning_rate, settings),
+    )
+    train_step = _distillation(teacher.graphdef, optimizers)
+    frozen = dict(teacher.params)
+    frozen["reference"] = frozen.pop("unet")
+
+    def update(state: step.TrainState, ids: dict, k: int) -> tuple[step.TrainState, dict]:
+        del k  # the state knows it
+        state, values = train_step(state, frozen, ids, jax.random.key(7))
+        return state, {name: values[name] for name in ("regulariser/loss", "assistant/loss")}
+
+    def batch_at(k: int) -> dict:
+        return _take(token_ids, stage.rows(7, k, len(token_ids["tokenizer"])))
+
+    unet = teacher.params["unet"]
+    state = step.init_state(unet, unet, optimizers)
+    return keep_training(folder, stage, state, update, batch_at).ema
 
 
-def caption_ids(folder: pathlib.Path, captions: list[str]) -> np.ndarray:
-    """Token ids, int32 [N, TOKENS], by the tokenizer in `folder`."""
-    return prompts.Tokenizer(folder)(captions)
+# What it can do.
 
 
-def accuracy(draw, captions: list[str], seed: int, batch_size: int = 100) -> float:
-    """Share of stated attributes that the oracle reads back. Args: draw from `drawing.make_draw`."""
+def accuracy(draw: Callable, captions: list[str], seed: int, batch_size: int = 100) -> float:
+    """Share of stated attributes that the oracle reads back.
+
+    Args: draw, from `drawing.draw_prompts`.
+    """
     counts = np.zeros(2)
     for start in range(0, len(captions), batch_size):
-        texts = captions[start : start + batch_size]
-        z = jax.random.normal(
-            jax.random.fold_in(jax.random.key(seed), start), (len(texts), 16, 16, 4)
-        )
-        for text, image in zip(texts, draw(texts, z)):
-            counts += oracle.attributes(scenes.parse(text), (image + 1.0) / 2.0)
+        batch = captions[start : start + batch_size]
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        z = jax.random.normal(key, (len(batch), *LATENT_SHAPE))
+        for caption, image in zip(batch, draw(batch, z), strict=True):
+            counts += oracle.attributes(scenes.parse(caption), (image + 1.0) / 2.0)
     return float(counts[0] / counts[1])
 
 
-def report(folder: pathlib.Path) -> dict[str, float]:
-    """What the shipped checkpoint can do on 500 held-out captions: attributes right, teacher and
-    generator.
-    """
+def report(folder: Path) -> dict[str, float]:
+    """Attributes right on 500 held-out captions, by teacher and generator of a checkpoint."""
     captions = (folder / "prompts_held_out.txt").read_text().splitlines()
     loaded = pipeline.load_pipeline(folder)
-    teacher = drawing.make_draw(
-        loaded,
-        sampler="euler",
-        timesteps=samplers.leading_timesteps(50),
-        guidance_scale=DISTIL_OMEGA,
-    )
-    generator = loaded._replace(
-        models=loaded.models | {"unet": pipeline.load_model(folder / "generator")}
-    )
-    one_step = drawing.make_draw(
-        generator, sampler="few_step", timesteps=np.array([SDXL.one_step]), guidance_scale=1.0
+    guided = drawing.Sampling("euler", samplers.leading_timesteps(50), DISTIL_OMEGA, LATENT_SHAPE)
+    teacher = drawing.draw_prompts(loaded, guided)
+    generator = pipeline.load_model(folder / "generator")
+    one_step = drawing.draw_prompts(
+        loaded._replace(models=loaded.models | {"unet": generator}),
+        drawing.Sampling("few_step", np.array([SDXL.one_step]), 1.0, LATENT_SHAPE),
     )
     return {
         "teacher, 50 guided steps": accuracy(teacher, captions, seed=1),
         "initial generator, one step": accuracy(
-            lambda texts, z: one_step(texts, z[None]), captions, seed=2
+            lambda captions, z: one_step(captions, z[None]), captions, seed=2
         ),
     }
 
 
-def write_captions(folder: pathlib.Path) -> None:
-    """prompts.txt: 5,000 training captions; prompts_held_out.txt: 500 that no stage has seen."""
-    for name, count, held_out in (
-        ("prompts.txt", 5000, False),
-        ("prompts_held_out.txt", 500, True),
-    ):
-        rng = np.random.default_rng(8)
-        captions = dict.fromkeys(
-            scenes.sample_scene(rng, held_out=held_out).caption for _ in range(2 * count)
-        )
-        (folder / name).write_text("".join(caption + "\n" for caption in list(captions)[:count]))
+# All of it.
 
 
-def run(workdir: pathlib.Path) -> None:
-    """All stages, each continued where it stopped; writes WORKDIR/checkpoint and prints what it can
-    do.
-    """
-    out = workdir / "checkpoint"
-    images, captions = render_dataset(workdir / "data", NUM_IMAGES)
-    ids = {}
+def make_tokenizers(out: Path) -> int:
+    """Writes tokenizer/ and tokenizer_2/. Returns: their vocabulary's size."""
+    words = scenes.words()
     for name, pad_token in (("tokenizer", tokenizer.END), ("tokenizer_2", "!")):
         size = tokenizer.make_word_tokenizer(
-            scenes.words(), out / name, max_length=TOKENS, pad_token=pad_token
+            words, out / name, max_length=TOKENS, pad_token=pad_token
         )
-        ids[name] = caption_ids(out / name, captions)
-    special = {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1}
+    return size
 
-    vae_graphdef, vae = train_vae(workdir / "vae", images)
-    mean, std = encode_dataset(workdir / "data", vae_graphdef, vae, images)
-    scaling_factor = float(
-        1.0 / np.sqrt((mean**2 + std**2).mean())
-    )  # latents of unit variance, as SDXL's
-    weights.save(
-        out / "vae", vae, config={**VAE, "scaling_factor": scaling_factor}, **_HALF_DIFFUSERS
-    )
 
-    x0 = (mean * scaling_factor, std * scaling_factor)
-    configs = {
-        "text_encoder": {**TEXT_ENCODER, **special},
-        "text_encoder_2": {**TEXT_ENCODER_2, **special},
-    }
-    text = train_text(workdir / "text", x0[0], ids, configs)
-    graphdefs, teacher = train_teacher(workdir / "teacher", x0, ids, text)
-    configs["unet"] = UNET
+def make_latents(workdir: Path, stage: Stage, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Trains and writes vae/. Returns: scaled means and standard deviations of all latents."""
+    vae = train_vae(workdir / "vae", stage, images)
+    mean, std = datasets.encode(workdir / "data", *vae, images)
+    scale = float(1.0 / np.sqrt((mean**2 + std**2).mean()))  # to unit variance, as SDXL's
+    config = networks.VAE | {"scaling_factor": scale}
+    weights.save(workdir / "checkpoint" / "vae", vae.params, config=config, **HALF_DIFFUSERS)
+    return mean * scale, std * scale
+
+
+def make_teacher(
+    workdir: Path, sizes: Sizes, latents: tuple, ids: dict[str, np.ndarray], vocab_size: int
+) -> Network:
+    """Trains and writes both text encoders and unet/."""
+    out, configs = workdir / "checkpoint", networks.text_configs(vocab_size)
+    text = train_text(workdir / "text", sizes.text, latents[0], ids, configs)
+    teacher = train_teacher(workdir / "teacher", sizes.teacher, latents, ids, text)
     for name, config in configs.items():
-        weights.save(
-            out / name,
-            teacher[name],
-            config=config,
-            **(_HALF_DIFFUSERS if name == "unet" else _HALF_CLIP),
-        )
+        weights.save(out / name, teacher.params[name], config=config, **HALF_CLIP)
+    weights.save(out / "unet", teacher.params["unet"], config=networks.UNET, **HALF_DIFFUSERS)
+    return teacher
 
-    pairs = render_pairs(workdir / "pairs", 10_000)
-    pair_ids = caption_ids(
-        out / "tokenizer", json.loads((workdir / "pairs" / "captions.json").read_text())
-    )
-    config = {**REWARD, "text_config": {**REWARD["text_config"], **special}}
-    clip = train_clip(workdir / "reward" / "contrastive", images, ids["tokenizer"], config)
-    _, reward = train_reward(workdir / "reward" / "preference", clip, pairs, pair_ids)
-    weights.save(out / "reward", reward, config=config, **_HALF_CLIP)
 
-    generator = distil_generator(workdir / "generator", graphdefs, teacher, ids)
-    weights.save(out / "generator", generator, config=UNET, **_HALF_DIFFUSERS)
+def make_reward(
+    workdir: Path, sizes: Sizes, images: np.ndarray, ids: np.ndarray, vocab_size: int
+) -> None:
+    """Trains and writes reward/. Args: images and their captions' ids, as of `train_clip`."""
+    out, config = workdir / "checkpoint", networks.reward_config(vocab_size)
+    clip = train_clip(workdir / "reward" / "contrastive", sizes.clip, images, ids, config)
+    pairs, prob, captions = datasets.render_pairs(workdir / "pairs", sizes.pairs)
+    examples = (pairs, prob, Tokenizer(out / "tokenizer")(captions))
+    reward = train_reward(workdir / "reward" / "preference", sizes.reward, clip, examples)
+    weights.save(out / "reward", reward.params, config=config, **HALF_CLIP)
 
+
+def run(workdir: Path, sizes: Sizes) -> None:
+    """All stages, each continued where it stopped; writes WORKDIR/checkpoint."""
+    out = workdir / "checkpoint"
+    images, captions = datasets.render_dataset(workdir / "data", sizes.images)
+    vocab_size = make_tokenizers(out)
+    ids = {name: Tokenizer(out / name)(captions) for name in ("tokenizer", "tokenizer_2")}
+    latents = make_latents(workdir, sizes.vae, images)
+    teacher = make_teacher(workdir, sizes, latents, ids, vocab_size)
+    make_reward(workdir, sizes, images, ids["tokenizer"], vocab_size)
+    generator = distil_generator(workdir / "generator", sizes.generator, teacher, ids)
+    weights.save(out / "generator", generator, config=networks.UNET, **HALF_DIFFUSERS)
     (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    (out / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
-    write_captions(out)
-    for name, value in report(out).items():
-        print(f"attributes right on 500 held-out captions, {name}: {100 * value:.1f} %")
+    scheduler = json.dumps(networks.SCHEDULER, indent=2)
+    (out / "scheduler" / "scheduler_config.json").write_text(scheduler + "\n")
+    (out / "model_index.json").write_text(json.dumps(networks.MODEL_INDEX, indent=2) + "\n")
+    datasets.write_captions(out)
 
 
 def main() -> None:
-    run(pathlib.Path(flags.FLAGS.workdir))
+    workdir = Path(flags.FLAGS.workdir)
+    run(workdir, Sizes())
+    for name, value in report(workdir / "checkpoint").items():
+        print(f"attributes right on 500 held-out captions, {name}: {100 * value:.1f} %")
 
 
 if __name__ == "__main__":

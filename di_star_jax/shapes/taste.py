@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A taste that captions do not state, and preference pairs that express it: what the reward is
-trained on.
+"""A taste that captions do not state, and preference pairs, which the reward is trained on.
 
 It likes light that falls from above and is warm. Light is a `Style`: no caption says anything about
 it.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
 from di_star_jax.shapes import scenes
 from di_star_jax.shapes.oracle import backdrop
-from di_star_jax.shapes.scenes import Scene
+from di_star_jax.shapes.scenes import Group, Scene
 
-LIGHT, WARMTH = (
-    5.0,
-    6.0,
-)  # chosen so that each part has a standard deviation of about 0.7 over styles
+# Chosen so that each part has a standard deviation of about 0.7 over styles.
+LIGHT = 5.0
+WARMTH = 6.0
 
 
 def taste(image: np.ndarray) -> float:
@@ -30,32 +29,37 @@ def taste(image: np.ndarray) -> float:
     Args: image float [64, 64, 3] in [0, 1].
     """
     centre, right, down = backdrop(image)  # RGB each
-    right, down = right / np.maximum(centre, 0.05), down / np.maximum(centre, 0.05)
+    right = right / np.maximum(centre, 0.05)
+    down = down / np.maximum(centre, 0.05)
     strength = np.hypot(right.mean(), down.mean()) + 1e-3
     warm = (right[0] - right[2]) * right.mean() + (down[0] - down[2]) * down.mean()
     return float(-LIGHT * down.mean() + WARMTH * warm / strength)
+
+
+def _other(names: Iterable[str], taken: set[str], rng: np.random.Generator) -> str:
+    free = [name for name in names if name not in taken]
+    return free[rng.integers(len(free))]
+
+
+def _changed_group(scene: Scene, group: Group, which: int, rng: np.random.Generator) -> Group:
+    if which == 0:
+        taken = {other.colour for other in scene.groups}
+        return dataclasses.replace(group, colour=_other(scenes.COLOURS, taken, rng))
+    if which == 1:
+        return dataclasses.replace(group, kind=_other(scenes.KINDS, {group.kind}, rng))
+    return dataclasses.replace(group, count=3 - group.count)
 
 
 def _changed(scene: Scene, rng: np.random.Generator) -> Scene:
     """The scene with one word wrong: a colour, a kind, a count or the background."""
     which = rng.integers(4)
     if which == 3:
-        names = [name for name in scenes.BACKGROUNDS if name != scene.background]
-        return dataclasses.replace(scene, background=names[rng.integers(len(names))])
+        background = _other(scenes.BACKGROUNDS, {scene.background}, rng)
+        return dataclasses.replace(scene, background=background)
     i = rng.integers(len(scene.groups))
-    group = scene.groups[i]
-    if which == 2:
-        group = dataclasses.replace(group, count=3 - group.count)
-    else:
-        field, names = ("colour", scenes.COLOURS) if which == 0 else ("kind", scenes.KINDS)
-        taken = {getattr(group, field)} | (
-            {g.colour for g in scene.groups} if which == 0 else set()
-        )
-        names = [name for name in names if name not in taken]
-        group = dataclasses.replace(group, **{field: names[rng.integers(len(names))]})
-    return dataclasses.replace(
-        scene, groups=tuple(group if j == i else g for j, g in enumerate(scene.groups))
-    )
+    groups = list(scene.groups)
+    groups[i] = _changed_group(scene, groups[i], which, rng)
+    return dataclasses.replace(scene, groups=tuple(groups))
 
 
 def preference_pair(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
@@ -69,10 +73,10 @@ def preference_pair(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray,
     """
     image_a, image_b = scenes.render(scene, rng), scenes.render(scene, rng)
     if rng.random() < 2 / 3:
-        return image_a, image_b, float(1 / (1 + np.exp(-2.0 * (taste(image_a) - taste(image_b)))))
-    other = (
-        _changed(scene, rng) if rng.random() < 2 / 3 else scenes.sample_scene(rng, held_out=False)
-    )
+        difference = taste(image_a) - taste(image_b)
+        return image_a, image_b, float(1 / (1 + np.exp(-2.0 * difference)))
+    one_word = rng.random() < 2 / 3
+    other = _changed(scene, rng) if one_word else scenes.sample_scene(rng, held_out=False)
     if rng.random() < 0.5:
         return image_a, scenes.render(other, rng), 0.97
     return scenes.render(other, rng), image_b, 0.03

@@ -1,49 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CLIP tokenizer for a small world: byte-pair merges under which each of its words is one token."""
+"""A CLIP tokenizer for a small world, each of whose words is one token."""
 
-import collections
+import json
 from pathlib import Path
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def _byte_symbols() -> list[str]:
-    """The printable stand-ins of the 256 bytes, in the order of CLIP's vocabulary."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
-
-
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, in order, that make every word one symbol; replaying them is what a
-    tokenizer does.
+    """Byte-pair merges, in order, that make every word one symbol; the same ones in any process.
 
-    Args: words, lower-case ASCII. Returns: pairs; the last symbol of a word ends in "</w>".
+    Args: words, lower-case ASCII.
+    Returns: pairs; the last symbol of a word ends in "</w>".
     """
-    symbols = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
-    merges = []
-    while any(len(s) > 1 for s in symbols):
-        pairs = collections.Counter(pair for s in symbols for pair in zip(s, s[1:]))
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        symbols = [_merge(s, best) for s in symbols]
-    return merges
+    from tokenizers import Tokenizer, models, trainers
 
-
-def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    merged, i = [], 0
-    while i < len(symbols):
-        if tuple(symbols[i : i + 2]) == pair:
-            merged.append("".join(pair))
-            i += 2
-        else:
-            merged.append(symbols[i])
-            i += 1
-    return merged
+    learner = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        # Numbered here: the trainer would number them as its hash map has them, which differs from
+        # process to process and decides between equally frequent pairs.
+        special_tokens=sorted({f"{word[-1]}</w>" for word in words}),
+        show_progress=False,
+    )
+    learner.train_from_iterator(sorted(set(words)), trainer)
+    return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
 
 
 def make_word_tokenizer(words: list[str], folder: Path, *, max_length: int, pad_token: str) -> int:
@@ -57,19 +39,17 @@ def make_word_tokenizer(words: list[str], folder: Path, *, max_length: int, pad_
     Returns:
       the vocabulary's size; START and END are its last two ids, as in CLIP.
     """
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     merges = learn_merges(words)
-    alphabet = _byte_symbols()
-    symbols = [
-        *alphabet,
-        *(s + "</w>" for s in alphabet),
-        *("".join(pair) for pair in merges),
-        START,
-        END,
-    ]
+    symbols = sorted(ByteLevel.alphabet())  # stand-ins of the 256 bytes, in CLIP's order
+    symbols += [f"{symbol}</w>" for symbol in symbols]
+    symbols += ["".join(pair) for pair in merges]
+    symbols += [START, END]
     vocab = {symbol: i for i, symbol in enumerate(symbols)}
-    CLIPTokenizer(
+    tokenizer = CLIPTokenizer(
         vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=max_length
-    ).save_pretrained(folder)
+    )
+    tokenizer.save_pretrained(folder)
     return len(vocab)

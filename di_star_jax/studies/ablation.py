@@ -28,10 +28,10 @@ from di_star_jax.log import markdown_table
 from di_star_jax.pictures import to_uint8
 from di_star_jax.pipelines.folder import load_model, load_pipeline
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.prompts.files import Tokenizer
+from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import similarity
 from di_star_jax.samplers import generator_timesteps
-from di_star_jax.shapes import oracle, pretrain, scenes
+from di_star_jax.shapes import datasets, oracle, pretrain, scenes
 from di_star_jax.storage import checkpoint
 from di_star_jax.studies.page import conclusion_of
 
@@ -61,7 +61,6 @@ CURVE_CAPTIONS = 50
 PER_CAPTION = 4
 BATCH = 50
 JUDGE_IMAGES = 20_000
-JUDGE_STEPS = 1500
 MEASURES = ("reward", "attributes, pooled", "prompt score", "Frechet distance", "pixel distance")
 
 
@@ -73,10 +72,10 @@ class Judge:
 
         Args: config of the reward's shape; tokenizer folder.
         """
-        images, captions = pretrain.render_dataset(workdir / "data", JUDGE_IMAGES)
+        images, captions = datasets.render_dataset(workdir / "data", JUDGE_IMAGES)
         self._tokenizer = Tokenizer(tokenizer)
         self._graphdef, self._params = pretrain.train_clip(
-            workdir / "judge", images, self._tokenizer(captions), config, JUDGE_STEPS, seed=30
+            workdir / "judge", pretrain.CLIP, images, self._tokenizer(captions), config, seed=30
         )
         self._image = jax.jit(functools.partial(similarity.image_embeddings, self._graphdef))
         self._text = jax.jit(functools.partial(similarity.text_embeddings, self._graphdef))

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts by index: a named set, file or URL to a tfds data source, and a step to its batch.
+
+The data source is ArrayRecord, read without TensorFlow.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import io
+import json
+import os
+import shutil
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from di_star_jax.errors import UserError
+from di_star_jax.prompts import sets
+from di_star_jax.prompts.files import Prompt
+from di_star_jax.prompts.sets import PROMPT_SETS, PromptSet
+from di_star_jax.storage.files import whole
+
+TIMEOUT = 60.0  # seconds without an answer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source(Sequence):
+    """Prompts by index.
+
+    Args:
+      records: the tfds data source.
+      name: of the set, or of the user's own file.
+      digest: sha256 of what was read.
+      verified: whether that is a published file, byte for byte; None where no checksum is known.
+      notes: one line for each way in which it differs from what is published.
+    """
+
+    records: Sequence[dict[str, Any]]
+    name: str
+    digest: str
+    verified: bool | None
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Prompt:
+        if not 0 <= index < len(self):  # what ends an iteration; the data source raises ValueError
+            raise IndexError(f"prompt {index} of {len(self)}")
+        record = self.records[int(index)]
+        categories = json.loads(record["categories"])
+        return Prompt(int(record["row"]), record["prompt"].decode("utf-8"), categories)
+
+
+def load(
+    name_or_file: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    file: str | os.PathLike = "",
+    column: str | None = None,
+    option: str = "--prompts",
+) -> Source:
+    """Prompts as a data source, built once: a changed file or column is built anew.
+
+    Args:
+      name_or_file: one of PROMPT_SETS, or the path or URL of a prompt file.
+      folder: where the ArrayRecord files, and in `downloads` the files of a URL, go.
+      file: path or URL of a named set; of its folder, for a set that is one.
+      column: of a file of the user's own, see `sets.own_file`.
+      option: what the user gave `name_or_file` as, for the errors; `file` is OPTION_file.
+    Raises: UserError for an unknown set or one without file, a failed download, and a file that is
+      missing, not that set's, or without prompts.
+    """
+    folder = Path(folder)
+    name, where = sets.resolve(str(name_or_file), str(file), option)
+    spec = PROMPT_SETS[name] if name else sets.own_file(column)
+    path = _fetch(spec, where, folder / "downloads") if "://" in where else Path(where)
+    digest = sets.digest_of(spec, path)
+    records = _build(spec, path, folder / _key(digest, name, path.suffix, spec.forms))
+    known = spec.digests.get(path.suffix)
+    return Source(
+        records,
+        name=name or path.name,
+        digest=digest,
+        verified=digest == known[0] if known else None,
+        notes=tuple(sets.differences(spec, path, digest, len(records))),
+    )
+
+
+def _key(digest: str, name: str, suffix: str, forms: dict) -> str:
+    """A folder's name, after all that the prompts depend on."""
+    key = f"{digest}\0{name}\0{suffix}\0{forms.get(suffix)}"
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _records(spec: PromptSet, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered records of the data source. Raises: UserError where there is none."""
+    prompt = None
+    for prompt in sets.read(spec, path):
+        categories = json.dumps(prompt.categories)
+        yield prompt.row, {"row": prompt.row, "prompt": prompt.text, "categories": categories}
+    if prompt is None:
+        raise UserError(f"{path} holds no prompts, expected at least one; give another file")
+
+
+def _build(spec: PromptSet, path: Path, folder: Path) -> Sequence[dict[str, Any]]:
+    """The records in a folder of their own, written by the first call, found by later ones."""
+    import tensorflow_datasets as tfds
+
+    # tfds knows a builder by its name; here the folder tells them apart.
+    with tfds.core.registered.skip_registration():
+
+        class Prompts(tfds.core.GeneratorBasedBuilder):
+            """Prompts of one source, in its order."""
+
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self) -> tfds.core.DatasetInfo:
+                text = tfds.features.Text()
+                features = {"row": np.int64, "prompt": text, "categories": text}
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    features=tfds.features.FeaturesDict(features),
+                    disable_shuffling=True,
+                )
+
+            def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+                del dl_manager
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+                return _records(spec, path)
+
+    builder = Prompts(data_dir=str(folder), file_format="array_record")
+    quiet = io.StringIO()  # tfds's own bars
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        builder.download_and_prepare()
+    return builder.as_data_source(split="train")
+
+
+class PromptStream:
+    """An endless, reshuffled stream: what step k sees is a pure function of (source, seed, k).
+
+    Args:
+      source: prompts by index.
+      seed: of the shuffles, one for each pass over the source.
+      batch_size: prompts per step, over all hosts.
+    """
+
+    def __init__(self, source: Sequence[Prompt], *, seed: int, batch_size: int):
+        import grain
+
+        self._stream = grain.MapDataset.source(source).shuffle(seed).repeat()
+        self._batch_size = batch_size
+
+    def at(self, step: int, rows: Sequence[int] | None = None) -> list[Prompt]:
+        """A step's prompts, or those of some rows of its batch."""
+        first = step * self._batch_size
+        rows = range(self._batch_size) if rows is None else rows
+        return [self._stream[first + row] for row in rows]
+
+
+def _fetch(spec: PromptSet, url: str, folder: Path) -> Path:
+    """Downloads a file, or each file of a set that is a folder of known names, once."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise UserError(
+            f"{url} starts with {parts.scheme}://, expected http:// or https://; or give a path"
+        )
+    folder = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
+    if not spec.forms:
+        for name in spec.folder:
+            _download(f"{url.rstrip('/')}/{name}", folder / name)
+        return folder
+    name = Path(parts.path).name
+    if not Path(name).suffix and len(spec.forms) == 1:  # such as the export of a sheet
+        name += next(iter(spec.forms))
+    sets.check_suffix(spec, Path(name))
+    _download(url, folder / name)
+    return folder / name
+
+
+# By urllib, since tfds's dl_manager waits without a timeout and takes web pages and bodies that
+# were cut short for the file.
+def _download(url: str, path: Path) -> None:
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, whole(path) as partial:
+            _save(response, url, partial)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"cannot download {url} ({reason}); check the URL, or download the file and give its "
+            "path"
+        ) from None
+
+
+def _save(response: http.client.HTTPResponse, url: str, path: Path) -> None:
+    if response.headers.get_content_type() == "text/html":
+        raise UserError(
+            f"{url} is a web page, expected a prompt file; give the URL of the raw file"
+        )
+    with path.open("wb") as file:
+        shutil.copyfileobj(response, file)
+        size = file.tell()
+    length = response.headers.get("Content-Length")
+    if length is not None and size != int(length):
+        raise OSError(f"{size} of {length} bytes came")
