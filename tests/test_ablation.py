@@ -36,7 +36,7 @@ def test_rows_are_presets_of_the_shapes_config_and_all_of_table_2():
     assert set(ablation.ROWS) <= set(presets("shapes"))
     assert {
         name for name in presets("sdxl") if name.split("_")[0] in ("kl", "inside", "outside")
-    } <= {*ablation.ROWS, "di_star_long"}
+    } <= {*ablation.ROWS, "inside_100_7.5_long"}
 
 
 def test_table_has_mean_and_standard_error_over_seeds(workdir):

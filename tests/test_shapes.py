@@ -110,9 +110,8 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
     generator = loaded._replace(
         models=loaded.models | {"unet": pipeline.load_model(SHIPPED / "generator")}
     )
-    draw = drawing.make_draw(
-        generator, sampler="few_step", timesteps=np.array([399]), guidance_scale=1.0
-    )
+    one_step = drawing.Sampling("few_step", np.array([399]), 1.0, (16, 16, 4))
+    draw = drawing.draw_prompts(generator, one_step)
     captions = (SHIPPED / "prompts_held_out.txt").read_text().splitlines()
     assert len(captions) == 500 and all(scenes.is_held_out(caption) for caption in captions)
     assert pretrain.accuracy(lambda texts, z: draw(texts, z[None]), captions[:200], seed=2) >= 0.6
