@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shapes world: its grammar, its oracle, its taste, and the checkpoint that comes with it."""
 
+import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -144,3 +146,31 @@ def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     prob = np.array([pair[2] for pair in pairs])
     clear = np.abs(prob - 0.5) > 0.3
     assert np.mean((first > second) == (prob > 0.5), where=clear) > 0.8
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_pretraining_runs_and_a_second_start_changes_nothing(tmp_path):
+    from di_star_jax.pipelines import folder as pipeline
+    from di_star_jax.shapes import pretrain
+
+    full = pretrain.Sizes()
+    stages = {
+        name: dataclasses.replace(stage, steps=2, batch_size=4)
+        for name, stage in vars(full).items()
+        if isinstance(stage, pretrain.Stage)
+    }
+    sizes = pretrain.Sizes(images=16, pairs=8, **stages)
+    pretrain.run(tmp_path, sizes)
+    out = tmp_path / "checkpoint"
+    written = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    loaded = pipeline.load_pipeline(out)
+    assert {*loaded.models} == {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert {p.name for p in out.iterdir()} == {p.name for p in SHIPPED.iterdir()}
+    for part in ("unet", "generator", "vae", "text_encoder", "text_encoder_2", "reward"):
+        made = pipeline.load_model(out / part)
+        shipped = pipeline.load_model(SHIPPED / part)
+        shapes = jax.tree.map(lambda x: x.shape, (made.params, shipped.params))
+        assert shapes[0] == shapes[1]
+        assert all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(made.params))
+    pretrain.run(tmp_path, sizes)
+    assert written == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}

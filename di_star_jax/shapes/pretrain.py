@@ -14,6 +14,7 @@ Writes `WORKDIR/checkpoint`, a diffusers pipeline folder with `generator/` and `
 usual parts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -27,12 +28,12 @@ import numpy as np
 import optax
 from absl import flags
 from flax import nnx
-from tqdm import tqdm
 
 from di_star_jax import (
     diffusion,
     drawing,
     gradients,
+    log,
     models,
     objectives,
     samplers,
@@ -119,21 +120,28 @@ def keep_training(
       update: (state, batch, step) -> (state, {name: scalar to show}); may donate the state.
       batch_at: step -> batch.
     """
-    store = Checkpoints(folder, keep=1)
-    first = store.latest_step() or 0
-    if first:
-        state = store.restore(first, jax.eval_shape(lambda: state))
     shown = []
-    bar = tqdm(range(first, stage.steps), stage.name, stage.steps, initial=first, mininterval=10)
-    for k in bar:
-        state, values = update(state, batch_at(k), np.int32(k))
-        shown.append(values)
-        if (k + 1) % 100 == 0 or k + 1 == stage.steps:
-            bar.set_postfix(jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(shown)))
-            shown = []
-            store.save(k + 1, state, {})
-    store.close()
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(folder, keep=1))
+        first = checkpoints.latest_step() or 0
+        if first:
+            state = checkpoints.restore(first, jax.eval_shape(lambda: state))
+        progress = stack.enter_context(log.Progress(stage.steps, first, f"{stage.name}: step"))
+        for k in range(first, stage.steps):
+            state, values = update(state, batch_at(k), np.int32(k))
+            shown.append(values)
+            done = k + 1
+            if done % 100 == 0 or done == stage.steps:
+                progress.update(done, _means(jax.device_get(shown)))
+                shown = []
+                checkpoints.save(done, state, {})
     return state
+
+
+def _means(shown: list[dict[str, Any]]) -> str:
+    return ", ".join(
+        f"{name} {np.mean([values[name] for values in shown]):.4f}" for name in shown[0]
+    )
 
 
 def adamw(stage: Stage) -> optax.GradientTransformation:
