@@ -391,7 +391,7 @@ def test_views_of_full_size_equal_torch_and_so_do_their_gradients(h, w):
 
 
 def test_hpsv2_without_a_config_is_vit_h_14(tmp_path):
-    assert hpsv2.read_config(tmp_path) == published.PICKSCORE
+    assert hpsv2.read_config(tmp_path) == published.CLIP_H14
 
 
 # CLIPScore and the aesthetic predictor.
@@ -513,7 +513,7 @@ def test_clipscores_name_is_that_of_its_model():
             published.CLIP_B32,
             published.CLIP_L14,
             published.CLIP_G14,
-            published.PICKSCORE,
+            published.CLIP_H14,
             tiny(100),
         )
     ]
@@ -865,9 +865,9 @@ def full_scores(ours, size=1024):
 @pytest.mark.parametrize(
     "file, config, expected",
     [
-        (pickscore, published.PICKSCORE, 986_109_441),
-        (hpsv2, published.PICKSCORE, 986_109_441),
-        (hpsv2_legacy, published.PICKSCORE, 986_109_441),
+        (pickscore, published.CLIP_H14, 986_109_441),
+        (hpsv2, published.CLIP_H14, 986_109_441),
+        (hpsv2_legacy, published.CLIP_H14, 986_109_441),
         (clipscore, published.CLIP_B32, 151_277_313),
         (clipscore, published.CLIP_L14, 427_616_513),
         (clipscore, published.CLIP_G14, 1_366_678_273),
@@ -904,7 +904,7 @@ def full_inputs():
 @pytest.mark.slow
 def test_full_size_hpsv2_equals_open_clip(tokenizer, tmp_path):
     """Takes about 10 GB and two minutes."""
-    module = parity.randomise(OpenClip(published.PICKSCORE))
+    module = parity.randomise(OpenClip(published.CLIP_H14))
     safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
     images, ids = full_inputs()
     with torch.no_grad():

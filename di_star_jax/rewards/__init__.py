@@ -42,18 +42,18 @@ class Entry(NamedTuple):
 
 
 REWARDS = {
-    "pickscore": Entry(pickscore, "PickScore", "yuvalkirstain/PickScore_v1", published.PICKSCORE),
+    "pickscore": Entry(pickscore, "PickScore", "yuvalkirstain/PickScore_v1", published.CLIP_H14),
     "hpsv2": Entry(
-        hpsv2, "HPSv2.0", "./weights/hpsv2.0", published.PICKSCORE, factor=100.0, digits=2
+        hpsv2, "HPSv2.0", "./weights/hpsv2.0", published.CLIP_H14, factor=100.0, digits=2
     ),
     "hpsv21": Entry(
-        hpsv2, "HPSv2.1", "./weights/hpsv2.1", published.PICKSCORE, factor=100.0, digits=2
+        hpsv2, "HPSv2.1", "./weights/hpsv2.1", published.CLIP_H14, factor=100.0, digits=2
     ),
     "hpsv21_legacy": Entry(
         hpsv2_legacy,
         "HPSv2.1, not antialiased",
         "./weights/hpsv2.1",
-        published.PICKSCORE,
+        published.CLIP_H14,
         factor=100.0,
         digits=2,
     ),

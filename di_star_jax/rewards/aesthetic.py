@@ -18,7 +18,7 @@ from flax import nnx
 
 from di_star_jax import models
 from di_star_jax.errors import UserError
-from di_star_jax.models.layers import ScoreHead
+from di_star_jax.models.heads import ScoreHead
 from di_star_jax.pipelines.folder import (
     PLAIN,
     Model,

@@ -10,7 +10,7 @@ Source: tgxs002/HPSv2 `img_score.py`.
 
 from pathlib import Path
 
-from di_star_jax.models.published import PICKSCORE
+from di_star_jax.models.published import CLIP_H14
 from di_star_jax.pipelines.folder import PLAIN, Options, abstract_model, load_model
 from di_star_jax.prompts.files import Tokenizer
 from di_star_jax.rewards.pixels import Pixels, tensor_pixels, tensor_pixels_rounded
@@ -30,7 +30,7 @@ def read_config(folder: Path) -> dict:
     """Of a `CLIPModel`: the folder's, or ViT-H/14 where it has none, as the published file comes
     without.
     """
-    return read_clip_config(folder) if (folder / "config.json").is_file() else PICKSCORE
+    return read_clip_config(folder) if (folder / "config.json").is_file() else CLIP_H14
 
 
 def abstract(
