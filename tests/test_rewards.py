@@ -286,7 +286,7 @@ def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch
     spec = importlib.util.spec_from_file_location("brightness", tmp_path / "brightness.py")
     brightness = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(brightness)
-    monkeypatch.setitem(rewards.REWARDS, "brightness", rewards.Entry(brightness, "Brightness"))
+    monkeypatch.setitem(rewards.REWARDS, "brightness", brightness.ENTRY)
     config = dry(**{"reward.pickscore": 0.0, "eval.metrics": ()})
     config.reward.brightness = 5.0
     check(config, 16)

@@ -5,8 +5,8 @@ Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels. `**
 function is dtype, that of the computation, and rngs, for the initial parameters.
 
 Attribute names are those of diffusers' PyTorch modules, so that a path in the parameter tree is a
-key in its files. On a mesh each layer gathers its own weights (sharding.gather_param), and H is this
-device's part of the rows (sharding.size).
+key in its files. On a mesh each layer gathers its own weights (sharding.gather_param), and H is
+this device's part of the rows (sharding.size).
 """
 
 import dataclasses
