@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of the generated latents the rewards see in training, and how many images are decoded at a
-time.
-"""
+"""What of the generated latents the rewards see, and how many images are decoded at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +24,9 @@ def resized_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
 
 
 def cropped_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
-    """[B, h, w, C] -> [B, size, size, C]: a window of each at its crop [B, 2] in [0, 1) of the
-    places there are.
+    """[B, h, w, C] -> [B, size, size, C]: a window of each.
+
+    Args: crop, [B, 2] in [0, 1) of the places that there are.
     """
     room = jnp.array(latents.shape[1:3]) - size + 1
     corners = (crop * room[None]).astype(jnp.int32)
@@ -50,11 +49,12 @@ def _map_slices(run: Callable[..., Any], size: int, x0: jax.Array, others: tuple
 
 
 def in_slices(score: Callable[..., Any], size: int) -> Callable[..., Any]:
-    """`score`(x0 [B, ...], *others) -> ([B], others [B, ...]), computed for `size` images after the
-    other.
+    """`score`, computed for `size` images after the other; 0 takes all images at once.
 
-    A decoder's activations are then those of `size` images. The first result has a gradient, to x0.
-    0 takes all images at once.
+    A decoder's activations are then those of `size` images.
+
+    Args: score, (x0 [B, ...], *others) -> ([B], others [B, ...]).
+    Returns: a function like it, whose first result has a gradient, to x0.
     """
 
     def with_gradient(x0: jax.Array, *others: Any) -> tuple[Any, jax.Array]:
