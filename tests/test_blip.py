@@ -466,10 +466,13 @@ def test_the_full_size_model_equals_transformers():
     )
     tensors = {_published_name(name): p.detach().numpy() for name, p in module.named_parameters()}
     params = weights.params_from_tensors(tensors, tree)
-    model = lambda params: nnx.merge(graphdef, params)
-    ours = jax.jit(
-        lambda params: (model(params)(pixels, ids, mask), model(params).blip(pixels, ids, mask))
-    )(params)
+
+    @jax.jit
+    def run(params):
+        model = nnx.merge(graphdef, params)
+        return model(pixels, ids, mask), model.blip(pixels, ids, mask)
+
+    ours = run(params)
     inputs = torch.from_numpy(pixels), torch.from_numpy(ids).long(), torch.from_numpy(mask).long()
     with torch.no_grad():
         expected = module(*inputs), module.states(*inputs)

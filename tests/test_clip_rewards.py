@@ -208,7 +208,7 @@ def images_of(h, w, batch=3):
 
 
 def almost(levels):
-    """8-bit images in [-1, 1], off by less than half of a level: what a file makes of them again."""
+    """8-bit images in [-1, 1], off by less than half of a level: as a file has them again."""
     return np.float32(
         levels / 127.5 - 1 + np.random.default_rng(0).uniform(-0.4, 0.4, levels.shape) / 127.5
     )
