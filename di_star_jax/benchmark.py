@@ -41,7 +41,7 @@ from di_star_jax.cost import plan
 from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError
 from di_star_jax.errors import run as run_command
-from di_star_jax.rewards import rewards_used
+from di_star_jax.rewards import REWARDS, rewards_used
 
 WARM_UP = 3
 _MOMENTS = {"opt_generator", "opt_assistant"}
@@ -355,7 +355,8 @@ def _torch_times(config, request: Request) -> list[float]:
     _check_torch(config)
     cuda = torch.cuda.is_available() and jax.devices()[0].platform == "gpu"
     configs, _ = plan.model_configs(config)
-    configs["reward"] = configs.pop("pickscore")
+    (reward,) = rewards_used(config)
+    configs["reward"] = configs.pop(reward)
     side = config.data.resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     latent_shape = (side, side, configs["unet"].get("in_channels", 4))
     job = peer.Job(
@@ -366,7 +367,7 @@ def _torch_times(config, request: Request) -> list[float]:
         dtype=config.compute.dtype,
         device="cuda" if cuda else "cpu",
         compile=cuda,
-        reward_scale=config.reward.pickscore,
+        reward_scale=config.reward[reward],
     )
     call = peer.make(request.what, job)
     seconds = times_of(call, request.repeats)
@@ -388,11 +389,12 @@ def _check_torch(config) -> None:
             f"--vs=torch with {jax.device_count()} devices, expected one; "
             "set CUDA_VISIBLE_DEVICES=0"
         )
-    if rewards_used(config) != ["pickscore"]:
-        used = ", ".join(rewards_used(config)) or "off"
+    used = rewards_used(config)
+    known = [name for name, entry in REWARDS.items() if entry.in_torch]
+    if len(used) != 1 or used[0] not in known:
         raise UserError(
-            f"--vs=torch with rewards {used}, expected pickscore alone, which is what it has; "
-            "set the others to 0 and eval.metrics to pickscore"
+            f"--vs=torch with rewards {', '.join(used) or 'off'}, expected {' or '.join(known)} "
+            f"alone, which is what it has; set the others to 0 and eval.metrics to {known[0]}"
         )
 
 

@@ -12,7 +12,7 @@ from di_star_jax.errors import UserError, suggest
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE, WEIGHTINGS
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.sets import resolve
-from di_star_jax.rewards import REWARDS, rewards_used
+from di_star_jax.rewards import REWARDS, listed, rewards_used
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
 
@@ -301,9 +301,8 @@ def _check_sources(config) -> None:
         _check_weights(f"weights.{name}", config.weights[name], _FOLDER)
     for name in rewards_used(config):
         if name in config.weights:
-            needed = REWARDS[name].file.NEEDED.items()
-            files = "; ".join(f"{file} ({where})" for file, where in needed)
-            _check_weights(f"weights.{name}", config.weights[name], f"it must hold {files}")
+            advice = f"it must hold {listed(REWARDS[name].needed)}"
+            _check_weights(f"weights.{name}", config.weights[name], advice)
 
 
 def _check_prompts(option: str, section) -> None:

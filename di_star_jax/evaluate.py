@@ -45,14 +45,7 @@ SCORES, STATE, PROMPTS = "scores", "settings.json", "prompts"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 _READABLE = "readable"  # kept as if it were a metric: which images can be read
 _BY_FEATURES = ("diversity", "frechet")
-FEATURES = (
-    "clipscore",
-    "clipscore_l14",
-    "pickscore",
-    "hpsv2",
-    "hpsv21",
-    "aesthetic",
-)  # rewards that are a CLIP
+FEATURES = tuple(name for name, entry in rewards.REWARDS.items() if entry.is_clip)
 
 
 class Job(NamedTuple):
@@ -288,7 +281,7 @@ def load_features(job: Job, mesh: Mesh, batch_size: int) -> scoring.Features:
     """The CLIP of --features, its weights over the mesh."""
     folder = rewards.resolve(job.features, job.sources[job.features])
     return scoring.Features(
-        folder, rewards.REWARDS[job.features].file.read_config(folder), mesh, batch_size
+        folder, rewards.REWARDS[job.features].read_config(folder), mesh, batch_size
     )
 
 
@@ -312,7 +305,7 @@ def check_metrics(job: Job, mesh: Mesh) -> dict[str, dict]:
             )  # before the tokenizer, which is the lesser thing to miss
             digest = scoring.params_digest(load_reward(job, name, mesh).params)
             found[name] = {"weights": job.sources[name], "sha256": digest}
-            if name not in ("aesthetic", "imagereward"):  # which have none, or their own
+            if rewards.REWARDS[name].uses_tokenizer:
                 found[name]["tokenizer"] = job.tokenizer
     by_features = [name for name in _BY_FEATURES if name in job.metrics]
     if by_features:
@@ -522,11 +515,12 @@ def _name(args, settings: dict) -> str:
 
 
 def _label(name: str, job: Job) -> str:
-    """CLIPScore means little without its model's name."""
-    if not name.startswith("clipscore"):
+    """With its model's name, without which CLIPScore means little; "" for the usual one."""
+    entry = rewards.REWARDS.get(name)
+    if entry is None or entry.model_name is None:
         return ""
-    config = rewards.REWARDS[name].file.read_config(rewards.resolve(name, job.sources[name]))
-    return f"CLIPScore ({rewards.clipscore.model_name(config)})"
+    config = entry.read_config(rewards.resolve(name, job.sources[name]))
+    return f"{entry.title} ({entry.model_name(config)})"
 
 
 def _note(name: str, of_metric: dict, notes: dict[str, str]) -> str:

@@ -71,6 +71,16 @@ def to_nchw(x: np.ndarray) -> torch.Tensor:
     return torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
+def leaves_with(params, names: list[str]) -> list[int]:
+    """Places of the leaves that hold the weights of these torch names."""
+    places = []
+    for place, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0]):
+        keys = weights.torch_keys(tuple(key.key for key in path), leaf)
+        if set(names) & set([keys] if isinstance(keys, str) else keys):
+            places.append(place)
+    return places
+
+
 def compare(
     module, theirs, config: dict, ours, x: np.ndarray, chosen: list[str], *, remat: str = "none"
 ) -> Errors:
@@ -92,10 +102,20 @@ def compare(
         y = ours(nnx.merge(graphdef, params), x)
         return jnp.sum(y * projection), y
 
-    (_, y), (params_grad, x_grad) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
-        params, x
-    )
-    gradients = weights.tensors_from_params(params_grad)
+    places = leaves_with(params, chosen)
+
+    @jax.jit
+    def run(params, x):
+        """The gradients of the chosen leaves alone, so that the others are not compiled."""
+        (_, y), (grads, x_grad) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+        leaves = jax.tree.leaves(grads)
+        return y, x_grad, [leaves[place] for place in places]
+
+    y, x_grad, chosen_grads = run(params, x)
+    leaves, treedef = jax.tree.flatten(params)
+    for place, gradient in zip(places, chosen_grads):
+        leaves[place] = gradient
+    gradients = weights.tensors_from_params(jax.tree.unflatten(treedef, leaves))
     named = dict(module.named_parameters())
     return Errors(
         relative(y, to_nhwc(out)),

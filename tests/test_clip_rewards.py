@@ -4,11 +4,12 @@ in one run.
 """
 
 import collections
-import functools
 import json
 import math
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,7 @@ from di_star_jax.evaluation import scores as scoring
 from di_star_jax.models import published
 from di_star_jax.models.clip import CLIPConfig
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.prompts.tokens import token_batch
-from di_star_jax.rewards import aesthetic, clipscore, hpsv2, hpsv2_legacy, pickscore, pixels
+from di_star_jax.rewards import REWARDS, aesthetic, pixels, similarity
 from di_star_jax.rewards.views import VIEWS
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 
@@ -208,7 +208,7 @@ def images_of(h, w, batch=3):
 
 
 def almost(levels):
-    """8-bit images in [-1, 1], off by less than half of a level: what a file makes of them again."""
+    """8-bit images in [-1, 1], off by less than half of a level: as a file has them again."""
     return np.float32(
         levels / 127.5 - 1 + np.random.default_rng(0).uniform(-0.4, 0.4, levels.shape) / 127.5
     )
@@ -309,6 +309,11 @@ def cosine_score(reference, views, ids):
     return functional.cosine_similarity(image, text)
 
 
+def load(name, folder, tokenizer, **options):
+    """A reward. Args: tokenizer, the fixture's."""
+    return REWARDS[name].load(folder, pipeline.Options(**options), tokenizer[0])
+
+
 @pytest.fixture(scope="module")
 def hps(tokenizer, tmp_path_factory):
     """(PyTorch's, ours, its legacy sibling, folder)."""
@@ -317,7 +322,7 @@ def hps(tokenizer, tmp_path_factory):
     folder = write_open_clip(tmp_path_factory.mktemp("hps"), module, config)
     return (
         module,
-        *(file.load(folder, tokenizer=tokenizer[0]) for file in (hpsv2, hpsv2_legacy)),
+        *(load(name, folder, tokenizer) for name in ("hpsv21", "hpsv21_legacy")),
         folder,
     )
 
@@ -391,7 +396,7 @@ def test_views_of_full_size_equal_torch_and_so_do_their_gradients(h, w):
 
 
 def test_hpsv2_without_a_config_is_vit_h_14(tmp_path):
-    assert hpsv2.read_config(tmp_path) == published.PICKSCORE
+    assert REWARDS["hpsv2"].read_config(tmp_path) == published.CLIP_H14
 
 
 # CLIPScore and the aesthetic predictor.
@@ -408,7 +413,7 @@ def _processed(levels):
 def test_clipscore_equals_transformers_with_its_processor(tokenizer, tmp_path, act, h, w):
     reference = transformers_clip(tiny(tokenizer[1], act))
     reference.save_pretrained(tmp_path)
-    ours = clipscore.load(tmp_path, tokenizer=tokenizer[0])
+    ours = load("clipscore", tmp_path, tokenizer)
     images, levels = images_of(h, w)
     texts = ours.tokenize(PROMPTS)
     expected, expected_gradient = with_gradient(
@@ -476,7 +481,7 @@ def test_open_clips_names_and_transformers_names_load_the_same_parameters(tokeni
     module.load_state_dict(open_clip_tensors(reference))
     write_open_clip(tmp_path / "open_clip", module, config)
     one, other = (
-        clipscore.load(tmp_path / name, tokenizer=tokenizer[0]).params
+        load("clipscore", tmp_path / name, tokenizer).params
         for name in ("transformers", "open_clip")
     )
     jax.tree.map(np.testing.assert_array_equal, one, other)
@@ -484,7 +489,7 @@ def test_open_clips_names_and_transformers_names_load_the_same_parameters(tokeni
 
 def test_the_aesthetic_score_equals_a_clip_and_laions_mlp(tokenizer, tmp_path):
     reference, mlp = transformers_clip(tiny(tokenizer[1], "quick_gelu")), head(12)
-    ours = aesthetic.load(write_aesthetic(tmp_path, reference, mlp), tokenizer=Path("none"))
+    ours = load("aesthetic", write_aesthetic(tmp_path, reference, mlp), [Path("none")])
     images, levels = images_of(24, 40)
     texts = ours.tokenize(PROMPTS)
     expected, expected_gradient = with_gradient(
@@ -506,14 +511,39 @@ def test_the_aesthetic_score_equals_a_clip_and_laions_mlp(tokenizer, tmp_path):
     np.testing.assert_array_equal(others[0], scores)
 
 
+@pytest.mark.parametrize("name", [name for name, entry in REWARDS.items() if entry.is_clip])
+def test_features_are_the_clips_embeddings_of_the_eight_bit_image(tokenizer, tmp_path, name):
+    """Of whichever reward: transformers' processor and model, and the CLIP loaded by itself."""
+    reference = transformers_clip(tiny(tokenizer[1], "quick_gelu"))
+    write_aesthetic(tmp_path, reference, head(12))
+    ours = load(name, tmp_path, tokenizer)
+    _, levels = images_of(24, 40)
+    with torch.no_grad():
+        expected = reference.get_image_features(_processed(levels)).pooler_output
+        expected = functional.normalize(expected).numpy()
+    clip = pipeline.load_model(tmp_path)
+    found, alone = jax.jit(
+        lambda params, clip_params, images: (
+            ours.features(params, images),
+            similarity.image_embeddings(
+                clip.graphdef, clip_params, images, pixels=pixels.clip_pixels_rounded
+            ),
+        )
+    )(ours.params, clip.params, almost(levels))
+    assert found.shape == (3, 12) and found.dtype == jnp.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(found, alone)
+    assert_equal("features", found, expected, EIGHT_BIT)
+
+
 def test_clipscores_name_is_that_of_its_model():
     names = [
-        clipscore.model_name(config)
+        similarity.model_name(config)
         for config in (
             published.CLIP_B32,
             published.CLIP_L14,
             published.CLIP_G14,
-            published.PICKSCORE,
+            published.CLIP_H14,
             tiny(100),
         )
     ]
@@ -521,11 +551,11 @@ def test_clipscores_name_is_that_of_its_model():
 
 
 def test_half_precision_is_of_the_towers_and_never_of_the_score(tokenizer, hps, tmp_path):
-    options = pipeline.Options(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     write_aesthetic(tmp_path, transformers_clip(tiny(tokenizer[1])), head(12))
     for ours, half in (
-        (hpsv2.load(hps[3], options, tokenizer=tokenizer[0]), lambda params: params),
-        (aesthetic.load(tmp_path, options, tokenizer=tokenizer[0]), lambda params: params["clip"]),
+        (load("hpsv2", hps[3], tokenizer, **options), lambda params: params),
+        (load("aesthetic", tmp_path, tokenizer, **options), lambda params: params["clip"]),
     ):
         images, texts = jnp.zeros((2, SIZE, SIZE, 3)), ours.tokenize(PROMPTS[:2])
         assert {x.dtype for x in jax.tree.leaves(half(ours.params))} == {jnp.dtype(jnp.bfloat16)}
@@ -541,8 +571,9 @@ def test_scores_and_gradients_on_eight_devices_equal_those_on_one(hps, tokenizer
     _, ours, _, folder = hps
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
     mesh = sharding.make_mesh(2, 2, 2)
-    options = pipeline.Options(shardings=functools.partial(sharding.params_sharding, mesh))
-    split = hpsv2.load(folder, options, tokenizer=tokenizer[0])
+    split = load(
+        "hpsv2", folder, tokenizer, shardings=lambda tree: sharding.params_sharding(mesh, tree)
+    )
     assert split.params["visual_projection"]["kernel"].addressable_shards[0].data.shape == (8, 12)
     images, levels = images_of(24, 40, batch=8)
     captions = [*PROMPTS, *PROMPTS, *PROMPTS[:2]]
@@ -575,12 +606,23 @@ def test_scores_and_gradients_on_eight_devices_equal_those_on_one(hps, tokenizer
 
 # Several rewards in one run.
 
+
+class Run(NamedTuple):
+    """What a run's rewards are made of, with the parameters that they need."""
+
+    parts: assembly.Parts
+    params: dict
+    decode: Callable
+    reward: Callable
+    latent_shape: tuple[int, int, int]
+
+
 SCALES = {"pickscore": 100.0, "hpsv21": 50.0, "imagereward": -2.0, "aesthetic": 0.0, "hpsv2": 0.0}
 
 
 @pytest.fixture(scope="module")
 def mixture(tokenizer, tmp_path_factory):
-    """(config with changed fields, Frozen of a config) over a tiny VAE and four rewards; other
+    """(config with changed fields, Run of a config) over a tiny VAE and four rewards; other
     models are shapes.
     """
     folder = tmp_path_factory.mktemp("mixture")
@@ -604,12 +646,12 @@ def mixture(tokenizer, tmp_path_factory):
         )
     }
     fields |= {"eval.metrics": ("pickscore", "aesthetic"), "decode.resolution": 8}
-    parts = {
+    networks = {
         name: pipeline.abstract_model(CONFIGS[name])
         for name in ("unet", "text_encoder", "text_encoder_2", "vae")
     }
     cls, settings = pipeline.model_class(CONFIGS["vae"])
-    parts["vae"] = parts["vae"]._replace(
+    networks["vae"] = networks["vae"]._replace(
         params=models.init(lambda rngs: cls(settings, rngs=rngs), seed=0)[1]
     )
     loaded = {}
@@ -618,20 +660,22 @@ def mixture(tokenizer, tmp_path_factory):
         sources = rewards.sources_of(config)
         for name in sources.keys() - loaded.keys():
             loaded.update(rewards.load_rewards({name: sources[name]}, str(tokenizer[0])))
-        frozen = assembly.assemble(
-            config,
-            parts,
-            {name: loaded[name] for name in sources},
-            SCHEDULE,
-            tokenizers={},
-            folder=folder,
+        parts = assembly.Parts(
+            networks, {name: loaded[name] for name in sources}, SCHEDULE, {}, folder
         )
-        return frozen._replace(params={name: frozen.params[name] for name in ("vae", "rewards")})
+        params = {name: parts.frozen()[name] for name in ("vae", "rewards")}
+        return Run(
+            parts,
+            params,
+            assembly.decoder(parts),
+            assembly.reward_of_latents(config, parts),
+            parts.latent_shape(config.data.resolution),
+        )
 
     return lambda **changes: config_for(folder, **{**fields, **changes}), assemble
 
 
-def mixed(frozen):
+def mixed(mixed_run):
     """jitted (params, x0, token_ids, crop) -> (total [B], each by name, gradient of the totals
     weighted by 1, 2, ...).
     """
@@ -639,32 +683,32 @@ def mixed(frozen):
     @jax.jit
     def run(params, x0, token_ids, crop):
         total, pull_back, each = jax.vjp(
-            lambda x0: frozen.networks.reward(params, x0, token_ids, crop), x0, has_aux=True
+            lambda x0: mixed_run.reward(params, x0, token_ids, crop), x0, has_aux=True
         )
         return total, each, pull_back(jnp.arange(1.0, 1 + len(total)))[0]
 
     return run
 
 
-def mixture_inputs(frozen):
-    x0 = 0.5 * jax.random.normal(jax.random.key(0), (4, *frozen.latent_shape))
+def mixture_inputs(mixed_run):
+    x0 = 0.5 * jax.random.normal(jax.random.key(0), (4, *mixed_run.latent_shape))
     texts = ["a red circle", "a blue square", "square", "a red cat and a blue dog"]
     return (
         x0,
-        token_batch(texts, frozen.tokenizers),
+        mixed_run.parts.tokenize(texts),
         jax.random.uniform(jax.random.key(1), (4, 2)),
     )
 
 
-def one_by_one(frozen, view, crop, token_ids):
+def one_by_one(mixed_run, view, crop, token_ids):
     """jitted (params, x0) -> each reward [B] by name, of all decoded views at once."""
 
     @jax.jit
     def run(params, x0):
-        image = frozen.decode(params, VIEWS[view](x0, crop, 4))  # 8 pixels of a VAE that halves
+        image = mixed_run.decode(params, VIEWS[view](x0, crop, 4))  # 8 pixels of a VAE that halves
         return {
             name: reward.reward(params["rewards"][name], image, token_ids[name])
-            for name, reward in frozen.rewards.items()
+            for name, reward in mixed_run.parts.rewards.items()
         }
 
     return run
@@ -677,14 +721,14 @@ def weighted(scores):
 def test_the_rewards_of_a_run_add_up_by_their_scales_and_are_each_returned(mixture):
     """In slices of a random window, which must change nothing."""
     config, assemble = mixture
-    frozen = assemble(config(**{"decode.view": "crop", "decode.slice": 2}))
+    mixed_run = assemble(config(**{"decode.view": "crop", "decode.slice": 2}))
     # hpsv2 is off and not asked for: it is not even loaded.
-    assert set(frozen.rewards) == {"pickscore", "hpsv21", "imagereward", "aesthetic"}
-    x0, token_ids, crop = mixture_inputs(frozen)
+    assert set(mixed_run.parts.rewards) == {"pickscore", "hpsv21", "imagereward", "aesthetic"}
+    x0, token_ids, crop = mixture_inputs(mixed_run)
     assert set(token_ids["imagereward"]) == {"token_ids", "mask"}
-    total, each, gradient = mixed(frozen)(frozen.params, x0, token_ids, crop)
-    alone = one_by_one(frozen, "crop", crop, token_ids)
-    expected = alone(frozen.params, x0)
+    total, each, gradient = mixed(mixed_run)(mixed_run.params, x0, token_ids, crop)
+    alone = one_by_one(mixed_run, "crop", crop, token_ids)
+    expected = alone(mixed_run.params, x0)
     assert set(each) == set(expected)
     for name, score in expected.items():
         assert score.shape == (4,) and np.ptp(score) > 1e-3
@@ -693,7 +737,7 @@ def test_the_rewards_of_a_run_add_up_by_their_scales_and_are_each_returned(mixtu
     # Along its own gradient the sum rises by the gradient's length.
     length = jnp.sqrt((gradient**2).sum())
     above, below = (
-        weighted(alone(frozen.params, x0 + h * gradient / length)) for h in (0.01, -0.01)
+        weighted(alone(mixed_run.params, x0 + h * gradient / length)) for h in (0.01, -0.01)
     )
     np.testing.assert_allclose(
         ((above - below) / 0.02 * jnp.arange(1.0, 5.0)).sum(), length, rtol=0.01
@@ -702,10 +746,10 @@ def test_the_rewards_of_a_run_add_up_by_their_scales_and_are_each_returned(mixtu
 
 def test_several_rewards_of_a_smaller_picture_are_those_of_the_latents_resized(mixture):
     config, assemble = mixture
-    frozen = assemble(config(**{"decode.view": "resized", "reward.imagereward": 0.0}))
-    x0, token_ids, crop = mixture_inputs(frozen)
-    total, each = jax.jit(frozen.networks.reward)(frozen.params, x0, token_ids, crop)
-    expected = one_by_one(frozen, "resized", crop, token_ids)(frozen.params, x0)
+    mixed_run = assemble(config(**{"decode.view": "resized", "reward.imagereward": 0.0}))
+    x0, token_ids, crop = mixture_inputs(mixed_run)
+    total, each = jax.jit(mixed_run.reward)(mixed_run.params, x0, token_ids, crop)
+    expected = one_by_one(mixed_run, "resized", crop, token_ids)(mixed_run.params, x0)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), each, expected
     )
@@ -720,8 +764,8 @@ def test_a_reward_of_scale_zero_leaves_no_trace_in_the_gradient(mixture):
         "reward.imagereward": 0.0,
         "eval.metrics": ("aesthetic",),
     }
-    frozen = assemble(config(**only))
-    total, each, gradient = mixed(frozen)(frozen.params, *mixture_inputs(frozen))
+    mixed_run = assemble(config(**only))
+    total, each, gradient = mixed(mixed_run)(mixed_run.params, *mixture_inputs(mixed_run))
     assert set(each) == {"aesthetic"} and np.ptp(each["aesthetic"]) > 0
     assert not total.any() and not gradient.any()
 
@@ -731,22 +775,22 @@ def test_the_readmes_own_reward_gives_the_latents_a_gradient(mixture, monkeypatc
     code = readme.split("### A reward of your own")[1].split("```python\n")[1].split("```")[0]
     brightness = types.ModuleType("brightness")
     exec(code, brightness.__dict__)  # noqa: S102
-    monkeypatch.setitem(rewards.REWARDS, "brightness", rewards.Entry(brightness, "Brightness"))
+    monkeypatch.setitem(rewards.REWARDS, "brightness", brightness.ENTRY)
     make_config, assemble = mixture
     config = make_config(**{f"reward.{name}": 0.0 for name in SCALES} | {"eval.metrics": ()})
     with config.unlocked():
         config.reward.brightness = 5.0
-    frozen = assemble(config)
-    assert list(frozen.rewards) == ["brightness"]
-    x0, *others = mixture_inputs(frozen)
-    run = mixed(frozen)
-    total, each, gradient = run(frozen.params, x0, *others)
-    image = jax.jit(frozen.decode)(frozen.params, x0)
+    mixed_run = assemble(config)
+    assert list(mixed_run.parts.rewards) == ["brightness"]
+    x0, *others = mixture_inputs(mixed_run)
+    run = mixed(mixed_run)
+    total, each, gradient = run(mixed_run.params, x0, *others)
+    image = jax.jit(mixed_run.decode)(mixed_run.params, x0)
     np.testing.assert_allclose(each["brightness"], image.mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(total, 5.0 * each["brightness"], rtol=1e-5)
     length = jnp.sqrt((gradient**2).sum())
     above, below = (
-        run(frozen.params, x0 + h * gradient / length, *others)[0] for h in (0.02, -0.02)
+        run(mixed_run.params, x0 + h * gradient / length, *others)[0] for h in (0.02, -0.02)
     )
     np.testing.assert_allclose(
         ((above - below) / 0.04 * jnp.arange(1.0, 5.0)).sum(), length, rtol=0.02
@@ -792,24 +836,23 @@ def test_an_aesthetic_folder_says_what_of_its_two_files_is_missing_or_does_not_f
 ):
     reference = transformers_clip(tiny(tokenizer[1]))
     reference.save_pretrained(tmp_path)
-    load = lambda: aesthetic.load(tmp_path, tokenizer=tokenizer[0])
-    message = _refused(load)
+    message = _refused(load, "aesthetic", tmp_path, tokenizer)
     assert (
         f"lacks {aesthetic.HEAD} (converted once" in message and "model.safetensors" not in message
     )
     safetensors.torch.save_file(head(10).state_dict(), tmp_path / aesthetic.HEAD)
-    assert "layers.0.weight is [1024, 10], expected [1024, 12]" in _refused(load)
+    assert "layers.0.weight is [1024, 10], expected [1024, 12]" in _refused(
+        load, "aesthetic", tmp_path, tokenizer
+    )
     (tmp_path / "model.safetensors").unlink()
-    message = _refused(load)
+    message = _refused(load, "aesthetic", tmp_path, tokenizer)
     assert (
         "lacks model.safetensors (of openai/clip-vit-large-patch14" in message
         and "converted" not in message
     )
 
 
-@pytest.mark.parametrize(
-    "file", [pickscore, clipscore, hpsv2, aesthetic], ids=lambda file: file.__name__.split(".")[-1]
-)
+@pytest.mark.parametrize("name", ["pickscore", "clipscore", "hpsv2", "aesthetic"])
 @pytest.mark.parametrize(
     "config, message",
     [
@@ -825,20 +868,20 @@ def test_an_aesthetic_folder_says_what_of_its_two_files_is_missing_or_does_not_f
         ),
     ],
 )
-def test_another_kind_of_model_is_refused_in_one_line(tokenizer, tmp_path, file, config, message):
+def test_another_kind_of_model_is_refused_in_one_line(tokenizer, tmp_path, name, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for name in ("model.safetensors", aesthetic.HEAD):
-        safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / name)
-    assert message in _refused(file.load, tmp_path, tokenizer=tokenizer[0])
+    for file in ("model.safetensors", aesthetic.HEAD):
+        safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / file)
+    assert message in _refused(load, name, tmp_path, tokenizer)
 
 
 def test_another_metrics_weights_are_refused_in_one_line(tokenizer, hps, tmp_path):
     # Without its config.json the published file is taken for ViT-H/14.
     (tmp_path / "model.safetensors").write_bytes((hps[3] / "model.safetensors").read_bytes())
-    message = _refused(hpsv2.load, tmp_path, tokenizer=tokenizer[0])
+    message = _refused(load, "hpsv2", tmp_path, tokenizer)
     assert "does not fit the model" in message and "832 tensors missing" in message
     # open_clip's names are for HPSv2 and CLIPScore.
-    message = _refused(pickscore.load, hps[3], tokenizer=tokenizer[0])
+    message = _refused(load, "pickscore", hps[3], tokenizer)
     assert "does not fit the model" in message and "missing" in message
 
 
@@ -863,20 +906,20 @@ def full_scores(ours, size=1024):
 
 
 @pytest.mark.parametrize(
-    "file, config, expected",
+    "name, config, expected",
     [
-        (pickscore, published.PICKSCORE, 986_109_441),
-        (hpsv2, published.PICKSCORE, 986_109_441),
-        (hpsv2_legacy, published.PICKSCORE, 986_109_441),
-        (clipscore, published.CLIP_B32, 151_277_313),
-        (clipscore, published.CLIP_L14, 427_616_513),
-        (clipscore, published.CLIP_G14, 1_366_678_273),
+        ("pickscore", published.CLIP_H14, 986_109_441),
+        ("hpsv2", published.CLIP_H14, 986_109_441),
+        ("hpsv21_legacy", published.CLIP_H14, 986_109_441),
+        ("clipscore", published.CLIP_B32, 151_277_313),
+        ("clipscore", published.CLIP_L14, 427_616_513),
+        ("clipscore", published.CLIP_G14, 1_366_678_273),
     ],
 )
-def test_full_size_models_have_the_published_parameter_counts_and_score(file, config, expected):
+def test_full_size_models_have_the_published_parameter_counts_and_score(name, config, expected):
     with torch.device("meta"):
         assert parameters(OpenClip(config)) == expected
-    ours = file.abstract(config, FULL)
+    ours = REWARDS[name].abstract(config, FULL)
     assert count(ours.params) == expected
     assert all(scores.shape == (2,) and scores.dtype == jnp.float32 for scores in full_scores(ours))
 
@@ -904,7 +947,7 @@ def full_inputs():
 @pytest.mark.slow
 def test_full_size_hpsv2_equals_open_clip(tokenizer, tmp_path):
     """Takes about 10 GB and two minutes."""
-    module = parity.randomise(OpenClip(published.PICKSCORE))
+    module = parity.randomise(OpenClip(published.CLIP_H14))
     safetensors.torch.save_file(module.state_dict(), tmp_path / "model.safetensors")
     images, ids = full_inputs()
     with torch.no_grad():
@@ -912,7 +955,7 @@ def test_full_size_hpsv2_equals_open_clip(tokenizer, tmp_path):
             torchvision_view(_nchw(images), 224), torch.from_numpy(ids).long()
         ).numpy()
     del module
-    ours = hpsv2.load(tmp_path, tokenizer=tokenizer[0])
+    ours = load("hpsv2", tmp_path, tokenizer)
     scores = jax.jit(ours.reward)(ours.params, images, ids)
     print(f"HPSv2, full size: {scores} against {expected}")
     np.testing.assert_allclose(scores, expected, atol=2e-6)
@@ -928,10 +971,10 @@ def test_full_size_clipscore_and_aesthetic_equal_transformers(tokenizer, tmp_pat
     with torch.no_grad():
         cosine = cosine_score(reference, views, ids).numpy()
         beauty = aesthetic_score(reference, mlp, views).numpy()
-    for file, expected in ((clipscore, cosine), (aesthetic, beauty)):
-        ours = file.load(tmp_path, tokenizer=tokenizer[0])
+    for name, expected in (("clipscore", cosine), ("aesthetic", beauty)):
+        ours = load(name, tmp_path, tokenizer)
         scores = jax.jit(ours.reward)(
-            ours.params, images, ids if file is clipscore else ours.tokenize(["a"])
+            ours.params, images, ids if name == "clipscore" else ours.tokenize(["a"])
         )
-        print(f"{file.__name__}, full size: {scores} against {expected}")
+        print(f"{name}, full size: {scores} against {expected}")
         np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)

@@ -518,10 +518,10 @@ def test_killed_while_it_draws_and_while_it_scores_it_continues_to_the_same_resu
 # Images that others made, with known answers.
 
 
-def brightness(scale=1.0):
+def brightness(title, scale=1.0, **facts):
     """A reward without a network: the mean of all values, [-1, 1]."""
 
-    def load(folder, options, *, tokenizer):
+    def load(folder, options, tokenizer):
         score = lambda params, images, prompts: params["scale"] * images.mean(axis=(1, 2, 3))
         params = jax.device_put({"scale": jnp.array(scale)})
         return Reward(
@@ -532,16 +532,15 @@ def brightness(scale=1.0):
             jax.ShapeDtypeStruct((1,), np.float32),
         )
 
-    return types.SimpleNamespace(load=load)
+    return rewards.Entry(title, load=load, abstract=None, **facts)
 
 
 @pytest.fixture
 def bright(monkeypatch):
     """The metric "bright", printed times 100, and hpsv21 replaced by the same."""
-    for name, label in (("bright", "Brightness"), ("hpsv21", "HPSv2.1")):
-        monkeypatch.setitem(
-            rewards.REWARDS, name, rewards.Entry(brightness(), label, factor=100.0, digits=2)
-        )
+    for name, title, groups in (("bright", "Brightness", ()), ("hpsv21", "HPSv2.1", ("style",))):
+        entry = brightness(title, factor=100.0, digits=2, groups=groups)
+        monkeypatch.setitem(rewards.REWARDS, name, entry)
     monkeypatch.setattr(scoring, "PER_IMAGE", (*rewards.REWARDS, *scoring.ON_IMAGES))
 
 
@@ -1093,7 +1092,7 @@ def test_a_baseline_of_other_prompts_or_weights_is_refused_before_anything_is_sc
     given = images_and_prompts(tmp_path, [0, 100, 200])
     assert command(*given, "--metrics=bright", f"--out={tmp_path}/before")[0] == 0
     if not change:
-        monkeypatch.setitem(rewards.REWARDS, "bright", rewards.Entry(brightness(2.0), "Brightness"))
+        monkeypatch.setitem(rewards.REWARDS, "bright", brightness("Brightness", 2.0))
     write_image(tmp_path / "images" / "0.png", 1)
     if "--samples=2" in change:
         (tmp_path / "images" / "2.png").unlink()

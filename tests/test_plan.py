@@ -91,7 +91,7 @@ def test_models_that_are_neither_here_nor_published_are_said_to_be_unknown():
 
 
 def test_sizes_come_from_the_folders_that_are_there(tmp_path):
-    for part, config in (("unet", published.UNET_SD15), ("reward", published.PICKSCORE)):
+    for part, config in (("unet", published.UNET_SD15), ("reward", published.CLIP_H14)):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(config))
     lines = lines_of(

@@ -76,9 +76,8 @@ def test_rounded_pixels_equal_the_processor_up_to_one_step_of_few_values(h, w, s
     picture = _picture(h, w)
     ours = jax.jit(pixels.clip_pixels_rounded, static_argnames="size")(_image(picture), size=size)
     steps = np.abs(np.rint(255 * _levels(ours)) - np.rint(255 * _levels(_processed(picture, size))))
-    print(
-        f"{h}x{w}->{size} rounded: largest step {steps.max():.0f}, share off {np.mean(steps > 0):.2e}"
-    )
+    share = np.mean(steps > 0)
+    print(f"{h}x{w}->{size} rounded: largest step {steps.max():.0f}, share off {share:.2e}")
     assert ours.shape == (1, size, size, 3) and ours.dtype == jnp.float32
     assert steps.max() <= 1 and np.mean(steps > 0) <= 0.012
 
@@ -198,9 +197,7 @@ def test_the_whole_reward_equals_transformers_from_image_to_score(clip_pair, h, 
         lambda params: similarity.cosine(graphdef, clip_pixels, params, images, ids)
     )(params)
     errors = [np.abs(np.asarray(score) - expected).max() for score in (rounded, training)]
-    print(
-        f"{h}x{w} scores {expected}: rounded within {errors[0]:.1e}, training within {errors[1]:.1e}"
-    )
+    print(f"{h}x{w} scores {expected}: rounded, training within {errors[0]:.1e}, {errors[1]:.1e}")
     np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-6)
     assert (
         rounded.shape == training.shape == (4,) and rounded.dtype == training.dtype == jnp.float32
@@ -286,7 +283,7 @@ def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch
     spec = importlib.util.spec_from_file_location("brightness", tmp_path / "brightness.py")
     brightness = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(brightness)
-    monkeypatch.setitem(rewards.REWARDS, "brightness", rewards.Entry(brightness, "Brightness"))
+    monkeypatch.setitem(rewards.REWARDS, "brightness", brightness.ENTRY)
     config = dry(**{"reward.pickscore": 0.0, "eval.metrics": ()})
     config.reward.brightness = 5.0
     check(config, 16)

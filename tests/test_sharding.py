@@ -17,7 +17,7 @@ MEGABYTE = 2**20
 
 @pytest.mark.parametrize(
     "config",
-    [published.UNET_SDXL, published.VAE_SDXL, published.CLIP_BIGG_TEXT, published.PICKSCORE],
+    [published.UNET_SDXL, published.VAE_SDXL, published.CLIP_BIGG_TEXT, published.CLIP_H14],
     ids=["unet", "vae", "bigG", "pickscore"],
 )
 @pytest.mark.parametrize("fsdp", [8, 16])

@@ -96,7 +96,7 @@ def _parts(config, mesh: Mesh) -> Parts:
         if name in SDXL.parts:
             models[name] = abstract_model(found, options[name])
         else:
-            reward = REWARDS[name].file.abstract(found, options["reward"])
+            reward = REWARDS[name].abstract(found, options["reward"])
             params = options["reward"].placed(reward.params)
             rewards[name] = reward._replace(params=params)
     ones = jnp.ones(1000)  # only its shape counts here

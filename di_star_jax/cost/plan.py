@@ -109,7 +109,7 @@ def model_configs(config) -> tuple[dict[str, dict], list[str]]:
     for name, source in sources_of(config).items():
         entry = REWARDS[name]
         if source == "" or Path(source).is_dir():
-            found[name] = entry.file.read_config(Path(source))
+            found[name] = entry.read_config(Path(source))
         elif source == entry.weights:
             found[name] = entry.published
         else:
@@ -128,7 +128,7 @@ def abstract_params(configs: dict[str, dict]) -> dict:
         name: (
             pipeline.abstract_model(known)
             if name in SDXL.parts
-            else REWARDS[name].file.abstract(known)
+            else REWARDS[name].abstract(known, pipeline.PLAIN)
         ).params
         for name, known in configs.items()
     }

@@ -61,7 +61,7 @@ def column(metric: str, *, label: str, trained_on: bool) -> page.Metric:
     if metric in REWARDS:
         entry = REWARDS[metric]
         unit = "as the model gives it" if entry.factor == 1.0 else f"{entry.factor:g} x cosine"
-        return page.Metric(metric, label or entry.label, unit, entry.digits, True, trained_on, True)
+        return page.Metric(metric, label or entry.title, unit, entry.digits, True, trained_on, True)
     usual, unit, digits, higher, per_image = _OTHERS[metric]
     return page.Metric(metric, label or usual, unit, digits, higher, trained_on, per_image)
 
@@ -401,7 +401,8 @@ def _style_tables(runs: list[Evaluation], metrics: list[page.Metric]) -> list[st
     lines = []
     for metric in metrics:
         if (
-            metric.name not in ("hpsv2", "hpsv21", "hpsv21_legacy")
+            metric.name not in REWARDS
+            or "style" not in REWARDS[metric.name].groups
             or "style" not in runs[0].results["groups"]
         ):
             continue

@@ -5,12 +5,13 @@ Attributes carry the PyTorch names, even ugly ones: it makes weight conversion m
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
 
 
-def abstract(build: Callable[[nnx.Rngs], nnx.Module]):
+def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, dict]:
     """Builds a model without allocating it.
 
     Args:
@@ -23,7 +24,9 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]):
     return graphdef, nnx.to_pure_dict(state)
 
 
-def init(build: Callable[[nnx.Rngs], nnx.Module], seed: int, shardings=None):
+def init(
+    build: Callable[[nnx.Rngs], nnx.Module], seed: int, shardings: Any = None
+) -> tuple[nnx.GraphDef, dict]:
     """Random parameters, created in place on their devices.
 
     Args:
@@ -34,7 +37,8 @@ def init(build: Callable[[nnx.Rngs], nnx.Module], seed: int, shardings=None):
       (graphdef, params): params is a nested dict of arrays.
     """
     graphdef, _ = abstract(build)
-    make = jax.jit(
-        lambda key: nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)))), out_shardings=shardings
-    )
-    return graphdef, make(jax.random.key(seed))
+
+    def make(key: jax.Array) -> dict:
+        return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key))))
+
+    return graphdef, jax.jit(make, out_shardings=shardings)(jax.random.key(seed))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 KERNELS = ("splash", "cudnn", "xla")
 LONG = 1024  # tokens; below this, and for the text's 77, the flash kernels' overhead is not repaid
 BLOCK = 2**26  # logits per image and head above which XLA's path computes them by blocks of queries
+WIDEST = 128  # D of the flash kernels
 
 
 @functools.cache
@@ -30,10 +31,11 @@ def choose(kernel: str, n: int, m: int, d: int, dtype, masked: bool) -> str:
     and splash takes the TPU compiler four minutes. splash needs multiples of 128 tokens, cuDNN
     16-bit floats and widths that 8 divides.
     """
-    long = not masked and n >= LONG and m >= LONG and d <= 128
-    if kernel == "splash" and long and n % 128 == 0 and m % 128 == 0:
+    if masked or min(n, m) < LONG or d > WIDEST:
+        return "xla"
+    if kernel == "splash" and n % 128 == 0 and m % 128 == 0:
         return "splash"
-    if kernel == "cudnn" and long and d % 8 == 0 and jnp.dtype(dtype).itemsize == 2:
+    if kernel == "cudnn" and d % 8 == 0 and jnp.dtype(dtype).itemsize == 2:
         return "cudnn"
     return "xla"
 
@@ -53,7 +55,8 @@ def attention(
     Returns:
       [B, N, H, D], dtype of q.
     """
-    n, m, h, d = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+    _, n, h, d = q.shape
+    m = k.shape[1]
     chosen = choose(kernel, n, m, d, q.dtype, mask is not None)
     _log(chosen, n, m, h, d)
     if chosen == "splash":
@@ -66,19 +69,27 @@ def attention(
 
 
 def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attention of some queries after the others, recomputed in the backward pass: never all logits
-    at once.
+    """Attention of some queries after the others, never all logits at once.
+
+    Each block is computed again in the backward pass.
     """
     b, n, h, d = q.shape
-    blocks = next(i for i in range(n * k.shape[1] // BLOCK, n + 1) if n % i == 0)
-    one = jax.checkpoint(lambda part: jax.nn.dot_product_attention(part, k, v))
-    parts = jnp.moveaxis(q.reshape(b, blocks, n // blocks, h, d), 1, 0)
-    return jnp.moveaxis(jax.lax.map(one, parts), 0, 1).reshape(q.shape)
+    fewest = n * k.shape[1] // BLOCK
+    count = next(count for count in range(fewest, n + 1) if n % count == 0)
+
+    @jax.checkpoint
+    def of_block(queries: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(queries, k, v)
+
+    blocks = jnp.moveaxis(q.reshape(b, count, n // count, h, d), 1, 0)
+    found = jax.lax.map(of_block, blocks)  # [count, B, N / count, H, D]
+    return jnp.moveaxis(found, 0, 1).reshape(q.shape)
 
 
 def _block(tokens: int) -> int:
-    """The largest multiple of 128 that divides `tokens`, at most 1024, which fits the vector memory
-    (MaxDiffusion's).
+    """The largest multiple of 128 that divides `tokens`, at most 1024.
+
+    MaxDiffusion's limit, which fits the vector memory.
     """
     return next(size for size in range(1024, 0, -128) if tokens % size == 0)
 
@@ -91,8 +102,10 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    n, m, h, d = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
-    block_q, block_kv = _block(n), _block(m)
+    _, n, h, d = q.shape
+    m = k.shape[1]
+    block_q = _block(n)
+    block_kv = _block(m)
     sizes = kernels.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -107,5 +120,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False)
         one_image = kernels.make_splash_mha(
             mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
         )
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * d**-0.5, k, v))  # [B, H, N, D]
+    q = jnp.swapaxes(q * d**-0.5, 1, 2)  # [B, H, N, D]
+    k = jnp.swapaxes(k, 1, 2)
+    v = jnp.swapaxes(v, 1, 2)
     return jnp.swapaxes(jax.vmap(one_image)(q, k, v), 1, 2)

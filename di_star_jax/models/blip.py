@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ImageReward's network:
-
-BLIP's image encoder, a BERT that reads the image by cross-attention, and a linear head.
+"""ImageReward's network: BLIP's image encoder, a BERT that attends to the image, and a linear head.
 
 Dims: B batch, L text tokens, N image tokens (1 + patches), D width of the text, E width of the
 image, S image size. Attribute names, `self` and `LayerNorm` among them, are the keys of
@@ -18,26 +16,14 @@ from di_star_jax import sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.attention import attention
+from di_star_jax.models.config import check_divides, from_json
+from di_star_jax.models.heads import ScoreHead
 
-MEAN, STD = (
-    0.16717362830052426,
-    1.0333394966054072,
-)  # of the head's output, which the score is normalised by
-
-
-def _fields(cls, config: dict) -> dict:
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {name: value for name, value in config.items() if name in names}
-
-
-def _checked(config, part: str):
-    """`config` itself, after checking that its width can be split over its heads."""
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"{part} has hidden_size={config.hidden_size}, which is not divisible by "
-            f"num_attention_heads={config.num_attention_heads}; change one of them"
-        )
-    return config
+# Of the head's output, which the score is normalised by.
+MEAN = 0.16717362830052426
+STD = 1.0333394966054072
+# Fields of med_config.json whose other values the port does not implement.
+_FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +41,10 @@ class BLIPVisionConfig:
     @classmethod
     def from_json(cls, config: dict) -> "BLIPVisionConfig":
         """Args: the parsed dict. Raises: UserError for sizes that do not divide."""
-        built = _checked(cls(**_fields(cls, config)), "vision_config of med_config.json")
-        if built.image_size % built.patch_size:
-            raise UserError(
-                f"vision_config of med_config.json has image_size={built.image_size}, which is not "
-                f"divisible by patch_size={built.patch_size}; change one of them"
-            )
+        file = "vision_config of med_config.json"
+        built = from_json(cls, config, {}, file=file)
+        check_divides(built, "hidden_size", "num_attention_heads", file)
+        check_divides(built, "image_size", "patch_size", file)
         return built
 
 
@@ -88,26 +72,12 @@ class BLIPConfig:
             ImageReward: the image encoder's width counts.
         Raises: UserError for a setting that the port does not implement.
         """
-        for field, only in (
-            ("model_type", "bert"),
-            ("hidden_act", "gelu"),
-            ("position_embedding_type", "absolute"),
-        ):
-            if config.get(field, only) != only:
-                raise UserError(
-                    f"med_config.json has {field}={config[field]!r}, the port implements {only!r} only; "
-                    "take med_config.json of THUDM/ImageReward"
-                )
         vision = BLIPVisionConfig.from_json(config.get("vision_config", {}))
-        return _checked(cls(**{**_fields(cls, config), "vision_config": vision}), "med_config.json")
-
-
-def _norm(config, kw: dict) -> layers.LayerNorm:
-    return layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kw)
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return nnx.gelu(x, approximate=False)
+        file = "med_config.json"
+        advice = "; take med_config.json of THUDM/ImageReward"
+        built = from_json(cls, config | {"vision_config": vision}, _FIXED, file=file, advice=advice)
+        check_divides(built, "hidden_size", "num_attention_heads", file)
+        return built
 
 
 # Image.
@@ -124,7 +94,8 @@ class ViTAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)  # [B, N, 3, heads, E / heads]
-        return self.proj(attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape))
+        h = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return self.proj(h.reshape(x.shape))
 
 
 class ViTMLP(nnx.Module):
@@ -135,7 +106,7 @@ class ViTMLP(nnx.Module):
         self.fc2 = layers.Linear(config.intermediate_size, config.hidden_size, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(_gelu(self.fc1(x)))
+        return self.fc2(layers.gelu(self.fc1(x)))
 
 
 class ViTBlock(nnx.Module):
@@ -145,9 +116,9 @@ class ViTBlock(nnx.Module):
     """
 
     def __init__(self, config: BLIPVisionConfig, **kw):
-        self.norm1 = _norm(config, kw)
+        self.norm1 = layers.layer_norm(config, **kw)
         self.attn = ViTAttention(config, **kw)
-        self.norm2 = _norm(config, kw)
+        self.norm2 = layers.layer_norm(config, **kw)
         self.mlp = ViTMLP(config, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -159,9 +130,8 @@ class PatchEmbed(nnx.Module):
     """[B, S, S, 3] -> [B, N-1, E]: one token for each patch, row by row."""
 
     def __init__(self, config: BLIPVisionConfig, **kw):
-        self.proj = layers.Conv(
-            3, config.hidden_size, config.patch_size, stride=config.patch_size, **kw
-        )
+        patch = config.patch_size
+        self.proj = layers.Conv(3, config.hidden_size, patch, stride=patch, **kw)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         return self.proj(pixels).reshape(pixels.shape[0], -1, self.proj.out_features)
@@ -175,7 +145,8 @@ class VisionTransformer(nnx.Module):
 
     def __init__(self, config: BLIPVisionConfig, *, rngs: nnx.Rngs, dtype, remat: str):
         kw = {"rngs": rngs, "dtype": dtype}
-        count, width = 1 + (config.image_size // config.patch_size) ** 2, config.hidden_size
+        width = config.hidden_size
+        count = 1 + (config.image_size // config.patch_size) ** 2
         self.shape = (config.image_size, config.image_size, 3)
         self.dtype = dtype
         self.remat = remat
@@ -185,20 +156,20 @@ class VisionTransformer(nnx.Module):
         self.blocks = layers.stacked(
             lambda rngs: ViTBlock(config, rngs=rngs, dtype=dtype), config.num_hidden_layers, rngs
         )
-        self.norm = _norm(config, kw)
+        self.norm = layers.layer_norm(config, **kw)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         if pixels.shape[1:] != self.shape:
             raise UserError(
-                f"got pixels {pixels.shape[1:]}, the BLIP model takes {self.shape}; resize them first"
+                f"got pixels {pixels.shape[1:]}, the BLIP model takes {self.shape}; "
+                "resize them first"
             )
         patches = self.patch_embed(pixels)  # [B, N-1, E]
-        b, count, width = patches.shape
-        first = jnp.broadcast_to(
-            sharding.gather_param(self.cls_token[...], (1, 1, width), self.dtype), (b, 1, width)
-        )
-        x = jnp.concatenate([first, patches], axis=1)  # [B, N, E]
-        x = x + sharding.gather_param(self.pos_embed[...], (1, count + 1, width), self.dtype)
+        batch, count, width = patches.shape
+        token = sharding.gather_param(self.cls_token[...], (1, 1, width), self.dtype)
+        positions = sharding.gather_param(self.pos_embed[...], (1, count + 1, width), self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, width)), patches], axis=1)
+        x = x + positions  # [B, N, E]
         return self.norm(layers.scan_blocks(self.blocks, x, remat=self.remat))
 
 
@@ -212,24 +183,20 @@ class BertEmbeddings(nnx.Module):
     """
 
     def __init__(self, config: BLIPConfig, **kw):
-        init = nnx.initializers.normal(0.02)
-        self.word_embeddings = layers.Embed(
-            config.vocab_size, config.hidden_size, embedding_init=init, **kw
-        )
-        self.position_embeddings = layers.Embed(
-            config.max_position_embeddings, config.hidden_size, embedding_init=init, **kw
-        )
-        self.LayerNorm = _norm(config, kw)
+        width = config.hidden_size
+        self.word_embeddings = layers.embed(config.vocab_size, width, **kw)
+        self.position_embeddings = layers.embed(config.max_position_embeddings, width, **kw)
+        self.LayerNorm = layers.layer_norm(config, **kw)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         length, limit = token_ids.shape[1], self.position_embeddings.num_embeddings
         if length > limit:
             raise UserError(
-                f"got {length} token ids per prompt, the BLIP model takes at most {limit}; truncate them"
+                f"got {length} token ids per prompt, the BLIP model takes at most {limit}; "
+                "truncate them"
             )
-        return self.LayerNorm(
-            self.word_embeddings(token_ids) + self.position_embeddings(jnp.arange(length))[None]
-        )
+        positions = self.position_embeddings(jnp.arange(length))[None]
+        return self.LayerNorm(self.word_embeddings(token_ids) + positions)
 
 
 class BertSelfAttention(nnx.Module):
@@ -239,19 +206,20 @@ class BertSelfAttention(nnx.Module):
     """
 
     def __init__(self, config: BLIPConfig, context: int, **kw):
+        width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.query = layers.Linear(config.hidden_size, config.hidden_size, **kw)
-        self.key = layers.Linear(context, config.hidden_size, **kw)
-        self.value = layers.Linear(context, config.hidden_size, **kw)
+        self.query = layers.Linear(width, width, **kw)
+        self.key = layers.Linear(context, width, **kw)
+        self.value = layers.Linear(context, width, **kw)
+
+    def _split_heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], self.heads, -1)  # [B, L, heads, D / heads]
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
-        q, k, v = (
-            y.reshape(*y.shape[:2], self.heads, -1)
-            for y in (self.query(x), self.key(context), self.value(context))
-        )
-        return attention(q, k, v, mask=mask).reshape(
-            x.shape
-        )  # [B, L, heads, D / heads] -> [B, L, D]
+        q = self._split_heads(self.query(x))
+        k = self._split_heads(self.key(context))
+        v = self._split_heads(self.value(context))
+        return attention(q, k, v, mask=mask).reshape(x.shape)
 
 
 class BertOutput(nnx.Module):
@@ -262,7 +230,7 @@ class BertOutput(nnx.Module):
 
     def __init__(self, config: BLIPConfig, c_in: int, **kw):
         self.dense = layers.Linear(c_in, config.hidden_size, **kw)
-        self.LayerNorm = _norm(config, kw)
+        self.LayerNorm = layers.layer_norm(config, **kw)
 
     def __call__(self, h: jax.Array, x: jax.Array) -> jax.Array:
         return self.LayerNorm(self.dense(h) + x)
@@ -286,7 +254,7 @@ class BertIntermediate(nnx.Module):
         self.dense = layers.Linear(config.hidden_size, config.intermediate_size, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _gelu(self.dense(x))
+        return layers.gelu(self.dense(x))
 
 
 class BertLayer(nnx.Module):
@@ -338,7 +306,7 @@ class BertModel(nnx.Module):
 
 
 class BLIP(nnx.Module):
-    """(pixels [B, S, S, 3], ids [B, L], mask [B, L]) -> [B, L, D], the text as seen with the image."""
+    """(pixels [B, S, S, 3], ids [B, L], mask [B, L]) -> [B, L, D], the text seen with the image."""
 
     def __init__(self, config: BLIPConfig, **kw):
         self.visual_encoder = VisionTransformer(config.vision_config, **kw)
@@ -364,7 +332,7 @@ class ImageReward(nnx.Module):
     ):
         self.config = config
         self.blip = BLIP(config, rngs=rngs, dtype=dtype, remat=remat)
-        self.mlp = layers.ScoreHead(config.hidden_size, rngs=rngs)
+        self.mlp = ScoreHead(config.hidden_size, rngs=rngs)
 
     def __call__(self, pixels: jax.Array, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
         """The score of each image for its prompt.

@@ -17,6 +17,7 @@ from di_star_jax import sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.attention import attention
+from di_star_jax.models.config import check_divides, from_json
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -24,41 +25,26 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * nnx.sigmoid(1.702 * x)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    return nnx.gelu(x, approximate=False)
+_ACTIVATIONS = {"gelu": layers.gelu, "quick_gelu": quick_gelu}
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
-
-
-def _fields(cls, config: dict, model_type: str) -> dict:
-    """The entries of a config.json that `cls` has fields for, after checking that it describes a
-    `model_type`.
-    """
-    given = config.get("model_type", model_type)
-    if given != model_type:
+def _check_model_type(config: dict, expected: str) -> None:
+    found = config.get("model_type", expected)
+    if found != expected:
         raise UserError(
-            f"wrong architecture: config.json has model_type={given!r}, expected {model_type!r}; "
+            f"wrong architecture: config.json has model_type={found!r}, expected {expected!r}; "
             "give the folder of a CLIP model"
         )
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {name: value for name, value in config.items() if name in names}
 
 
-def _tower_config(cls, config: dict, model_type: str):
-    """A CLIPTextConfig or CLIPVisionConfig, refused where the port has no such tower."""
-    built = cls(**_fields(cls, config, model_type))
-    if built.hidden_act not in _ACTIVATIONS:
+def _check_tower(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
+    """Raises: UserError for a tower that the port does not have."""
+    if config.hidden_act not in _ACTIVATIONS:
         raise UserError(
-            f"CLIP config.json has hidden_act={built.hidden_act!r}, the port implements "
-            f"{sorted(_ACTIVATIONS)} only"
+            f"CLIP config.json has hidden_act={config.hidden_act!r}, the port implements "
+            f"{list(_ACTIVATIONS)} only"
         )
-    if built.hidden_size % built.num_attention_heads:
-        raise UserError(
-            f"CLIP config.json has hidden_size={built.hidden_size}, which is not divisible by "
-            f"num_attention_heads={built.num_attention_heads}; change one of them"
-        )
-    return built
+    check_divides(config, "hidden_size", "num_attention_heads", "CLIP config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +70,10 @@ class CLIPTextConfig:
 
         Raises: UserError for a setting that the port does not implement.
         """
-        return _tower_config(cls, config, "clip_text_model")
+        _check_model_type(config, "clip_text_model")
+        built = from_json(cls, config, {}, file="CLIP config.json")
+        _check_tower(built)
+        return built
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +101,13 @@ class CLIPVisionConfig:
         for field in ("image_size", "patch_size"):
             if not isinstance(config.get(field, 1), int):
                 raise UserError(
-                    f"CLIP config.json has {field}={config[field]!r}, the port implements squares only; "
-                    "give one integer"
+                    f"CLIP config.json has {field}={config[field]!r}, the port implements squares "
+                    "only; give one integer"
                 )
-        return _tower_config(cls, config, "clip_vision_model")
+        _check_model_type(config, "clip_vision_model")
+        built = from_json(cls, config, {}, file="CLIP config.json")
+        _check_tower(built)
+        return built
 
 
 def _sub_config(config: dict, name: str) -> dict:
@@ -142,9 +134,12 @@ class CLIPConfig:
 
         Raises: UserError for a setting that the port does not implement.
         """
-        text = CLIPTextConfig.from_json(_sub_config(config, "text_config"))
-        vision = CLIPVisionConfig.from_json(_sub_config(config, "vision_config"))
-        return cls(**{**_fields(cls, config, "clip"), "text_config": text, "vision_config": vision})
+        towers = {
+            "text_config": CLIPTextConfig.from_json(_sub_config(config, "text_config")),
+            "vision_config": CLIPVisionConfig.from_json(_sub_config(config, "vision_config")),
+        }
+        _check_model_type(config, "clip")
+        return from_json(cls, config | towers, {}, file="CLIP config.json")
 
 
 class TextOutput(NamedTuple):
@@ -162,14 +157,6 @@ class TextOutput(NamedTuple):
     pooled: jax.Array
 
 
-def _norm(config, kw: dict) -> layers.LayerNorm:
-    return layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kw)
-
-
-def _embed(count: int, width: int, kw: dict) -> layers.Embed:
-    return layers.Embed(count, width, embedding_init=nnx.initializers.normal(0.02), **kw)
-
-
 class CLIPAttention(nnx.Module):
     """Multi-head self-attention of [B, N, D], with biases. Source: transformers `CLIPAttention`."""
 
@@ -182,13 +169,11 @@ class CLIPAttention(nnx.Module):
         self.out_proj = layers.Linear(width, width, **kw)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        q, k, v = (
-            proj(x).reshape(*x.shape[:2], self.heads, -1)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(
-            attention(q, k, v, mask=mask).reshape(x.shape)
-        )  # [B, N, heads, D / heads] -> [B, N, D]
+        split = (*x.shape[:2], self.heads, -1)  # [B, N, heads, D / heads]
+        q = self.q_proj(x).reshape(split)
+        k = self.k_proj(x).reshape(split)
+        v = self.v_proj(x).reshape(split)
+        return self.out_proj(attention(q, k, v, mask=mask).reshape(x.shape))
 
 
 class CLIPMLP(nnx.Module):
@@ -210,9 +195,9 @@ class CLIPEncoderLayer(nnx.Module):
     """
 
     def __init__(self, config, **kw):
-        self.layer_norm1 = _norm(config, kw)
+        self.layer_norm1 = layers.layer_norm(config, **kw)
         self.self_attn = CLIPAttention(config, **kw)
-        self.layer_norm2 = _norm(config, kw)
+        self.layer_norm2 = layers.layer_norm(config, **kw)
         self.mlp = CLIPMLP(config, **kw)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -221,7 +206,7 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPEncoder(nnx.Module):
-    """The stacked layers: [B, N, D] -> ([B, N, D] input of the last layer, [B, N, D] its output)."""
+    """The stacked layers: [B, N, D] -> (input of the last layer, its output), [B, N, D] each."""
 
     def __init__(self, config, *, rngs: nnx.Rngs, dtype, remat: str):
         self.remat = remat
@@ -236,10 +221,8 @@ class CLIPEncoder(nnx.Module):
 
         def body(carry, params):
             _, x = carry
-            return (
-                x,
-                layers.checkpointed(nnx.merge(graphdef, params), x, mask, remat=self.remat),
-            ), None
+            layer = nnx.merge(graphdef, params)
+            return (x, layers.checkpointed(layer, x, mask, remat=self.remat)), None
 
         return jax.lax.scan(body, (x, x), params)[0]
 
@@ -251,14 +234,16 @@ class CLIPTextEmbeddings(nnx.Module):
     """
 
     def __init__(self, config: CLIPTextConfig, **kw):
-        self.token_embedding = _embed(config.vocab_size, config.hidden_size, kw)
-        self.position_embedding = _embed(config.max_position_embeddings, config.hidden_size, kw)
+        width = config.hidden_size
+        self.token_embedding = layers.embed(config.vocab_size, width, **kw)
+        self.position_embedding = layers.embed(config.max_position_embeddings, width, **kw)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:
         length, limit = token_ids.shape[1], self.position_embedding.num_embeddings
         if length > limit:
             raise UserError(
-                f"got {length} token ids per prompt, the text encoder takes at most {limit}; truncate them"
+                f"got {length} token ids per prompt, the text encoder takes at most {limit}; "
+                "truncate them"
             )
         return self.token_embedding(token_ids) + self.position_embedding(jnp.arange(length))[None]
 
@@ -270,7 +255,7 @@ class CLIPTextTransformer(nnx.Module):
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config, **kw)
         self.encoder = CLIPEncoder(config, remat=remat, **kw)
-        self.final_layer_norm = _norm(config, kw)
+        self.final_layer_norm = layers.layer_norm(config, **kw)
 
     def _end_of_text(self, token_ids: jax.Array) -> jax.Array:
         """[B] position to pool at.
@@ -279,15 +264,15 @@ class CLIPTextTransformer(nnx.Module):
         """
         if self.eos_token_id == 2:
             return jnp.argmax(token_ids, axis=1)
-        return jnp.argmax(
-            token_ids == self.eos_token_id, axis=1
-        )  # the first, for padding may be the same token
+        # The first, for padding may be the same token.
+        return jnp.argmax(token_ids == self.eos_token_id, axis=1)
 
     def __call__(self, token_ids: jax.Array) -> TextOutput:
         causal = jnp.tri(token_ids.shape[1], dtype=bool)[None, None]  # [1, 1, L, L]
         penultimate, last = self.encoder(self.embeddings(token_ids), causal)
         last = self.final_layer_norm(last)
-        pooled = last[jnp.arange(last.shape[0]), self._end_of_text(token_ids)]  # [B, D]
+        rows = jnp.arange(last.shape[0])
+        pooled = last[rows, self._end_of_text(token_ids)]  # [B, D]
         return TextOutput(penultimate, last, pooled)
 
 
@@ -298,34 +283,31 @@ class CLIPVisionEmbeddings(nnx.Module):
     """
 
     def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype):
+        kw = {"dtype": dtype, "rngs": rngs}
         width = config.hidden_size
-        self.shape = (config.image_size, config.image_size, config.num_channels)
+        patch = config.patch_size
+        channels = config.num_channels
+        self.shape = (config.image_size, config.image_size, channels)
         self.dtype = dtype
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (width,)) * width**-0.5)
         self.patch_embedding = layers.Conv(
-            config.num_channels,
-            width,
-            config.patch_size,
-            stride=config.patch_size,
-            use_bias=False,
-            dtype=dtype,
-            rngs=rngs,
+            channels, width, patch, stride=patch, use_bias=False, **kw
         )
-        count = 1 + (config.image_size // config.patch_size) ** 2
-        self.position_embedding = _embed(count, width, dict(dtype=dtype, rngs=rngs))
+        count = 1 + (config.image_size // patch) ** 2
+        self.position_embedding = layers.embed(count, width, **kw)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         if pixels.shape[1:] != self.shape:
             raise UserError(
-                f"got pixels {pixels.shape[1:]}, the CLIP model takes {self.shape}; resize them first"
+                f"got pixels {pixels.shape[1:]}, the CLIP model takes {self.shape}; "
+                "resize them first"
             )
-        b, width = pixels.shape[0], self.patch_embedding.out_features
-        patches = self.patch_embedding(pixels).reshape(b, -1, width)  # [B, N-1, D]
-        first = jnp.broadcast_to(
-            sharding.gather_param(self.class_embedding[...], (width,), self.dtype), (b, 1, width)
-        )
-        x = jnp.concatenate([first, patches], axis=1)  # [B, N, D]
-        return x + self.position_embedding(jnp.arange(x.shape[1]))[None]
+        batch = pixels.shape[0]
+        width = self.patch_embedding.out_features
+        patches = self.patch_embedding(pixels).reshape(batch, -1, width)  # [B, N-1, D]
+        token = sharding.gather_param(self.class_embedding[...], (width,), self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, width)), patches], axis=1)
+        return x + self.position_embedding(jnp.arange(x.shape[1]))[None]  # [B, N, D]
 
 
 class CLIPVisionTransformer(nnx.Module):
@@ -333,13 +315,18 @@ class CLIPVisionTransformer(nnx.Module):
 
     def __init__(self, config: CLIPVisionConfig, *, remat: str, **kw):
         self.embeddings = CLIPVisionEmbeddings(config, **kw)
-        self.pre_layrnorm = _norm(config, kw)
+        self.pre_layrnorm = layers.layer_norm(config, **kw)
         self.encoder = CLIPEncoder(config, remat=remat, **kw)
-        self.post_layernorm = _norm(config, kw)
+        self.post_layernorm = layers.layer_norm(config, **kw)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         _, x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), None)
         return self.post_layernorm(x[:, 0])  # [B, D]
+
+
+def _projection(tower: CLIPTextConfig | CLIPVisionConfig, width: int, **kw) -> layers.Linear:
+    """From a tower's width to the joint space."""
+    return layers.Linear(tower.hidden_size, width, use_bias=False, **kw)
 
 
 class CLIPTextModel(nnx.Module):
@@ -368,11 +355,10 @@ class CLIPTextModelWithProjection(nnx.Module):
     def __init__(
         self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
     ):
+        kw = {"rngs": rngs, "dtype": dtype}
         self.config = config
-        self.text_model = CLIPTextTransformer(config, remat=remat, rngs=rngs, dtype=dtype)
-        self.text_projection = layers.Linear(
-            config.hidden_size, config.projection_dim, use_bias=False, dtype=dtype, rngs=rngs
-        )
+        self.text_model = CLIPTextTransformer(config, remat=remat, **kw)
+        self.text_projection = _projection(config, config.projection_dim, **kw)
 
     def __call__(self, token_ids: jax.Array) -> TextOutput:
         """Args: token_ids, int32 [B, L]. Raises: UserError for more tokens than positions."""
@@ -381,7 +367,7 @@ class CLIPTextModelWithProjection(nnx.Module):
 
 
 class CLIPModel(nnx.Module):
-    """Both towers with projections to one space, and the logit scale.
+    """Both towers with projections to one space, and the logarithm of the logits' scale.
 
     Source: transformers `CLIPModel`.
     """
@@ -389,19 +375,14 @@ class CLIPModel(nnx.Module):
     def __init__(
         self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
     ):
-        kw = dict(rngs=rngs, dtype=dtype)
+        kw = {"rngs": rngs, "dtype": dtype}
+        width = config.projection_dim
         self.config = config
         self.text_model = CLIPTextTransformer(config.text_config, remat=remat, **kw)
         self.vision_model = CLIPVisionTransformer(config.vision_config, remat=remat, **kw)
-        self.visual_projection = layers.Linear(
-            config.vision_config.hidden_size, config.projection_dim, use_bias=False, **kw
-        )
-        self.text_projection = layers.Linear(
-            config.text_config.hidden_size, config.projection_dim, use_bias=False, **kw
-        )
-        self.logit_scale = nnx.Param(
-            jnp.float32(config.logit_scale_init_value)
-        )  # the logarithm of the scale
+        self.visual_projection = _projection(config.vision_config, width, **kw)
+        self.text_projection = _projection(config.text_config, width, **kw)
+        self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init_value))
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
         """CLIP-normalised pixels [B, S, S, 3] -> [B, P], not normalised.
@@ -424,17 +405,11 @@ class CLIPVisionModelWithProjection(nnx.Module):
     def __init__(
         self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
     ):
+        kw = {"rngs": rngs, "dtype": dtype}
+        vision = config.vision_config
         self.config = config
-        self.vision_model = CLIPVisionTransformer(
-            config.vision_config, remat=remat, rngs=rngs, dtype=dtype
-        )
-        self.visual_projection = layers.Linear(
-            config.vision_config.hidden_size,
-            config.projection_dim,
-            use_bias=False,
-            rngs=rngs,
-            dtype=dtype,
-        )
+        self.vision_model = CLIPVisionTransformer(vision, remat=remat, **kw)
+        self.visual_projection = _projection(vision, config.projection_dim, **kw)
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
         """As `CLIPModel.image_features`."""

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks that UNet, VAE and CLIP share.
 
-Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels.
+Dims: B batch, H height, W width, N = H*W tokens, M text tokens, C channels. `**kw` of a module or a
+function is dtype, that of the computation, and rngs, for the initial parameters.
 
 Attribute names are those of diffusers' PyTorch modules, so that a path in the parameter tree is a
-key in its files. On a mesh each layer gathers its own weights (sharding.gather_param), and H is this
-device's part of the rows (sharding.size).
+key in its files. On a mesh each layer gathers its own weights (sharding.gather_param), and H is
+this device's part of the rows (sharding.size).
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +44,7 @@ def checkpointed(module: nnx.Module, *args, remat: str) -> jax.Array:
     )(params, *args)
 
 
-def stacked(build, depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stacked(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` copies of one block as a single module whose leaves have a leading axis [depth]."""
     return nnx.vmap(build, in_axes=0)(rngs.split(depth))
 
@@ -71,7 +74,7 @@ class Linear(nnx.Linear):
 
 
 class Conv(nnx.Conv):
-    """`nnx.Conv` of [B, H, W, C] whose weights, and whose image's rows, may be split over devices."""
+    """`nnx.Conv` of [B, H, W, C]; its weights and the image's rows may be split over devices."""
 
     def __init__(
         self,
@@ -167,24 +170,32 @@ class GroupNorm(nnx.GroupNorm):
         return (centred * (inverse * scale) + bias).astype(self.dtype)
 
 
-def group_norm(channels: int, groups: int, eps: float, dtype: Dtype, rngs: nnx.Rngs) -> GroupNorm:
-    return GroupNorm(channels, num_groups=groups, epsilon=eps, dtype=dtype, rngs=rngs)
+def group_norm(channels: int, groups: int, eps: float, **kw) -> GroupNorm:
+    return GroupNorm(channels, num_groups=groups, epsilon=eps, **kw)
+
+
+def layer_norm(config: Any, **kw) -> LayerNorm:
+    """Of a transformer's config, with its width and epsilon."""
+    return LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kw)
+
+
+def embed(count: int, width: int, **kw) -> Embed:
+    return Embed(count, width, embedding_init=nnx.initializers.normal(0.02), **kw)
 
 
 def conv3x3(
-    c_in: int,
-    c_out: int,
-    dtype: Dtype,
-    rngs: nnx.Rngs,
-    *,
-    stride: int = 1,
-    padding: Padding = ((1, 1), (1, 1)),
+    c_in: int, c_out: int, *, stride: int = 1, padding: Padding = ((1, 1), (1, 1)), **kw
 ) -> Conv:
-    return Conv(c_in, c_out, 3, stride=stride, padding=padding, dtype=dtype, rngs=rngs)
+    return Conv(c_in, c_out, 3, stride=stride, padding=padding, **kw)
 
 
-def conv1x1(c_in: int, c_out: int, dtype: Dtype, rngs: nnx.Rngs) -> Conv:
-    return Conv(c_in, c_out, 1, dtype=dtype, rngs=rngs)
+def conv1x1(c_in: int, c_out: int, **kw) -> Conv:
+    return Conv(c_in, c_out, 1, **kw)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact one."""
+    return nnx.gelu(x, approximate=False)
 
 
 def sinusoidal_embedding(
@@ -203,22 +214,21 @@ def sinusoidal_embedding(
       [B, dim] float32.
     """
     half = dim // 2
-    frequency = jnp.exp(
-        -math.log(10000.0) / (half - freq_shift) * jnp.arange(half, dtype=jnp.float32)
-    )
+    exponent = jnp.arange(half, dtype=jnp.float32)
+    frequency = jnp.exp(-math.log(10000.0) / (half - freq_shift) * exponent)
     angle = t.astype(jnp.float32)[:, None] * frequency
-    first, second = (
-        (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
-    )
-    return jnp.concatenate([first, second], axis=-1)
+    sines = jnp.sin(angle)
+    cosines = jnp.cos(angle)
+    parts = [cosines, sines] if flip_sin_to_cos else [sines, cosines]
+    return jnp.concatenate(parts, axis=-1)
 
 
 class TimestepEmbedding(nnx.Module):
     """[B, C_in] -> [B, C]: linear, SiLU, linear. Source: diffusers `TimestepEmbedding`."""
 
-    def __init__(self, c_in: int, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.linear_1 = Linear(c_in, channels, dtype=dtype, rngs=rngs)
-        self.linear_2 = Linear(channels, channels, dtype=dtype, rngs=rngs)
+    def __init__(self, c_in: int, channels: int, **kw):
+        self.linear_1 = Linear(c_in, channels, **kw)
+        self.linear_2 = Linear(channels, channels, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear_2(nnx.silu(self.linear_1(x)))
@@ -230,37 +240,28 @@ class ResnetBlock2D(nnx.Module):
     Source: diffusers `ResnetBlock2D`, time added before norm2.
     """
 
-    def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        *,
-        temb: int | None,
-        groups: int,
-        eps: float,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.norm1 = group_norm(c_in, groups, eps, dtype, rngs)
-        self.conv1 = conv3x3(c_in, c_out, dtype, rngs)
-        self.time_emb_proj = None if temb is None else Linear(temb, c_out, dtype=dtype, rngs=rngs)
-        self.norm2 = group_norm(c_out, groups, eps, dtype, rngs)
-        self.conv2 = conv3x3(c_out, c_out, dtype, rngs)
-        self.conv_shortcut = None if c_in == c_out else conv1x1(c_in, c_out, dtype, rngs)
+    def __init__(self, c_in: int, c_out: int, *, temb: int | None, groups: int, eps: float, **kw):
+        self.norm1 = group_norm(c_in, groups, eps, **kw)
+        self.conv1 = conv3x3(c_in, c_out, **kw)
+        self.time_emb_proj = None if temb is None else Linear(temb, c_out, **kw)
+        self.norm2 = group_norm(c_out, groups, eps, **kw)
+        self.conv2 = conv3x3(c_out, c_out, **kw)
+        self.conv_shortcut = None if c_in == c_out else conv1x1(c_in, c_out, **kw)
 
     def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
         h = self.conv1(nnx.silu(self.norm1(x)))
         if self.time_emb_proj is not None:
             h = h + self.time_emb_proj(nnx.silu(temb))[:, None, None, :]
         h = self.conv2(nnx.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h + shortcut
 
 
 class Downsample2D(nnx.Module):
     """Halves H and W by a strided convolution. Source: diffusers `Downsample2D`."""
 
-    def __init__(self, channels: int, *, padding: Padding, dtype: Dtype, rngs: nnx.Rngs):
-        self.conv = conv3x3(channels, channels, dtype, rngs, stride=2, padding=padding)
+    def __init__(self, channels: int, *, padding: Padding, **kw):
+        self.conv = conv3x3(channels, channels, stride=2, padding=padding, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(x)
@@ -272,28 +273,25 @@ class Upsample2D(nnx.Module):
     Source: diffusers `Upsample2D`.
     """
 
-    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.conv = conv3x3(channels, channels, dtype, rngs)
+    def __init__(self, channels: int, **kw):
+        self.conv = conv3x3(channels, channels, **kw)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(
-            b, 2 * h, 2 * w, c
-        )
-        if (
-            size is not None
-        ):  # an odd skip: for sizes 2n and 2n-1 nearest neighbour is doubling and cropping
-            x = x[:, : size[0], : size[1]]
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        x = x.reshape(b, 2 * h, 2 * w, c)
+        if size is not None:
+            # An odd skip: for sizes 2n and 2n-1 nearest neighbour is doubling and cropping.
+            height, width = size
+            x = x[:, :height, :width]
         return self.conv(x)
 
 
 class Attention(nnx.Module):
     """Multi-head attention of [B, N, C] on itself or on a context [B, M, K].
 
-    Source: diffusers `Attention`.
-
     With `groups` it is the VAE's attention: group norm before, residual after, biases in the
-    projections.
+    projections. Source: diffusers `Attention`.
     """
 
     def __init__(
@@ -303,20 +301,18 @@ class Attention(nnx.Module):
         heads: int,
         context: int | None = None,
         groups: int | None = None,
-        eps: float = 1e-6,
         kernel: str,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kw,
     ):
         self.heads = heads
         self.kernel = kernel
-        self.group_norm = None if groups is None else group_norm(channels, groups, eps, dtype, rngs)
+        self.group_norm = None if groups is None else group_norm(channels, groups, 1e-6, **kw)
         biased = groups is not None
-        kv = channels if context is None else context
-        self.to_q = Linear(channels, channels, use_bias=biased, dtype=dtype, rngs=rngs)
-        self.to_k = Linear(kv, channels, use_bias=biased, dtype=dtype, rngs=rngs)
-        self.to_v = Linear(kv, channels, use_bias=biased, dtype=dtype, rngs=rngs)
-        self.to_out = nnx.List([Linear(channels, channels, dtype=dtype, rngs=rngs)])
+        c_in = channels if context is None else context
+        self.to_q = Linear(channels, channels, use_bias=biased, **kw)
+        self.to_k = Linear(c_in, channels, use_bias=biased, **kw)
+        self.to_v = Linear(c_in, channels, use_bias=biased, **kw)
+        self.to_out = nnx.List([Linear(channels, channels, **kw)])
 
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], self.heads, -1)  # [B, N, heads, C / heads]
@@ -324,12 +320,16 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.reshape(h.shape[0], -1, h.shape[-1])  # [B, N, C]
-        kv = h if context is None else context
-        q, k, v = (self._split_heads(x) for x in (self.to_q(h), self.to_k(kv), self.to_v(kv)))
+        seen = h if context is None else context
+        q = self._split_heads(self.to_q(h))
+        k = self._split_heads(self.to_k(seen))
+        v = self._split_heads(self.to_v(seen))
         if context is None:
-            k, v = sharding.all_rows(k), sharding.all_rows(v)
+            k = sharding.all_rows(k)
+            v = sharding.all_rows(v)
         h = attention(q, k, v, kernel=self.kernel)
-        h = self.to_out[0](h.reshape(*h.shape[:2], -1)).reshape(x.shape)
+        h = h.reshape(*h.shape[:2], -1)  # [B, N, C]
+        h = self.to_out[0](h).reshape(x.shape)
         return h if self.group_norm is None else x + h
 
 
@@ -339,12 +339,12 @@ class GEGLU(nnx.Module):
     Source: diffusers `GEGLU`.
     """
 
-    def __init__(self, c_in: int, c_out: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.proj = Linear(c_in, 2 * c_out, dtype=dtype, rngs=rngs)
+    def __init__(self, c_in: int, c_out: int, **kw):
+        self.proj = Linear(c_in, 2 * c_out, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return h * nnx.gelu(gate, approximate=False)
+        return h * gelu(gate)
 
 
 class Dropout(nnx.Module):
@@ -357,13 +357,10 @@ class Dropout(nnx.Module):
 class FeedForward(nnx.Module):
     """[B, N, C] -> [B, N, C] through width 4C. Source: diffusers `FeedForward` with GEGLU."""
 
-    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, **kw):
+        width = 4 * channels
         self.net = nnx.List(
-            [
-                GEGLU(channels, 4 * channels, dtype=dtype, rngs=rngs),
-                Dropout(),
-                Linear(4 * channels, channels, dtype=dtype, rngs=rngs),
-            ]
+            [GEGLU(channels, width, **kw), Dropout(), Linear(width, channels, **kw)]
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -372,33 +369,27 @@ class FeedForward(nnx.Module):
         return x
 
 
-class ScoreHead(nnx.Module):
-    """[B, D] -> [B] float32 through widths 1024, 128, 64 and 16, without activation: of LAION's
-    aesthetic predictor and of ImageReward. Source: their `MLP`.
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and settings of a `Transformer2DModel`.
+
+    channels, heads: C, and how many heads share them.
+    depth: how many blocks.
+    context: K, the width of the text.
+    groups: of the group norm.
+    linear_projection: whether the maps in and out are linear or convolutions of one pixel, which
+      differ by the shape of their weights.
+    remat, kernel: what blocks keep for the backward pass, a key of REMAT, and see attention.py.
     """
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        def linear(a, b):
-            return Linear(a, b, dtype=jnp.float32, rngs=rngs)
-
-        self.layers = nnx.List(
-            [
-                linear(width, 1024),
-                Dropout(),
-                linear(1024, 128),
-                Dropout(),
-                linear(128, 64),
-                Dropout(),
-                linear(64, 16),
-                linear(16, 1),
-            ]
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        for layer in self.layers:
-            x = layer(x)
-        return x[:, 0]
+    channels: int
+    heads: int
+    depth: int
+    context: int
+    groups: int
+    linear_projection: bool
+    remat: str
+    kernel: str
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -407,20 +398,15 @@ class BasicTransformerBlock(nnx.Module):
     Source: diffusers `BasicTransformerBlock`.
     """
 
-    def __init__(
-        self, channels: int, *, heads: int, context: int, kernel: str, dtype: Dtype, rngs: nnx.Rngs
-    ):
-        def norm():
-            return LayerNorm(channels, epsilon=1e-5, dtype=dtype, rngs=rngs)
-
-        self.norm1 = norm()
-        self.attn1 = Attention(channels, heads=heads, kernel=kernel, dtype=dtype, rngs=rngs)
-        self.norm2 = norm()
-        self.attn2 = Attention(
-            channels, heads=heads, context=context, kernel=kernel, dtype=dtype, rngs=rngs
-        )
-        self.norm3 = norm()
-        self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
+    def __init__(self, config: TransformerConfig, **kw):
+        channels = config.channels
+        heads = {"heads": config.heads, "kernel": config.kernel}
+        self.norm1 = LayerNorm(channels, epsilon=1e-5, **kw)
+        self.attn1 = Attention(channels, **heads, **kw)
+        self.norm2 = LayerNorm(channels, epsilon=1e-5, **kw)
+        self.attn2 = Attention(channels, context=config.context, **heads, **kw)
+        self.norm3 = LayerNorm(channels, epsilon=1e-5, **kw)
+        self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         x = x + self.attn1(self.norm1(x))
@@ -434,36 +420,17 @@ class Transformer2DModel(nnx.Module):
     Source: diffusers `Transformer2DModel`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        heads: int,
-        depth: int,
-        context: int,
-        groups: int,
-        linear_projection: bool,
-        remat: str,
-        kernel: str,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.remat = remat
-        self.norm = group_norm(
-            channels, groups, 1e-6, dtype, rngs
-        )  # 1e-6 here, 1e-5 in the UNet's resnets
-        if linear_projection:
-            self.proj_in = Linear(channels, channels, dtype=dtype, rngs=rngs)
-            self.proj_out = Linear(channels, channels, dtype=dtype, rngs=rngs)
-        else:
-            self.proj_in = conv1x1(channels, channels, dtype, rngs)
-            self.proj_out = conv1x1(channels, channels, dtype, rngs)
+    def __init__(self, config: TransformerConfig, *, dtype: Dtype, rngs: nnx.Rngs):
+        kw = {"dtype": dtype, "rngs": rngs}
+        channels = config.channels
+        projection = Linear if config.linear_projection else conv1x1
+        self.remat = config.remat
+        # 1e-6 here, 1e-5 in the UNet's resnets.
+        self.norm = group_norm(channels, config.groups, 1e-6, **kw)
+        self.proj_in = projection(channels, channels, **kw)
+        self.proj_out = projection(channels, channels, **kw)
         self.transformer_blocks = stacked(
-            lambda rngs: BasicTransformerBlock(
-                channels, heads=heads, context=context, kernel=kernel, dtype=dtype, rngs=rngs
-            ),
-            depth,
-            rngs,
+            lambda rngs: BasicTransformerBlock(config, dtype=dtype, rngs=rngs), config.depth, rngs
         )
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:

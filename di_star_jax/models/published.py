@@ -79,7 +79,7 @@ CLIP_BIGG_TEXT = {
     "projection_dim": 1280,
     "eos_token_id": 2,
 }
-PICKSCORE = {
+CLIP_H14 = {
     "architectures": ["CLIPModel"],
     "model_type": "clip",
     "projection_dim": 1024,

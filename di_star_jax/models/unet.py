@@ -14,6 +14,7 @@ from flax import nnx
 from di_star_jax import sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models import layers
+from di_star_jax.models.config import check_class, from_json
 
 
 class Condition(NamedTuple):
@@ -59,32 +60,35 @@ _FIXED = {
 }
 
 
+_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D")
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The fields of a UNet's config.json that matter, under their names there; lists become tuples,
-    one per block.
+    """The fields of a UNet's config.json that matter, with diffusers' defaults for what it leaves
+    out; tuples have one value for each block.
+
+    attention_head_dim is the number of heads: diffusers kept the wrong name for old files' sake.
     """
 
-    sample_size: int
-    in_channels: int
-    out_channels: int
-    block_out_channels: tuple[int, ...]
-    down_block_types: tuple[str, ...]
-    up_block_types: tuple[str, ...]
-    layers_per_block: int
-    transformer_layers_per_block: tuple[int, ...]
-    attention_head_dim: tuple[
-        int, ...
-    ]  # the number of heads: diffusers kept the wrong name for old files' sake
-    cross_attention_dim: int
-    use_linear_projection: bool
-    addition_embed_type: str | None
-    addition_time_embed_dim: int | None
-    projection_class_embeddings_input_dim: int | None
-    norm_num_groups: int
-    norm_eps: float
-    flip_sin_to_cos: bool
-    freq_shift: float
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    layers_per_block: int = 2
+    transformer_layers_per_block: tuple[int, ...] = (1, 1, 1, 1)
+    attention_head_dim: tuple[int, ...] = (8, 8, 8, 8)
+    cross_attention_dim: int = 1280
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
 
     @classmethod
     def from_json(cls, config: dict) -> "UNetConfig":
@@ -92,59 +96,30 @@ class UNetConfig:
 
         Raises: UserError for a setting that the port does not implement.
         """
-        name = config.get("_class_name", "UNet2DConditionModel")
-        if name != "UNet2DConditionModel":
+        check_class(config, "UNet2DConditionModel", "give the folder of an SDXL or SD 1.5 UNet")
+        count = len(config.get("block_out_channels", cls.block_out_channels))
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        depths = config.get("transformer_layers_per_block", 1)
+        per_block = {
+            "attention_head_dim": _per_block(heads, count),
+            "transformer_layers_per_block": _per_block(depths, count),
+        }
+        built = from_json(cls, config | per_block, _FIXED, file="UNet config.json")
+        if built.addition_embed_type not in (None, "text_time"):
             raise UserError(
-                f"wrong architecture: config.json is of a {name}, expected UNet2DConditionModel; "
-                "give the folder of an SDXL or SD 1.5 UNet"
-            )
-        for field, value in _FIXED.items():
-            if config.get(field, value) != value:
-                raise UserError(
-                    f"UNet config.json has {field}={config[field]!r}, the port implements {value!r} only"
-                )
-        values = {**_DEFAULTS, **{k: v for k, v in config.items() if k in _DEFAULTS}}
-        if config.get("num_attention_heads"):
-            values["attention_head_dim"] = config["num_attention_heads"]
-        if values["addition_embed_type"] not in (None, "text_time"):
-            raise UserError(
-                f"UNet config.json has addition_embed_type={values['addition_embed_type']!r}, "
+                f"UNet config.json has addition_embed_type={built.addition_embed_type!r}, "
                 "the port implements null and 'text_time' only"
             )
-        known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
-        for block in (*values["down_block_types"], *values["up_block_types"]):
-            if block not in known:
+        for block in built.down_block_types + built.up_block_types:
+            if block not in _BLOCKS:
                 raise UserError(
-                    f"UNet config.json has a block {block!r}, the port implements {sorted(known)}"
+                    f"UNet config.json has a block {block!r}, the port implements {list(_BLOCKS)}"
                 )
-        blocks = len(values["block_out_channels"])
-        for field in ("transformer_layers_per_block", "attention_head_dim"):
-            if isinstance(values[field], int):
-                values[field] = [values[field]] * blocks
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return built
 
 
-# What diffusers assumes for a field that a config.json leaves out.
-_DEFAULTS = {
-    "sample_size": None,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "layers_per_block": 2,
-    "transformer_layers_per_block": 1,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 1280,
-    "use_linear_projection": False,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-}
+def _per_block(value: int | list[int], count: int) -> list[int]:
+    return [value] * count if isinstance(value, int) else value
 
 
 def _resnet(config: UNetConfig, level: int, c_in: int, **kw) -> layers.ResnetBlock2D:
@@ -159,19 +134,28 @@ def _resnet(config: UNetConfig, level: int, c_in: int, **kw) -> layers.ResnetBlo
 
 
 def _transformer(
-    config: UNetConfig, level: int, remat: str, kernel: str, **kw
+    config: UNetConfig, level: int, *, remat: str, kernel: str, **kw
 ) -> layers.Transformer2DModel:
     return layers.Transformer2DModel(
-        config.block_out_channels[level],
-        heads=config.attention_head_dim[level],
-        depth=config.transformer_layers_per_block[level],
-        context=config.cross_attention_dim,
-        groups=config.norm_num_groups,
-        linear_projection=config.use_linear_projection,
-        remat=remat,
-        kernel=kernel,
+        layers.TransformerConfig(
+            channels=config.block_out_channels[level],
+            heads=config.attention_head_dim[level],
+            depth=config.transformer_layers_per_block[level],
+            context=config.cross_attention_dim,
+            groups=config.norm_num_groups,
+            linear_projection=config.use_linear_projection,
+            remat=remat,
+            kernel=kernel,
+        ),
         **kw,
     )
+
+
+def _transformers(config: UNetConfig, block: str, level: int, count: int, **kw) -> nnx.List | None:
+    """Those of a block with cross-attention, None for another."""
+    if not block.startswith("CrossAttn"):
+        return None
+    return nnx.List([_transformer(config, level, **kw) for _ in range(count)])
 
 
 class DownBlock2D(nnx.Module):
@@ -183,21 +167,18 @@ class DownBlock2D(nnx.Module):
 
     def __init__(self, config: UNetConfig, level: int, *, remat: str, kernel: str, **kw):
         self.remat = remat
-        c_out = config.block_out_channels[level]
-        c_in = config.block_out_channels[max(level - 1, 0)]
+        widths = config.block_out_channels
+        width = widths[level]
         count = config.layers_per_block
-        self.resnets = nnx.List(
-            [_resnet(config, level, c_in if i == 0 else c_out, **kw) for i in range(count)]
+        inputs = [widths[max(level - 1, 0)]] + [width] * (count - 1)
+        self.resnets = nnx.List([_resnet(config, level, c_in, **kw) for c_in in inputs])
+        self.attentions = _transformers(
+            config, config.down_block_types[level], level, count, remat=remat, kernel=kernel, **kw
         )
-        attends = config.down_block_types[level] == "CrossAttnDownBlock2D"
-        self.attentions = (
-            nnx.List([_transformer(config, level, remat, kernel, **kw) for _ in range(count)])
-            if attends
-            else None
-        )
-        last = level == len(config.block_out_channels) - 1
         self.downsamplers = (
-            None if last else nnx.List([layers.Downsample2D(c_out, padding=((1, 1), (1, 1)), **kw)])
+            nnx.List([layers.Downsample2D(width, padding=((1, 1), (1, 1)), **kw)])
+            if level < len(widths) - 1
+            else None
         )
 
     def __call__(
@@ -222,7 +203,7 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
         self.remat = remat
         level = len(config.block_out_channels) - 1
         channels = config.block_out_channels[level]
-        self.attentions = nnx.List([_transformer(config, level, remat, kernel, **kw)])
+        self.attentions = nnx.List([_transformer(config, level, remat=remat, kernel=kernel, **kw)])
         self.resnets = nnx.List([_resnet(config, level, channels, **kw) for _ in range(2)])
 
     def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
@@ -241,19 +222,18 @@ class UpBlock2D(nnx.Module):
     def __init__(self, config: UNetConfig, level: int, *, remat: str, kernel: str, **kw):
         self.remat = remat
         widths = config.block_out_channels
+        width = widths[level]
         count = config.layers_per_block + 1
-        inputs = [widths[min(level + 1, len(widths) - 1)]] + [widths[level]] * (count - 1)
-        skips = [widths[level]] * (count - 1) + [widths[max(level - 1, 0)]]
+        inputs = [widths[min(level + 1, len(widths) - 1)]] + [width] * (count - 1)
+        skips = [width] * (count - 1) + [widths[max(level - 1, 0)]]
         self.resnets = nnx.List(
-            [_resnet(config, level, a + b, **kw) for a, b in zip(inputs, skips)]
+            [_resnet(config, level, c_in + skip, **kw) for c_in, skip in zip(inputs, skips)]
         )
-        attends = config.up_block_types[len(widths) - 1 - level] == "CrossAttnUpBlock2D"
-        self.attentions = (
-            nnx.List([_transformer(config, level, remat, kernel, **kw) for _ in range(count)])
-            if attends
-            else None
+        block = config.up_block_types[len(widths) - 1 - level]
+        self.attentions = _transformers(
+            config, block, level, count, remat=remat, kernel=kernel, **kw
         )
-        self.upsamplers = None if level == 0 else nnx.List([layers.Upsample2D(widths[level], **kw)])
+        self.upsamplers = nnx.List([layers.Upsample2D(width, **kw)]) if level > 0 else None
 
     def __call__(
         self,
@@ -294,47 +274,42 @@ class UNet2DConditionModel(nnx.Module):
     ):
         self.config = config
         self.dtype = dtype
-        kw = dict(dtype=dtype, rngs=rngs)
-        block = dict(remat=remat, kernel=kernel, **kw)
+        kw = {"dtype": dtype, "rngs": rngs}
+        block = {"remat": remat, "kernel": kernel, **kw}
         widths = config.block_out_channels
+        first = widths[0]
         levels = range(len(widths))
-        self.conv_in = layers.conv3x3(config.in_channels, widths[0], dtype, rngs)
-        self.time_embedding = layers.TimestepEmbedding(widths[0], 4 * widths[0], **kw)
+        self.conv_in = layers.conv3x3(config.in_channels, first, **kw)
+        self.time_embedding = layers.TimestepEmbedding(first, 4 * first, **kw)
+        added = config.projection_class_embeddings_input_dim
         self.add_embedding = (
-            None
-            if config.addition_embed_type is None
-            else layers.TimestepEmbedding(
-                config.projection_class_embeddings_input_dim, 4 * widths[0], **kw
-            )
+            layers.TimestepEmbedding(added, 4 * first, **kw) if config.addition_embed_type else None
         )
         self.down_blocks = nnx.List([DownBlock2D(config, i, **block) for i in levels])
         self.mid_block = UNetMidBlock2DCrossAttn(config, **block)
         self.up_blocks = nnx.List([UpBlock2D(config, i, **block) for i in reversed(levels)])
-        self.conv_norm_out = layers.group_norm(
-            widths[0], config.norm_num_groups, config.norm_eps, dtype, rngs
+        self.conv_norm_out = layers.group_norm(first, config.norm_num_groups, config.norm_eps, **kw)
+        self.conv_out = layers.conv3x3(first, config.out_channels, **kw)
+
+    def _sinusoidal(self, values: jax.Array, dim: int) -> jax.Array:
+        """[N] -> [N, dim] in the compute dtype."""
+        embedding = layers.sinusoidal_embedding(
+            values,
+            dim,
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
         )
-        self.conv_out = layers.conv3x3(widths[0], config.out_channels, dtype, rngs)
+        return embedding.astype(self.dtype)
 
     def _embed(self, t: jax.Array, condition: Condition) -> jax.Array:
-        c = self.config
-
-        def sinusoidal(values, dim):
-            return layers.sinusoidal_embedding(
-                values, dim, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift
-            )
-
-        temb = self.time_embedding(
-            sinusoidal(t, c.block_out_channels[0]).astype(self.dtype)
-        )  # [B, 4 C0]
+        """[B, T], of timestep and, where there is one, of the pooled text and the sizes."""
+        temb = self.time_embedding(self._sinusoidal(t, self.config.block_out_channels[0]))
         if self.add_embedding is None:
             return temb
-        batch = t.shape[0]
-        sizes = sinusoidal(condition.time_ids.reshape(-1), c.addition_time_embed_dim).reshape(
-            batch, -1
-        )  # [B, 6 D]
-        added = jnp.concatenate(
-            [condition.pooled.astype(self.dtype), sizes.astype(self.dtype)], axis=-1
-        )
+        time_ids = condition.time_ids.reshape(-1)  # [B * 6]
+        sizes = self._sinusoidal(time_ids, self.config.addition_time_embed_dim)
+        pooled = condition.pooled.astype(self.dtype)
+        added = jnp.concatenate([pooled, sizes.reshape(len(pooled), -1)], axis=-1)
         return temb + self.add_embedding(added)
 
     def __call__(self, x_t: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
@@ -357,8 +332,8 @@ class UNet2DConditionModel(nnx.Module):
         x = self.mid_block(x, temb, context)
         count = self.config.layers_per_block + 1
         for block in self.up_blocks:
-            used, skips = skips[-count:], skips[:-count]
+            used = skips[-count:]
+            skips = skips[:-count]
             x = block(x, used, temb, context, skips[-1].shape[1:3] if skips else None)
-        return sharding.join_rows(
-            self.conv_out(nnx.silu(self.conv_norm_out(x))).astype(jnp.float32)
-        )
+        x = self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        return sharding.join_rows(x.astype(jnp.float32))

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax import sharding
-from di_star_jax.errors import UserError
 from di_star_jax.models import layers
+from di_star_jax.models.config import check_class, from_json
 
 # config.json fields whose other values the port does not implement.
 _FIXED = {
@@ -46,20 +46,8 @@ class VAEConfig:
 
         Raises: UserError for a setting that the port does not implement.
         """
-        name = config.get("_class_name", "AutoencoderKL")
-        if name != "AutoencoderKL":
-            raise UserError(
-                f"wrong architecture: config.json is of a {name}, expected AutoencoderKL; give a VAE folder"
-            )
-        for field, value in _FIXED.items():
-            if config.get(field, value) != value:
-                raise UserError(
-                    f"VAE config.json has {field}={config[field]!r}, the port implements {value!r} only"
-                )
-        names = {f.name for f in dataclasses.fields(cls)}
-        return cls(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
-        )
+        check_class(config, "AutoencoderKL", "give a VAE folder")
+        return from_json(cls, config, _FIXED, file="VAE config.json")
 
     @property
     def scale(self) -> int:
@@ -68,9 +56,17 @@ class VAEConfig:
 
 
 def _resnet(config: VAEConfig, c_in: int, c_out: int, **kw) -> layers.ResnetBlock2D:
-    return layers.ResnetBlock2D(
-        c_in, c_out, temb=None, groups=config.norm_num_groups, eps=1e-6, **kw
-    )
+    groups = config.norm_num_groups
+    return layers.ResnetBlock2D(c_in, c_out, temb=None, groups=groups, eps=1e-6, **kw)
+
+
+def _resnets(config: VAEConfig, c_in: int, c_out: int, count: int, **kw) -> nnx.List:
+    inputs = [c_in] + [c_out] * (count - 1)
+    return nnx.List([_resnet(config, width, c_out, **kw) for width in inputs])
+
+
+def _norm_out(config: VAEConfig, channels: int, **kw) -> layers.GroupNorm:
+    return layers.group_norm(channels, config.norm_num_groups, 1e-6, **kw)
 
 
 class MidBlock(nnx.Module):
@@ -82,14 +78,10 @@ class MidBlock(nnx.Module):
     def __init__(self, config: VAEConfig, *, remat: str, kernel: str, **kw):
         self.remat = remat
         channels = config.block_out_channels[-1]
-        self.attentions = nnx.List(
-            [
-                layers.Attention(
-                    channels, heads=1, groups=config.norm_num_groups, kernel=kernel, **kw
-                )
-            ]
-        )
-        self.resnets = nnx.List([_resnet(config, channels, channels, **kw) for _ in range(2)])
+        groups = config.norm_num_groups
+        attention = layers.Attention(channels, heads=1, groups=groups, kernel=kernel, **kw)
+        self.attentions = nnx.List([attention])
+        self.resnets = _resnets(config, channels, channels, 2, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for module in (self.resnets[0], self.attentions[0], self.resnets[1]):
@@ -106,20 +98,16 @@ class DownBlock(nnx.Module):
     def __init__(self, config: VAEConfig, level: int, *, remat: str, **kw):
         self.remat = remat
         widths = config.block_out_channels
-        c_in, c_out = widths[max(level - 1, 0)], widths[level]
-        self.resnets = nnx.List(
-            [
-                _resnet(config, c_in if i == 0 else c_out, c_out, **kw)
-                for i in range(config.layers_per_block)
-            ]
+        width = widths[level]
+        self.resnets = _resnets(
+            config, widths[max(level - 1, 0)], width, config.layers_per_block, **kw
         )
         # PyTorch pads this one at the bottom and right only.
-        down = (
-            None
-            if level == len(widths) - 1
-            else layers.Downsample2D(c_out, padding=((0, 1), (0, 1)), **kw)
+        self.downsamplers = (
+            nnx.List([layers.Downsample2D(width, padding=((0, 1), (0, 1)), **kw)])
+            if level < len(widths) - 1
+            else None
         )
-        self.downsamplers = None if down is None else nnx.List([down])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for resnet in self.resnets:
@@ -133,14 +121,10 @@ class UpBlock(nnx.Module):
     def __init__(self, config: VAEConfig, level: int, *, remat: str, **kw):
         self.remat = remat
         widths = config.block_out_channels
-        c_in, c_out = widths[min(level + 1, len(widths) - 1)], widths[level]
-        self.resnets = nnx.List(
-            [
-                _resnet(config, c_in if i == 0 else c_out, c_out, **kw)
-                for i in range(config.layers_per_block + 1)
-            ]
-        )
-        self.upsamplers = None if level == 0 else nnx.List([layers.Upsample2D(c_out, **kw)])
+        width = widths[level]
+        c_in = widths[min(level + 1, len(widths) - 1)]
+        self.resnets = _resnets(config, c_in, width, config.layers_per_block + 1, **kw)
+        self.upsamplers = nnx.List([layers.Upsample2D(width, **kw)]) if level > 0 else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for resnet in self.resnets:
@@ -151,38 +135,35 @@ class UpBlock(nnx.Module):
 class Encoder(nnx.Module):
     """[B, H, W, 3] -> [B, H/f, W/f, 2 * latent_channels]. Source: diffusers `Encoder`."""
 
-    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, dtype, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
+    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, **kw):
         widths = config.block_out_channels
         self.conv_in = layers.conv3x3(config.in_channels, widths[0], **kw)
         self.down_blocks = nnx.List(
             [DownBlock(config, i, remat=remat, **kw) for i in range(len(widths))]
         )
         self.mid_block = MidBlock(config, remat=remat, kernel=kernel, **kw)
-        self.conv_norm_out = layers.group_norm(
-            widths[-1], config.norm_num_groups, 1e-6, dtype, rngs
-        )
+        self.conv_norm_out = _norm_out(config, widths[-1], **kw)
         self.conv_out = layers.conv3x3(widths[-1], 2 * config.latent_channels, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
+        x = self.mid_block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nnx.Module):
     """[B, H/f, W/f, latent_channels] -> [B, H, W, 3]. Source: diffusers `Decoder`."""
 
-    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, dtype, rngs: nnx.Rngs):
-        kw = dict(dtype=dtype, rngs=rngs)
+    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, **kw):
         widths = config.block_out_channels
         self.conv_in = layers.conv3x3(config.latent_channels, widths[-1], **kw)
         self.mid_block = MidBlock(config, remat=remat, kernel=kernel, **kw)
         self.up_blocks = nnx.List(
             [UpBlock(config, i, remat=remat, **kw) for i in reversed(range(len(widths)))]
         )
-        self.conv_norm_out = layers.group_norm(widths[0], config.norm_num_groups, 1e-6, dtype, rngs)
+        self.conv_norm_out = _norm_out(config, widths[0], **kw)
         self.conv_out = layers.conv3x3(widths[0], config.out_channels, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -214,13 +195,12 @@ class AutoencoderKL(nnx.Module):
     ):
         self.config = config
         self.dtype = dtype
-        kw = dict(dtype=dtype, rngs=rngs)
+        kw = {"dtype": dtype, "rngs": rngs}
+        channels = config.latent_channels
         self.encoder = Encoder(config, remat=remat, kernel=kernel, **kw)
         self.decoder = Decoder(config, remat=remat, kernel=kernel, **kw)
-        self.quant_conv = layers.conv1x1(
-            2 * config.latent_channels, 2 * config.latent_channels, **kw
-        )
-        self.post_quant_conv = layers.conv1x1(config.latent_channels, config.latent_channels, **kw)
+        self.quant_conv = layers.conv1x1(2 * channels, 2 * channels, **kw)
+        self.post_quant_conv = layers.conv1x1(channels, channels, **kw)
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Args: image [B, H, W, 3] in [-1, 1], H and W multiples of f.
@@ -231,8 +211,9 @@ class AutoencoderKL(nnx.Module):
         moments = self.quant_conv(self.encoder(sharding.split_rows(image)))
         moments = sharding.join_rows(moments.astype(jnp.float32))
         mean, logvar = jnp.split(moments, 2, axis=-1)
+        std = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
         scaling = self.config.scaling_factor
-        return scaling * mean, scaling * jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
+        return scaling * mean, scaling * std
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Args: scaled latents [B, h, w, latent_channels].

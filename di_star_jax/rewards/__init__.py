@@ -1,82 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards, one file each.
+"""Rewards by name.
 
-A file of your own needs one line in REWARDS; README, "A reward of your own", has one.
-
-A reward's file has three functions, and where there are weights NEEDED, {file in their folder:
-  where it is from}: read_config(folder) -> dict: what its model is, of the weights' folder. Raises:
-  UserError. abstract(config, options) -> Reward: shapes alone, for a dry run and for compiling
-  without weights. load(folder, options, *, tokenizer) -> Reward: from the weights' folder;
-  tokenizer is CLIP's, a folder or Hub name.
-options: how its networks run and are held, `pipelines.folder.Options`.
+A CLIP's cosine is a row below; what has code of its own is a file that ends in its `Entry`. README,
+"A reward of your own", has one.
 """
 
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines.folder import PLAIN, Options
-from di_star_jax.rewards import aesthetic, clipscore, hpsv2, hpsv2_legacy, imagereward, pickscore
-from di_star_jax.rewards.reward import Reward, listed
+from di_star_jax.rewards import aesthetic, imagereward, similarity
+from di_star_jax.rewards.pixels import (
+    Pixels,
+    tensor_pixels,
+    tensor_pixels_aliased,
+    tensor_pixels_rounded,
+)
+from di_star_jax.rewards.reward import Entry, Reward, listed
+from di_star_jax.rewards.similarity import Similarity
 from di_star_jax.storage import folders
+from di_star_jax.storage.open_clip import to_transformers
+
+# arXiv 2305.01569, trained on people's choices; the reward of Diff-Instruct*. The cosine itself,
+# 0.22 or so: the published score is this times exp(logit_scale). Source: yuvalkirstain/PickScore.
+_PICKSCORE = Similarity({"model.safetensors": "of yuvalkirstain/PickScore_v1 on the Hub"})
+
+# arXiv 2306.09341, trained on people's rankings. Its files come without a config.json, and its code
+# resizes a tensor. Which of two scales that gives depends on torchvision's version, which began to
+# antialias tensors by itself: HPSv2's README has the scale without. Source: tgxs002/HPSv2
+# `img_score.py`.
+_HPS_NEEDED = {
+    "model.safetensors": "HPS_v2_compressed.pt (2.0) or HPS_v2.1_compressed.pt (2.1) of "
+    "xswu/HPSv2 on the Hub, converted once as README says"
+}
 
 
-class Entry(NamedTuple):
-    """A line of REWARDS.
+def _hps(title: str, evaluation: Pixels, source: str) -> Entry:
+    return similarity.entry(
+        title,
+        Similarity(
+            _HPS_NEEDED, tensor_pixels, evaluation, to_transformers, config=published.CLIP_H14
+        ),
+        weights=source,
+        published=published.CLIP_H14,
+        factor=100.0,
+        digits=2,
+        groups=("style",),
+    )
 
-    file: the reward's module.
-    label: of columns and axes.
-    weights: folder or Hub name of the published weights; "" where there are none.
-    published: what `read_config` gives for these.
-    factor, digits: printed numbers are this times the reward, with so many digits.
-    """
 
-    file: ModuleType
-    label: str
-    weights: str = ""
-    published: dict | None = None
-    factor: float = 1.0
-    digits: int = 4
+# A CLIP as it came; OpenAI's ViT-B/32 is the likely one of the papers' tables. Source: transformers
+# `CLIPModel`, Pillow's bicubic resize.
+_CLIPSCORE = Similarity(
+    {
+        "model.safetensors": "of a CLIPModel, such as openai/clip-vit-base-patch32 or "
+        "openai/clip-vit-large-patch14 on the Hub"
+    },
+    arrange=to_transformers,
+)
+
+
+def _clipscore(source: str, config: dict) -> Entry:
+    return similarity.entry(
+        "CLIPScore",
+        _CLIPSCORE,
+        weights=source,
+        published=config,
+        factor=100.0,
+        digits=2,
+        model_name=similarity.model_name,
+    )
 
 
 REWARDS = {
-    "pickscore": Entry(pickscore, "PickScore", "yuvalkirstain/PickScore_v1", published.PICKSCORE),
-    "hpsv2": Entry(
-        hpsv2, "HPSv2.0", "./weights/hpsv2.0", published.PICKSCORE, factor=100.0, digits=2
+    "pickscore": similarity.entry(
+        "PickScore",
+        _PICKSCORE,
+        weights="yuvalkirstain/PickScore_v1",
+        published=published.CLIP_H14,
+        in_torch=True,
     ),
-    "hpsv21": Entry(
-        hpsv2, "HPSv2.1", "./weights/hpsv2.1", published.PICKSCORE, factor=100.0, digits=2
-    ),
-    "hpsv21_legacy": Entry(
-        hpsv2_legacy,
-        "HPSv2.1, not antialiased",
-        "./weights/hpsv2.1",
-        published.PICKSCORE,
-        factor=100.0,
-        digits=2,
-    ),
-    "clipscore": Entry(
-        clipscore,
-        "CLIPScore",
-        "openai/clip-vit-base-patch32",
-        published.CLIP_B32,
-        factor=100.0,
-        digits=2,
-    ),
-    "clipscore_l14": Entry(
-        clipscore,
-        "CLIPScore",
-        "openai/clip-vit-large-patch14",
-        published.CLIP_L14,
-        factor=100.0,
-        digits=2,
-    ),
-    "aesthetic": Entry(aesthetic, "Aesthetic", "./weights/aesthetic", published.CLIP_L14, digits=2),
-    "imagereward": Entry(
-        imagereward, "ImageReward", "./weights/imagereward", imagereward.PUBLISHED, digits=3
-    ),
+    "hpsv2": _hps("HPSv2.0", tensor_pixels_rounded, "./weights/hpsv2.0"),
+    "hpsv21": _hps("HPSv2.1", tensor_pixels_rounded, "./weights/hpsv2.1"),
+    "hpsv21_legacy": _hps("HPSv2.1, not antialiased", tensor_pixels_aliased, "./weights/hpsv2.1"),
+    "clipscore": _clipscore("openai/clip-vit-base-patch32", published.CLIP_B32),
+    "clipscore_l14": _clipscore("openai/clip-vit-large-patch14", published.CLIP_L14),
+    "aesthetic": aesthetic.ENTRY,
+    "imagereward": imagereward.ENTRY,
 }
 
 
@@ -103,7 +114,7 @@ def load_rewards(
     Raises: UserError for weights or tokenizers that are missing or do not fit.
     """
     return {
-        name: REWARDS[name].file.load(resolve(name, source), options, tokenizer=tokenizer)
+        name: REWARDS[name].load(resolve(name, source), options, tokenizer)
         for name, source in sources.items()
     }
 
@@ -117,7 +128,7 @@ def resolve(name: str, source: str) -> Path:
         return Path()
     if not Path(source).exists() and source.startswith((".", "/", "~")):
         raise UserError(
-            f"no folder {source} for {name}; it must hold {listed(REWARDS[name].file.NEEDED)}"
+            f"no folder {source} for {name}; it must hold {listed(REWARDS[name].needed)}"
         )
     return folders.resolve(source)
 

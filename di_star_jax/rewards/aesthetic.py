@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LAION's aesthetic predictor v2: an affine map of CLIP ViT-L/14's image embedding; knows nothing
-of the prompt.
+"""LAION's aesthetic predictor v2: an affine map of CLIP ViT-L/14's image embedding.
 
-Being free of the prompt it is the easiest reward to hack. Source:
+It knows nothing of the prompt, and so is the easiest reward to hack. Source:
 christophschuhmann/improved-aesthetic-predictor.
 """
 
@@ -13,30 +12,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from di_star_jax import models
 from di_star_jax.errors import UserError
-from di_star_jax.models.layers import ScoreHead
-from di_star_jax.pipelines.folder import (
-    PLAIN,
-    Model,
-    Options,
-    abstract_model,
-    load_model,
-    model_class,
-)
+from di_star_jax.models import published
+from di_star_jax.models.clip import CLIPConfig, CLIPVisionModelWithProjection
+from di_star_jax.models.heads import ScoreHead
+from di_star_jax.pipelines.folder import Options, Port, abstract_port
 from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
-from di_star_jax.rewards.reward import Reward
-from di_star_jax.rewards.similarity import image_embeddings, read_config
+from di_star_jax.rewards.reward import NO_PROMPTS, Entry, Reward, listed, no_prompts
+from di_star_jax.rewards.similarity import eight_bit_features, image_embeddings, read_config
 from di_star_jax.storage import weights
 
 HEAD = "sac+logos+ava1-l14-linearMSE.safetensors"  # the published .pth, converted once
 NEEDED = {
-    HEAD: "converted once from the .pth of christophschuhmann/improved-aesthetic-predictor on GitHub as README says",
+    HEAD: "converted once from the .pth of christophschuhmann/improved-aesthetic-predictor on "
+    "GitHub as README says",
     "model.safetensors": "of openai/clip-vit-large-patch14 on the Hub",
 }
+
+
+_TOWER = Port(CLIPVisionModelWithProjection, CLIPConfig)
 
 
 class _Graphs(NamedTuple):
@@ -48,74 +45,70 @@ def _score(
     graphs: _Graphs, pixels: Pixels, params: dict, images: jax.Array, prompts: jax.Array
 ) -> jax.Array:
     del prompts
-    return nnx.merge(graphs.head, params["head"])(
-        image_embeddings(graphs.clip, params["clip"], images, pixels=pixels)
-    )
+    embeddings = image_embeddings(graphs.clip, params["clip"], images, pixels=pixels)
+    return nnx.merge(graphs.head, params["head"])(embeddings)
 
 
-def _no_prompts(texts: list[str]) -> np.ndarray:
-    """[B] zeros: only how many there are."""
-    return np.zeros(len(texts), np.int32)
+def _features(graphs: _Graphs, params: dict, images: jax.Array) -> jax.Array:
+    return eight_bit_features(graphs.clip, params["clip"], images)
 
 
-def _reward(clip: Model, head: nnx.GraphDef, head_params: dict, tokenize) -> Reward:
-    graphs, params = _Graphs(clip.graphdef, head), {"clip": clip.params, "head": head_params}
+def abstract(config: dict, options: Options) -> Reward:
+    """As `Entry.abstract`. Args: config, of a `CLIPModel`, of which it takes the vision half."""
+    clip = abstract_port(_TOWER, config, options)
+    width = CLIPConfig.from_json(config).projection_dim
+    head, head_params = models.abstract(lambda rngs: ScoreHead(width, rngs=rngs))
+    # The head is float32 whatever the tower is held in.
+    in_float32 = dataclasses.replace(options, param_dtype=jnp.float32)
+    graphs = _Graphs(clip.graphdef, head)
     return Reward(
-        params,
+        {"clip": clip.params, "head": in_float32.placed(head_params)},
         functools.partial(_score, graphs, torchvision_pixels),
         functools.partial(_score, graphs, torchvision_pixels_rounded),
-        tokenize,
-        jax.ShapeDtypeStruct((1,), jnp.int32),
+        no_prompts,
+        NO_PROMPTS,
+        functools.partial(_features, graphs),
     )
-
-
-def _tower(config: dict) -> dict:
-    return config | {"architectures": ["CLIPVisionModelWithProjection"]}
-
-
-def _head(config: dict, options: Options) -> tuple[nnx.GraphDef, dict]:
-    """The affine map, in float32 whatever the tower is held in."""
-    width = model_class(config)[1].projection_dim
-    graphdef, params = models.abstract(lambda rngs: ScoreHead(width, rngs=rngs))
-    return graphdef, dataclasses.replace(options, param_dtype=jnp.float32).placed(params)
 
 
 def _vision_half(stored: dict[str, weights.Stored]) -> dict[str, weights.Stored]:
-    return {
-        name: tensor
-        for name, tensor in stored.items()
-        if name.startswith(("vision_model.", "visual_projection."))
-    }
+    halves = ("vision_model.", "visual_projection.")
+    return {name: tensor for name, tensor in stored.items() if name.startswith(halves)}
 
 
 def _check_files(folder: Path) -> None:
     files = {path.name for path in folder.glob("*.safetensors")}
-    missing = [
-        name
-        for name, there in ((HEAD, HEAD in files), ("model.safetensors", files - {HEAD}))
-        if not there
-    ]
+    missing = {}
+    if HEAD not in files:
+        missing[HEAD] = NEEDED[HEAD]
+    if not files - {HEAD}:
+        missing["model.safetensors"] = NEEDED["model.safetensors"]
     if missing:
-        raise UserError(
-            f"{folder} lacks " + "; ".join(f"{name} ({NEEDED[name]})" for name in missing)
-        )
+        raise UserError(f"{folder} lacks {listed(missing)}")
 
 
-def abstract(config: dict, options: Options = PLAIN) -> Reward:
-    """Shapes alone. Args: config, of a `CLIPModel`."""
-    config = _tower(config)
-    return _reward(abstract_model(config, options), *_head(config, options), None)
-
-
-def load(folder: Path, options: Options = PLAIN, *, tokenizer: str | Path) -> Reward:
-    """From a `CLIPModel` folder (openai/clip-vit-large-patch14) with the head's file HEAD in it.
+def load(folder: Path, options: Options, tokenizer: str | Path) -> Reward:
+    """As `Entry.load`, from a `CLIPModel`'s folder with the head's file HEAD beside its own.
 
     Args: tokenizer, not needed.
     Raises: UserError for a folder that lacks a file, or of another model.
     """
     del tokenizer
-    config = _tower(read_config(folder))
+    reward = abstract(read_config(folder), options)
     _check_files(folder)
-    clip = load_model(folder, options, config=config, arrange=_vision_half)
-    graphdef, abstract_params = _head(config, options)
-    return _reward(clip, graphdef, weights.load(folder / HEAD, abstract_params), _no_prompts)
+    clip = weights.load(folder, reward.params["clip"], arrange=_vision_half)
+    head = weights.load(folder / HEAD, reward.params["head"])
+    return reward._replace(params={"clip": clip, "head": head})
+
+
+ENTRY = Entry(
+    "Aesthetic",
+    load=load,
+    abstract=abstract,
+    read_config=read_config,
+    needed=NEEDED,
+    weights="./weights/aesthetic",
+    published=published.CLIP_L14,
+    digits=2,
+    is_clip=True,
+)

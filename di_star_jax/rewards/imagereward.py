@@ -15,9 +15,9 @@ from flax import nnx
 
 from di_star_jax.errors import UserError
 from di_star_jax.models.blip import BLIPConfig, ImageReward
-from di_star_jax.pipelines.folder import PLAIN, Model, Options, Port, abstract_port
+from di_star_jax.pipelines.folder import Options, Port, abstract_port
 from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
-from di_star_jax.rewards.reward import Reward, Tokenize
+from di_star_jax.rewards.reward import Entry, Reward, listed
 from di_star_jax.storage import folders, weights
 
 LENGTH = 35  # tokens; ImageReward pads and cuts every prompt to it
@@ -63,11 +63,12 @@ class BertTokenizer:
     def __init__(self, folder: Path, vocab_size: int):
         from transformers import BertTokenizer as Tokenizer
 
-        with (folder / "vocab.txt").open(encoding="utf-8") as file:
-            tokens = [line.rstrip("\n") for line in file]
+        file = folder / "vocab.txt"
+        with file.open(encoding="utf-8") as lines:
+            tokens = [line.rstrip("\n") for line in lines]
         if len(tokens) != vocab_size - 2 or "[CLS]" not in tokens:
             raise UserError(
-                f"{folder / 'vocab.txt'} has {len(tokens)} tokens, expected the model's {vocab_size - 2} with "
+                f"{file} has {len(tokens)} tokens, expected the model's {vocab_size - 2} with "
                 f"[CLS] among them; take vocab.txt {NEEDED['vocab.txt']}"
             )
         self._tokenizer = Tokenizer.from_pretrained(folder, do_lower_case=True)
@@ -79,10 +80,6 @@ class BertTokenizer:
             "token_ids": np.array(encoded["input_ids"], np.int32),
             "mask": np.array(encoded["attention_mask"], np.int32),
         }
-
-    def count_truncated(self, prompts: list[str]) -> int:
-        """How many prompts lose words to the limit."""
-        return sum(len(ids) > LENGTH for ids in self._tokenizer(prompts)["input_ids"])
 
 
 def score(
@@ -98,43 +95,37 @@ def score(
     Returns: float32 [B]; differentiable with respect to the images, but for saturated pixels.
     """
     model = nnx.merge(graphdef, params)
-    return model(
-        pixels(images, size=model.config.vision_config.image_size),
-        prompts["token_ids"],
-        prompts["mask"],
-    )
+    seen = pixels(images, size=model.config.vision_config.image_size)  # [B, S, S, 3]
+    return model(seen, prompts["token_ids"], prompts["mask"])
 
 
-def _reward_of(model: Model, tokenize: Tokenize | None) -> Reward:
+def abstract(config: dict, options: Options) -> Reward:
+    """As `Entry.abstract`. Args: config, of `BLIPConfig.from_json`, such as PUBLISHED."""
+    model = abstract_port(_PORT, config, options)
     ids = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
     return Reward(
         model.params,
         functools.partial(score, model.graphdef, torchvision_pixels),
         functools.partial(score, model.graphdef, torchvision_pixels_rounded),
-        tokenize,
+        None,
         {"token_ids": ids, "mask": ids},
     )
 
 
 def _used(stored: dict) -> dict:
-    """Without the projections of BLIP's pretraining, which ImageReward's file has and its score
-    does not use.
-    """
+    """Leaves out the projections of BLIP's pretraining, which the score does not use."""
     return {name: tensor for name, tensor in stored.items() if name.startswith(_USED)}
 
 
 def _check_files(folder: Path, names: Iterable[str]) -> None:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; give one with {', '.join(NEEDED)}")
-    missing = [name for name in names if not (folder / name).is_file()]
-    if any(folder.glob("*.safetensors")) or any(
-        folder.glob("*.pt")
-    ):  # `weights.load` knows what to say of these
-        missing = [name for name in missing if name != "model.safetensors"]
+    missing = {name: NEEDED[name] for name in names if not (folder / name).is_file()}
+    # `weights.load` knows what to say of weights under another name.
+    if any(path.suffix in (".safetensors", ".pt") for path in folder.iterdir()):
+        missing.pop("model.safetensors", None)
     if missing:
-        raise UserError(
-            f"{folder} lacks " + "; ".join(f"{name} ({NEEDED[name]})" for name in missing)
-        )
+        raise UserError(f"{folder} lacks {listed(missing)}")
 
 
 def read_config(folder: Path) -> dict:
@@ -143,27 +134,28 @@ def read_config(folder: Path) -> dict:
     return folders.read_config(folder, name="med_config.json")
 
 
-def abstract(config: dict, options: Options = PLAIN) -> Reward:
-    """Shapes alone.
+def load(folder: Path, options: Options, tokenizer: str | Path) -> Reward:
+    """As `Entry.load`, from a folder with ImageReward.pt's tensors under their names.
 
-    Args: config, of `BLIPConfig.from_json`, such as PUBLISHED.
-    Raises: UserError for a setting that is not ported.
-    """
-    return _reward_of(abstract_port(_PORT, config, options), None)
-
-
-def load(folder: Path, options: Options = PLAIN, *, tokenizer: str | Path) -> Reward:
-    """From a folder with ImageReward's weights as safetensors, its med_config.json, and BERT's
-    vocab.txt.
-
-    Args:
-      folder: model.safetensors in it holds ImageReward.pt's tensors under their names.
-      tokenizer: CLIP's, for other rewards.
+    Args: tokenizer, CLIP's, for other rewards.
     Raises: UserError for whatever is wrong with the folder.
     """
     del tokenizer
     _check_files(folder, NEEDED)
-    model = abstract_port(_PORT, read_config(folder), options)
-    tokenize = BertTokenizer(folder, nnx.merge(model.graphdef, model.params).config.vocab_size)
-    params = weights.load(folder, model.params, arrange=_used)
-    return _reward_of(model._replace(params=params), tokenize)
+    config = read_config(folder)
+    reward = abstract(config, options)
+    tokenize = BertTokenizer(folder, BLIPConfig.from_json(config).vocab_size)
+    params = weights.load(folder, reward.params, arrange=_used)
+    return reward._replace(params=params, tokenize=tokenize)
+
+
+ENTRY = Entry(
+    "ImageReward",
+    load=load,
+    abstract=abstract,
+    read_config=read_config,
+    needed=NEEDED,
+    weights="./weights/imagereward",
+    published=PUBLISHED,
+    digits=3,
+)

@@ -23,11 +23,11 @@ class Pixels(Protocol):
     def __call__(self, image: jax.Array, *, size: int) -> jax.Array: ...
 
 
-def _bicubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic with a = -0.5, zero beyond 2."""
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic, zero beyond 2."""
     x = np.abs(x)
-    near = (1.5 * x - 2.5) * x**2 + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    near = ((a + 2) * x - (a + 3)) * x**2 + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
@@ -48,7 +48,8 @@ def resize_matrix(n_in: int, n_out: int) -> np.ndarray:
     first = np.maximum(np.floor(centre - 2 * stretch + 0.5), 0)
     last = np.minimum(np.floor(centre + 2 * stretch + 0.5), n_in)
     pixel = np.arange(n_in)[None, :]
-    weight = _bicubic((pixel + 0.5 - centre) / stretch) * ((pixel >= first) & (pixel < last))
+    weight = _cubic((pixel + 0.5 - centre) / stretch, a=-0.5)
+    weight = weight * ((pixel >= first) & (pixel < last))
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -62,9 +63,9 @@ def aliased_matrix(n_in: int, n_out: int) -> np.ndarray:
     first = np.floor(centre).astype(int) - 1
     matrix = np.zeros((n_out, n_in))
     for tap in range(4):
-        x = np.abs(centre - (first + tap))
-        weight = np.where(x < 1, (1.25 * x - 2.25) * x**2 + 1, ((-0.75 * x + 3.75) * x - 6) * x + 3)
-        np.add.at(matrix, (np.arange(n_out), np.clip(first + tap, 0, n_in - 1)), weight)
+        weight = _cubic(centre - (first + tap), a=-0.75)
+        pixel = np.clip(first + tap, 0, n_in - 1)
+        np.add.at(matrix, (np.arange(n_out), pixel), weight)
     return matrix.astype(np.float32)
 
 
@@ -93,27 +94,38 @@ def _as_is(x: jax.Array) -> jax.Array:
     return x
 
 
+Matrix = Callable[[int, int], np.ndarray]
+
+
+def _resize_and_crop(
+    n: int, shortest: int, size: int, matrix: Matrix, cut: Callable[[int], int]
+) -> np.ndarray:
+    """[size, n] for an axis of n pixels: the shortest gets `size` pixels, and the centre stays."""
+    resized = int(size * n / shortest)  # rounded as transformers and torchvision do
+    first = cut(resized - size)
+    return matrix(n, resized)[first : first + size]
+
+
 def _clip_pixels(
     image: jax.Array,
     size: int,
     settle: Callable[[jax.Array], jax.Array],
     *,
     between: Callable[[jax.Array], jax.Array] | None = None,
-    matrix=resize_matrix,
+    matrix: Matrix = resize_matrix,
     cut: Callable[[int], int] = _half,
 ) -> jax.Array:
-    """Resizes width, then height, with `settle` before and `between` (if None, `settle`) after
-    each; crops; normalises.
+    """Resizes width, then height, and crops; normalises.
+
+    Args: settle, of values before; between, after each pass, `settle` if None.
     """
     h, w = image.shape[1:3]
+    shortest = min(h, w)
+    across = _resize_and_crop(w, shortest, size, matrix, cut)  # [S, W]
+    down = _resize_and_crop(h, shortest, size, matrix, cut)  # [S, H]
     between = between or settle
-    # The shortest side becomes `size` pixels, and the centre stays; int() rounds as transformers
-    # and torchvision do.
-    resized = [int(size * n / min(h, w)) for n in (w, h)]
-    across, down = (matrix(n, m)[cut(m - size) :][:size] for n, m in zip((w, h), resized))
-    exact = (
-        jax.lax.Precision.HIGHEST
-    )  # a TPU would multiply in bfloat16, two digits short of an 8-bit image
+    # A TPU would multiply in bfloat16, two digits short of an 8-bit image.
+    exact = jax.lax.Precision.HIGHEST
     x = settle((image.astype(jnp.float32) + 1) / 2)
     x = between(jnp.einsum("vw,bhwc->bhvc", across, x, precision=exact))  # [B, H, S, 3]
     x = between(jnp.einsum("uh,bhvc->buvc", down, x, precision=exact))  # [B, S, S, 3]

@@ -1,52 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cosines of a CLIP's image and text embeddings: what PickScore, HPSv2 and CLIPScore are."""
 
+import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax.errors import UserError
-from di_star_jax.models.clip import CLIPModel
+from di_star_jax.models.clip import CLIPConfig, CLIPModel
 from di_star_jax.pipelines.folder import (
-    PLAIN,
     Model,
     Options,
-    abstract_model,
-    load_model,
+    Port,
+    abstract_port,
     model_class,
 )
 from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards.pixels import Pixels, clip_pixels, clip_pixels_rounded
-from di_star_jax.rewards.reward import Reward, Tokenize, listed
+from di_star_jax.rewards.reward import Entry, Reward, Tokenize, listed
 from di_star_jax.storage import folders, weights
 
-
-def read_config(folder: Path) -> dict:
-    """config.json of a `CLIPModel`'s folder.
-
-    Raises: UserError where it is missing, broken, or of another model.
-    """
-    config = folders.read_config(folder)
-    found = model_class(config)[0]
-    if found is not CLIPModel:
-        raise UserError(
-            f"{folder} holds a {found.__name__}, expected a CLIPModel, with both towers; give the folder of one "
-            "such as openai/clip-vit-base-patch32"
-        )
-    return config
-
-
-def check_weights(folder: Path, needed: dict[str, str]) -> None:
-    """Raises:
-
-    UserError for a folder without safetensors. Args: needed, where the files it should have are
-    from.
-    """
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"no weights in {folder}; it must hold {listed(needed)}")
+_PORT = Port(CLIPModel, CLIPConfig)
+_LETTERS = {768: "B", 1024: "L", 1280: "H", 1408: "g", 1664: "bigG"}  # of ViTs, by width
 
 
 def normalise(features: jax.Array) -> jax.Array:
@@ -79,9 +58,13 @@ def image_embeddings(
     Returns: float32 [B, P], of length 1.
     """
     model = nnx.merge(graphdef, params)
-    return normalise(
-        model.image_features(pixels(images, size=model.config.vision_config.image_size))
-    )
+    seen = pixels(images, size=model.config.vision_config.image_size)  # [B, S, S, 3]
+    return normalise(model.image_features(seen))
+
+
+def eight_bit_features(graphdef: nnx.GraphDef, params: dict, images: jax.Array) -> jax.Array:
+    """`Reward.features` of a CLIP: the same view of an image for all, whatever they score by."""
+    return image_embeddings(graphdef, params, images, pixels=clip_pixels_rounded)
 
 
 def cosine(
@@ -97,52 +80,91 @@ def cosine(
     return jnp.sum(image_embeddings(graphdef, params, images, pixels=pixels) * text, axis=-1)
 
 
-def reward_of(
-    model: Model,
-    tokenize: Tokenize | None,
-    *,
-    training: Pixels = clip_pixels,
-    evaluation: Pixels = clip_pixels_rounded,
-) -> Reward:
-    """A CLIP's cosine as a reward.
+def read_config(folder: Path) -> dict:
+    """config.json of a `CLIPModel`'s folder.
 
-    Args:
-      model: a `CLIPModel`.
-      tokenize: B texts to token ids int32 [B, L], or None where only shapes are known.
-      training, evaluation: from images to the model's pixels.
+    Raises: UserError where it is missing, broken, or of another model.
     """
-    length = model_class(model.config)[1].text_config.max_position_embeddings
-    return Reward(
-        model.params,
-        functools.partial(cosine, model.graphdef, training),
-        functools.partial(cosine, model.graphdef, evaluation),
-        tokenize,
-        jax.ShapeDtypeStruct((1, length), jnp.int32),
+    config = folders.read_config(folder)
+    found = model_class(config)[0]
+    if found is not CLIPModel:
+        raise UserError(
+            f"{folder} holds a {found.__name__}, expected a CLIPModel, with both towers; give the "
+            "folder of one such as openai/clip-vit-base-patch32"
+        )
+    return config
+
+
+def model_name(config: dict) -> str:
+    """Such as ViT-B/32; the width in place of the letter for others.
+
+    Args: config, of a `CLIPModel`.
+    """
+    vision = CLIPConfig.from_json(config).vision_config
+    letter = _LETTERS.get(vision.hidden_size, vision.hidden_size)
+    return f"ViT-{letter}/{vision.patch_size}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+    """How one reward is read from a CLIP's folder and sees images.
+
+    needed: the files of the folder, as `Entry.needed`.
+    training, evaluation: from images to the model's pixels.
+    arrange: of the stored tensors, for `weights.load`.
+    config: of a folder without config.json; if None, there must be one.
+    """
+
+    needed: dict[str, str]
+    training: Pixels = clip_pixels
+    evaluation: Pixels = clip_pixels_rounded
+    arrange: weights.Arrange = dict
+    config: dict | None = None
+
+    def read_config(self, folder: Path) -> dict:
+        """As `Entry.read_config`."""
+        if self.config is not None and not (folder / "config.json").is_file():
+            return self.config
+        return read_config(folder)
+
+    def abstract(self, config: dict, options: Options) -> Reward:
+        """As `Entry.abstract`. Args: config, of a `CLIPModel`."""
+        return self._reward(abstract_port(_PORT, config, options), None)
+
+    def load(self, folder: Path, options: Options, tokenizer: str | Path) -> Reward:
+        """As `Entry.load`.
+
+        Raises: UserError for a folder without weights, or of another model.
+        """
+        config = self.read_config(folder)
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"no weights in {folder}; it must hold {listed(self.needed)}")
+        model = abstract_port(_PORT, config, options)
+        params = weights.load(folder, model.params, arrange=self.arrange)
+        tokenize = Tokenizer(folders.resolve_tokenizer(tokenizer))
+        return self._reward(model._replace(params=params), tokenize)
+
+    def _reward(self, model: Model, tokenize: Tokenize | None) -> Reward:
+        length = CLIPConfig.from_json(model.config).text_config.max_position_embeddings
+        return Reward(
+            model.params,
+            functools.partial(cosine, model.graphdef, self.training),
+            functools.partial(cosine, model.graphdef, self.evaluation),
+            tokenize,
+            jax.ShapeDtypeStruct((1, length), jnp.int32),
+            functools.partial(eight_bit_features, model.graphdef),
+        )
+
+
+def entry(title: str, similarity: Similarity, **facts: Any) -> Entry:
+    """The entry of a CLIP's cosine. Args: facts, others of `Entry`."""
+    return Entry(
+        title,
+        load=similarity.load,
+        abstract=similarity.abstract,
+        read_config=similarity.read_config,
+        needed=similarity.needed,
+        is_clip=True,
+        uses_tokenizer=True,
+        **facts,
     )
-
-
-def abstract(config: dict, options: Options = PLAIN) -> Reward:
-    """Shapes alone. Args: config, of a `CLIPModel`."""
-    return reward_of(abstract_model(config, options), None)
-
-
-def load(
-    folder: Path,
-    options: Options = PLAIN,
-    *,
-    tokenizer: str | Path,
-    needed: dict[str, str],
-    arrange: weights.Arrange = dict,
-) -> Reward:
-    """From a folder with a `CLIPModel`'s config.json and safetensors.
-
-    Args:
-      tokenizer: a folder or Hub name.
-      needed: the NEEDED of the reward's file.
-      arrange: of the stored tensors, as in `weights.load`.
-    Raises: UserError for a folder without weights, or of another model.
-    """
-    config = read_config(folder)
-    check_weights(folder, needed)
-    model = load_model(folder, options, config=config, arrange=arrange)
-    return reward_of(model, Tokenizer(folders.resolve_tokenizer(tokenizer)))
