@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An evaluation from its request to its files."""
+
+import importlib.metadata
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from di_star_jax import sharding
+from di_star_jax.evaluation import cleanfid, drawn, features, measures, page, results, scores, table
+from di_star_jax.evaluation.dependencies import check_metrics
+from di_star_jax.evaluation.job import Job, Request, check, job_of
+from di_star_jax.evaluation.metrics import BY_CLEAN_FID, BY_FEATURES
+from di_star_jax.evaluation.results import Evaluation
+from di_star_jax.evaluation.settings import (
+    asked,
+    check_comparable,
+    check_same_scores,
+    keep_asked,
+    keep_metrics,
+    settings_of,
+)
+from di_star_jax.evaluation.statistics import summary
+from di_star_jax.evaluation.store import Store
+from di_star_jax.prompts.sets import PROMPT_SETS
+from di_star_jax.rewards import REWARDS, clipscore, resolve
+from di_star_jax.storage.files import write_text
+
+STORE = "scores.sqlite"
+
+
+def evaluate(request: Request) -> Evaluation:
+    """Draws what is to be drawn, scores it, compares it, writes it.
+
+    Stopped, the same request continues. Raises: UserError.
+    """
+    check(request)
+    baseline = results.read(Path(request.baseline)) if request.baseline else None
+    job = job_of(request)
+    given = asked(job)
+    if baseline:
+        check_comparable(given, baseline.settings, baseline.folder)
+    with Store(job.out / STORE, job.shape) as store:
+        evaluation = _evaluate(job, given, baseline, store)
+    write(evaluation, baseline, request.max_prompts)
+    return evaluation
+
+
+def _evaluate(job: Job, given: dict, baseline: Evaluation | None, store: Store) -> Evaluation:
+    """All but writing it. Args: given, as of `asked`."""
+    mesh = sharding.make_mesh(-1, job.request.fsdp)
+    started = (job.out / drawn.DRAWN).exists() or store.holds_other_than(scores.READABLE)
+    keep_asked(job.out, given, started)
+    if not started:
+        store.clear()
+    broken = scores.find_broken(job, store) if job.request.images else []
+    of_metrics = check_metrics(job, mesh)
+    if baseline:
+        check_same_scores(of_metrics, baseline.settings["metrics"], baseline.folder)
+    keep_metrics(job.out, of_metrics)
+    record = {}
+    if job.request.checkpoint:
+        record = drawn.draw(job, mesh)
+        broken = scores.find_broken(job, store)
+    settings = settings_of(job, given, of_metrics, record)
+    evaluation = measure(job, store, mesh, settings, broken)
+    evaluation.results["cost"] = drawn.cost_of(record)
+    if baseline:
+        evaluation.results["comparison"] = results.compare(evaluation, baseline)
+    return evaluation
+
+
+def write(evaluation: Evaluation, baseline: Evaluation | None, max_prompts: int) -> None:
+    """Writes all four files. results.json is the last, and gone before the others change."""
+    (evaluation.folder / results.FILE).unlink(missing_ok=True)
+    results.write_scores(evaluation)
+    write_text(evaluation.folder / table.FILE, table.table_of(evaluation, baseline) + "\n")
+    page.write(evaluation, baseline, max_prompts)
+    results.write_results(evaluation)
+
+
+def measure(job: Job, store: Store, mesh: Mesh, settings: dict, broken: list[Path]) -> Evaluation:
+    """Scores what is missing. Returns: the evaluation, without its cost and comparison."""
+    values = scores.score_images(job, store, mesh)
+    diversity, distances, notes = _by_features(job, store, mesh)
+    values |= diversity
+    for name in BY_CLEAN_FID:
+        if name in job.metrics:
+            distances[name], notes[name] = _by_clean_fid(job, name, store, set(broken))
+    unreadable = set(broken)
+    left_out = sum(shot.file in unreadable for shot in job.shots)
+    counts = {"images": len(job.shots) - left_out, "left_out": left_out}
+    found = {}
+    for name in job.metrics:
+        if name in distances:
+            mean = results.number(distances[name])
+            entry = {"mean": mean, "stderr": None, "prompts": len(job.prompts), **counts}
+        else:
+            entry = results.plain(summary(values[name]))
+        if name == "diversity":  # one number a prompt, of all its images
+            entry |= counts
+        note = notes.get(name, _note_of_weights(settings["metrics"][name]))
+        trained_on = job.was_trained_on(name)
+        found[name] = entry | {"label": _label(name, job), "trained_on": trained_on, "note": note}
+    named = PROMPT_SETS.get(job.source.name)
+    groups = named.groups if named else _own_groups(job)
+    return Evaluation(
+        folder=job.out,
+        results={
+            "name": job.request.name or _name(job, settings),
+            "settings": settings,
+            "made": _made(),
+            "comparison": None,
+            "metrics": found,
+            "groups": results.by_categories(job.prompts, values, groups),
+            "broken": [str(file) for file in broken],
+        },
+        prompts=job.prompts,
+        files=_files(job),
+        values=values,
+    )
+
+
+def _by_features(
+    job: Job, store: Store, mesh: Mesh
+) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, str]]:
+    """Diversity [P, 1]; Frechet distance; notes; each by metric, for those asked for."""
+    values: dict[str, np.ndarray] = {}
+    distances: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    if not set(BY_FEATURES) & set(job.metrics):
+        return values, distances, notes
+    model = features.load_features(job, mesh)
+    found = features.features_of(job.shots, store, model)
+    if "diversity" in job.metrics:
+        values["diversity"] = np.array([measures.diversity(rows) for rows in found])[:, None]
+        notes["diversity"] = f"over {job.request.samples} images a prompt; {model.name}"
+    if "frechet" in job.metrics:
+        kept = job.out / f"reference_{model.digest[:8]}.npz"
+        reference = Path(job.request.reference)
+        distance, note = features.distance_to_reference(found, model, reference, kept)
+        distances["frechet"] = distance
+        notes["frechet"] = note
+    return values, distances, notes
+
+
+def _by_clean_fid(job: Job, name: str, store: Store, broken: set[Path]) -> tuple[float, str]:
+    """FID or CLIP-FID, and a note. Kept, for it takes long."""
+    kept = store.distance(name)
+    if kept is None:
+        files = [shot.file for shot in job.shots if shot.file not in broken]
+        store.add_distance(name, *cleanfid.distance(name, files, job.request.reference, job.out))
+        kept = store.distance(name)
+    return kept
+
+
+def _made() -> dict[str, str]:
+    try:
+        version = importlib.metadata.version("di_star_jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        version = "not installed"
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"di_star_jax": version, "jax": jax.__version__, "date": date}
+
+
+def _own_groups(job: Job) -> tuple[str, ...]:
+    """Columns of a user's file with at most 100 categories, and fewer than there are prompts."""
+    categories: dict[str, set[str]] = {}
+    for prompt in job.prompts:
+        for name, category in prompt.categories.items():
+            categories.setdefault(name, set()).add(category)
+    most = min(100, len(job.prompts) - 1)
+    return tuple(name for name, found in categories.items() if len(found) <= most)
+
+
+def _files(job: Job) -> list[list[Path]]:
+    """[P][K], relative to the evaluation's folder where they are in it."""
+    files = []
+    for shot in job.shots:
+        inside = shot.file.is_relative_to(job.out)
+        files.append(shot.file.relative_to(job.out) if inside else shot.file.absolute())
+    samples = job.request.samples
+    return [files[i : i + samples] for i in range(0, len(files), samples)]
+
+
+def _name(job: Job, settings: dict) -> str:
+    name = Path(job.request.images or job.request.checkpoint).absolute().name
+    return f"{name} ({job.request.which})" if "which" in settings else name
+
+
+def _label(name: str, job: Job) -> str:
+    """CLIPScore means little without its model's name."""
+    if not name.startswith("clipscore"):
+        return ""
+    config = REWARDS[name].file.read_config(resolve(name, job.sources[name]))
+    return f"CLIPScore ({clipscore.model_name(config)})"
+
+
+def _note_of_weights(of_metric: dict) -> str:
+    if "weights" not in of_metric:
+        return ""
+    weights = Path(of_metric["weights"])
+    if weights.absolute().is_relative_to(Path.cwd()) and weights.exists():
+        weights = os.path.relpath(weights)
+    return f"weights {weights} (sha256 {of_metric['sha256'][:8]})"
