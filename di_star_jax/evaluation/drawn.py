@@ -62,23 +62,22 @@ def _draw(
     batch_size = job.request.batch_size
     images_of = drawing.draw_prompts(loaded, sampling, mesh)
     done = len(job.shots) - len(missing)
-    progress = log.Progress(len(job.shots), done, unit="image")
-    for start in range(0, len(missing), batch_size):
-        part = missing[start : start + batch_size]
-        shots = part + part[-1:] * (batch_size - len(part))  # one shape, one compilation
-        rows = [job.prompts[shot.prompt].row for shot in shots]
-        samples = [shot.sample for shot in shots]
-        began = time.time()
-        z = drawing.noise(job.request.seed, rows, samples, sampling)
-        images = images_of([shot.text for shot in shots], z)
-        seconds = (time.time() - began) / batch_size
-        _save(part, images)
-        if start > 0:  # the first has waited for the compiler
-            record["seconds"].append(seconds)
-        record["peak_memory_gb"] = max(record["peak_memory_gb"], _peak_memory_gb(mesh))
-        _keep(job.out, record)
-        progress.update(done + start + len(part), f"{1 / seconds:.1f} images/s")
-    progress.close()
+    with log.Progress(len(job.shots), done, unit="image") as progress:
+        for start in range(0, len(missing), batch_size):
+            part = missing[start : start + batch_size]
+            shots = part + part[-1:] * (batch_size - len(part))  # one shape, one compilation
+            rows = [job.prompts[shot.prompt].row for shot in shots]
+            samples = [shot.sample for shot in shots]
+            began = time.time()
+            z = drawing.noise(job.request.seed, rows, samples, sampling)
+            images = images_of([shot.text for shot in shots], z)
+            seconds = (time.time() - began) / batch_size
+            _save(part, images)
+            if start > 0:  # the first has waited for the compiler
+                record["seconds"].append(seconds)
+            record["peak_memory_gb"] = max(record["peak_memory_gb"], _peak_memory_gb(mesh))
+            _keep(job.out, record)
+            progress.update(done + start + len(part), f"{1 / seconds:.1f} images/s")
     return record
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files: found, read, and put into batches. One that cannot be read stops nothing."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -203,7 +202,7 @@ def counted_batches(
     """As `batches`, with a line of progress. Args: what is made; how it is called when done."""
     if not shots:
         return
-    with contextlib.closing(Progress(len(shots), 0, unit=what)) as progress:
+    with Progress(len(shots), 0, unit=what) as progress:
         count = 0
         for part, images in batches(shots, size):
             yield part, images

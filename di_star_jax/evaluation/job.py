@@ -153,11 +153,9 @@ def run_metadata(source: str | None) -> dict:
     """What a run's newest checkpoint says of it; {} for anything else."""
     if source is None or not Path(source).is_dir() or (Path(source) / "model_index.json").exists():
         return {}
-    checkpoints = checkpoint.existing(source)
-    step = checkpoints.latest_step()
-    metadata = checkpoints.metadata(step)
-    checkpoints.close()
-    return metadata | {"step": step}
+    with checkpoint.existing(source) as checkpoints:
+        step = checkpoints.latest_step()
+        return checkpoints.metadata(step) | {"step": step}
 
 
 def weight_sources(given: tuple[str, ...], metadata: dict) -> dict[str, str]:
