@@ -538,7 +538,9 @@ def brightness(scale=1.0):
     """A reward without a network: the mean of all values, [-1, 1]."""
 
     def load(folder, options, *, tokenizer):
-        score = lambda params, images, prompts: params["scale"] * images.mean(axis=(1, 2, 3))
+        def score(params, images, prompts):
+            return params["scale"] * images.mean(axis=(1, 2, 3))
+
         params = jax.device_put({"scale": jnp.array(scale)})
         return Reward(
             params,

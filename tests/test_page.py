@@ -321,7 +321,8 @@ def dump(path, view=""):
 def answers(path, script):
     """What a script, run inside the page after the page's own, answers."""
     text = path.read_text(encoding="utf-8")
-    probe = f"<script>document.body.append(el('pre', {{id: 'answers'}}, JSON.stringify((() => {{{script}}})())))</script>"
+    answer = f"JSON.stringify((() => {{{script}}})())"
+    probe = f"<script>document.body.append(el('pre', {{id: 'answers'}}, {answer}))</script>"
     path.write_text(text.replace("</body>", probe + "</body>"), encoding="utf-8")
     return json.loads(
         html.unescape(re.search(r'<pre id="answers">(.*?)</pre>', dump(path), re.DOTALL)[1])
@@ -350,18 +351,20 @@ def test_in_a_browser_the_page_shows_table_sorted_cards_and_escaped_prompts(tmp_
     seen = answers(
         two_runs(tmp_path),
         """
-        const prompts = () => [...document.querySelectorAll("#cards .prompt")].map((p) => p.textContent);
+        const texts = (found) => [...document.querySelectorAll(found)].map((p) => p.textContent);
+        const prompts = () => texts("#cards .prompt");
         const rising = (change) => { setGrid(change); return prompts(); };
         const enlarged = () => {
             document.querySelector("#cards .zoom").click();
             byId("viewer").dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight"}));
             return [byId("viewer").open, byId("viewer").querySelector("header span").textContent];
         };
-        return {rows: [...document.querySelectorAll("#summary tr")].map((row) => row.textContent),
+        return {rows: texts("#summary tr"),
                 trained: document.querySelectorAll("#summary td.trained").length,
                 first: prompts(), difference: rising({order: "difference"}),
                 falling: rising({descending: true}), filtered: rising({filters: {kind: "y"}}),
-                searched: rising({filters: {}, search: "SEC"}), injected: document.querySelectorAll("[onerror]").length,
+                searched: rising({filters: {}, search: "SEC"}),
+                injected: document.querySelectorAll("[onerror]").length,
                 images: [...document.querySelectorAll("#cards img")].map((image) => image.alt),
                 verdict: byId("verdict").textContent, enlarged: enlarged()}""",
     )
@@ -392,11 +395,11 @@ def test_in_a_browser_keys_vote_blindly_and_the_result_is_right(tmp_path):
         const blind = !byId("vote").innerHTML.match(/ours|theirs/);
         const ours = () => ballot.pairs[ballot.votes.length].left === 0 ? "ArrowLeft" : "b";
         press(ours()); press("t"); press("Backspace"); press("ArrowDown"); press(ours());
-        return {blind, votes: ballot.votes.length, result: resultNumbers(), shown: byId("result").textContent,
-                agree: agreement([{row: 0, sample: 0, left: 1, right: 0, choice: "left"},
-                                  {row: 1, sample: 0, left: 1, right: 0, choice: "right"},
-                                  {row: 2, sample: 0, left: 1, right: 0, choice: "left"},
-                                  {row: 2, sample: 0, left: 0, right: 1, choice: "tie"}], metricByName("score")),
+        const judged = (row, left, choice) => ({row, sample: 0, left, right: 1 - left, choice});
+        const votes = [judged(0, 1, "left"), judged(1, 1, "right"), judged(2, 1, "left"),
+                       judged(2, 0, "tie")];
+        return {blind, votes: ballot.votes.length, result: resultNumbers(),
+                shown: byId("result").textContent, agree: agreement(votes, metricByName("score")),
                 two: strength(3, 7), none: strength(0, 7), wilson: wilson(7, 10)}""",
     )
     assert seen["blind"] and seen["votes"] == 3 and seen["agree"] == {"agree": 2, "total": 3}
@@ -433,10 +436,11 @@ def test_the_program_parses_and_votes_need_no_page(tmp_path):
         subprocess.run([NODE, "--check", folder / name], check=True)
     script = """
         const pairs = [...Array(200).keys()].map((row) => ({row, left: 0, right: 1}));
-        const votes = [{left: 0, right: 1, choice: "left"}, {left: 1, right: 0, choice: "left"},
-                       {left: 1, right: 0, choice: "right"}, {left: 0, right: 1, choice: "tie"}];
-        console.log(JSON.stringify({order: shuffled(pairs, 7), again: shuffled(pairs, 7), other: shuffled(pairs, 8),
-                                    tally: tally(votes), two: strength(3, 7), none: strength(4, 0)}));"""
+        const voted = (left, choice) => ({left, right: 1 - left, choice});
+        const votes = [voted(0, "left"), voted(1, "left"), voted(1, "right"), voted(0, "tie")];
+        const [order, again, other] = [7, 7, 8].map((seed) => shuffled(pairs, seed));
+        console.log(JSON.stringify({order, again, other, tally: tally(votes),
+                                    two: strength(3, 7), none: strength(4, 0)}));"""
     program = (folder / "votes.js").read_text() + script
     done = subprocess.run([NODE, "-e", program], capture_output=True, text=True, check=True)
     seen = json.loads(done.stdout)

@@ -5,9 +5,11 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -48,34 +50,39 @@ def draw(job: Job, mesh: Mesh) -> dict:
         f"drawing {len(missing)} images of {how['resolution']} pixels; the first "
         f"{request.batch_size} wait for the compiler"
     )
-    return _draw(job, missing, (loaded, sampling, mesh), record)
+    return _draw(job, missing, _drawer(job, loaded, sampling, mesh), record)
 
 
-def _draw(
-    job: Job,
-    missing: list[Shot],
-    generator: tuple[Pipeline, drawing.Sampling, Mesh],
-    record: dict,
-) -> dict:
+ImagesOf = Callable[[list[Shot]], np.ndarray]  # float32 [B, H, W, 3] in [-1, 1]
+
+
+def _drawer(job: Job, loaded: Pipeline, sampling: drawing.Sampling, mesh: Mesh) -> ImagesOf:
+    draw_prompts = drawing.draw_prompts(loaded, sampling, mesh)
+
+    def images_of(shots):
+        rows = [job.prompts[shot.prompt].row for shot in shots]
+        samples = [shot.sample for shot in shots]
+        z = drawing.noise(job.request.seed, rows, samples, sampling)
+        return draw_prompts([shot.text for shot in shots], z)
+
+    return images_of
+
+
+def _draw(job: Job, missing: list[Shot], images_of: ImagesOf, record: dict) -> dict:
     """Draws what is missing. Returns: the record with its cost."""
-    loaded, sampling, mesh = generator
     batch_size = job.request.batch_size
-    images_of = drawing.draw_prompts(loaded, sampling, mesh)
     done = len(job.shots) - len(missing)
     with log.Progress(len(job.shots), done, unit="image") as progress:
         for start in range(0, len(missing), batch_size):
             part = missing[start : start + batch_size]
-            shots = part + part[-1:] * (batch_size - len(part))  # one shape, one compilation
-            rows = [job.prompts[shot.prompt].row for shot in shots]
-            samples = [shot.sample for shot in shots]
+            padded = part + part[-1:] * (batch_size - len(part))  # one shape, one compilation
             began = time.time()
-            z = drawing.noise(job.request.seed, rows, samples, sampling)
-            images = images_of([shot.text for shot in shots], z)
+            images = images_of(padded)
             seconds = (time.time() - began) / batch_size
             _save(part, images)
             if start > 0:  # the first has waited for the compiler
                 record["seconds"].append(seconds)
-            record["peak_memory_gb"] = max(record["peak_memory_gb"], _peak_memory_gb(mesh))
+            record["peak_memory_gb"] = max(record["peak_memory_gb"], _peak_memory_gb())
             _keep(job.out, record)
             progress.update(done + start + len(part), f"{1 / seconds:.1f} images/s")
     return record
@@ -133,8 +140,9 @@ def _continued(out: Path, kept: dict, how: dict, where: dict) -> dict:
     return {"how": how, "where": where, "seconds": [], "peak_memory_gb": 0.0}
 
 
-def _peak_memory_gb(mesh: Mesh) -> float:
-    stats = mesh.devices.flat[0].memory_stats()
+def _peak_memory_gb() -> float:
+    """Of the first device, or of the process where that does not tell."""
+    stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"] / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

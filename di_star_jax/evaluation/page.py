@@ -20,7 +20,7 @@ from di_star_jax.errors import UserError
 from di_star_jax.evaluation import papers
 from di_star_jax.evaluation.images import read_image
 from di_star_jax.evaluation.metrics import Metric
-from di_star_jax.evaluation.picks import Lists, extremes, histogram, pick
+from di_star_jax.evaluation.picks import Lists, Place, extremes, histogram, pick
 from di_star_jax.evaluation.results import Evaluation
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.storage.files import write_text
@@ -59,16 +59,14 @@ def page_data(evaluation: Evaluation, baseline: Evaluation | None, max_prompts: 
     metrics = evaluation.columns()
     scored = [metric for metric in metrics if metric.per_image]
     differences = {metric.name: _difference(runs, metric) for metric in scored}
-    lists = {
-        metric.name: extremes(
-            _sign(metric) * _scores(evaluation, metric)[:, :SAMPLES],
-            _sign(metric) * differences[metric.name][:, :SAMPLES],
-        )
-        for metric in scored
-    }
+    lists = {metric.name: _extremes(evaluation, metric, differences) for metric in scored}
     shown, drawn, lists = pick(lists, len(evaluation.prompts), max_prompts)
     files = list(dict.fromkeys(file for i in shown for run in runs for file in _files(run, i)))
     numbers = {file: number for number, file in enumerate(files)}
+    prompts = []
+    for i in shown:
+        pictures = [_pictures(run, i, scored, numbers) for run in runs]
+        prompts.append({**_prompt(evaluation.prompts[i]), "random": i in drawn, "runs": pictures})
     samples = evaluation.settings["samples"]
     data = {
         "title": _title(runs),
@@ -79,14 +77,7 @@ def page_data(evaluation: Evaluation, baseline: Evaluation | None, max_prompts: 
         "total": len(evaluation.prompts),
         "samples": samples,
         "embedded_samples": min(samples, SAMPLES),
-        "prompts": [
-            {
-                **_prompt(evaluation.prompts[i]),
-                "random": i in drawn,
-                "runs": [_pictures(run, i, scored, numbers) for run in runs],
-            }
-            for i in shown
-        ],
+        "prompts": prompts,
         "lists": _renumbered(lists, shown),
         "histograms": {},
         "images": data_uris(files),
@@ -140,10 +131,6 @@ def _check_same_prompts(runs: list[Evaluation]) -> None:
 # One metric.
 
 
-def _sign(metric: Metric) -> float:
-    return -1.0 if metric.higher_is_better is False else 1.0
-
-
 def _scores(run: Evaluation, metric: Metric) -> np.ndarray:
     """[P, K], NaN where not scored."""
     missing = np.full((len(run.prompts), run.settings["samples"]), np.nan)
@@ -156,6 +143,15 @@ def _difference(runs: list[Evaluation], metric: Metric) -> np.ndarray:
     if len(runs) == 1:
         return np.full_like(ours, np.nan)
     return ours - _scores(runs[1], metric)
+
+
+def _extremes(
+    run: Evaluation, metric: Metric, differences: dict[str, np.ndarray]
+) -> dict[str, list[Place]]:
+    """Among the samples that are embedded."""
+    sign = -1.0 if metric.higher_is_better is False else 1.0
+    scores = sign * _scores(run, metric)[:, :SAMPLES]
+    return extremes(scores, sign * differences[metric.name][:, :SAMPLES])
 
 
 # The whole.

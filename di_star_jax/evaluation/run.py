@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from di_star_jax import sharding
 from di_star_jax.evaluation import cleanfid, drawn, features, measures, page, results, scores, table
 from di_star_jax.evaluation.dependencies import check_metrics
 from di_star_jax.evaluation.job import Job, Request, check, job_of
-from di_star_jax.evaluation.metrics import BY_CLEAN_FID, BY_FEATURES
+from di_star_jax.evaluation.metrics import BY_CLEAN_FID, BY_FEATURES, metric_of
 from di_star_jax.evaluation.results import Evaluation
 from di_star_jax.evaluation.settings import (
     asked,
@@ -83,76 +84,85 @@ def write(evaluation: Evaluation, baseline: Evaluation | None, max_prompts: int)
     results.write_results(evaluation)
 
 
+class Numbers(NamedTuple):
+    """By metric, for those asked for.
+
+    values: as printed, [P, K], or [P, 1] of a prompt's images together.
+    distances: of all images together. notes: how a number came about.
+    """
+
+    values: dict[str, np.ndarray]
+    distances: dict[str, float | None]
+    notes: dict[str, str]
+
+
 def measure(job: Job, store: Store, mesh: Mesh, settings: dict, broken: list[Path]) -> Evaluation:
     """Scores what is missing. Returns: the evaluation, without its cost and comparison."""
-    values = scores.score_images(job, store, mesh)
-    diversity, distances, notes = _by_features(job, store, mesh)
-    values |= diversity
+    numbers = Numbers(scores.score_images(job, store, mesh), {}, {})
+    if set(BY_FEATURES) & set(job.metrics):
+        _add_by_features(numbers, job, store, mesh)
     for name in BY_CLEAN_FID:
         if name in job.metrics:
-            distances[name], notes[name] = _by_clean_fid(job, name, store, set(broken))
+            numbers.distances[name], numbers.notes[name] = _by_clean_fid(job, name, store, broken)
     unreadable = set(broken)
     left_out = sum(shot.file in unreadable for shot in job.shots)
-    counts = {"images": len(job.shots) - left_out, "left_out": left_out}
-    found = {}
-    for name in job.metrics:
-        if name in distances:
-            mean = results.number(distances[name])
-            entry = {"mean": mean, "stderr": None, "prompts": len(job.prompts), **counts}
-        else:
-            entry = results.plain(summary(values[name]))
-        if name == "diversity":  # one number a prompt, of all its images
-            entry |= counts
-        note = notes.get(name, _note_of_weights(settings["metrics"][name]))
-        trained_on = job.was_trained_on(name)
-        found[name] = entry | {"label": _label(name, job), "trained_on": trained_on, "note": note}
     named = PROMPT_SETS.get(job.source.name)
     groups = named.groups if named else _own_groups(job)
-    return Evaluation(
-        folder=job.out,
-        results={
-            "name": job.request.name or _name(job, settings),
-            "settings": settings,
-            "made": _made(),
-            "comparison": None,
-            "metrics": found,
-            "groups": results.by_categories(job.prompts, values, groups),
-            "broken": [str(file) for file in broken],
+    found = {
+        "name": job.request.name or _name(job, settings),
+        "settings": settings,
+        "made": _made(),
+        "comparison": None,
+        "metrics": {
+            name: _summary(name, numbers, job, left_out)
+            | {
+                "label": _label(name, job),
+                "trained_on": job.was_trained_on(name),
+                "note": numbers.notes.get(name, _note_of_weights(settings["metrics"][name])),
+            }
+            for name in job.metrics
         },
-        prompts=job.prompts,
-        files=_files(job),
-        values=values,
-    )
+        "groups": results.by_categories(job.prompts, numbers.values, groups),
+        "broken": [str(file) for file in broken],
+    }
+    return Evaluation(job.out, found, job.prompts, _files(job), numbers.values)
 
 
-def _by_features(
-    job: Job, store: Store, mesh: Mesh
-) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, str]]:
-    """Diversity [P, 1]; Frechet distance; notes; each by metric, for those asked for."""
-    values: dict[str, np.ndarray] = {}
-    distances: dict[str, float] = {}
-    notes: dict[str, str] = {}
-    if not set(BY_FEATURES) & set(job.metrics):
-        return values, distances, notes
+def _summary(name: str, numbers: Numbers, job: Job, left_out: int) -> dict:
+    """Mean, error and counts of one metric. Args: left_out, images that cannot be read."""
+    counts = {"images": len(job.shots) - left_out, "left_out": left_out}
+    if name in numbers.distances:
+        mean = results.number(numbers.distances[name])
+        return {"mean": mean, "stderr": None, "prompts": len(job.prompts), **counts}
+    found = results.plain(summary(numbers.values[name]))
+    # Of diversity, which has one number a prompt, all its images are counted.
+    return found if metric_of(name).per_image else found | counts
+
+
+def _add_by_features(numbers: Numbers, job: Job, store: Store, mesh: Mesh) -> None:
+    """Diversity and Frechet distance."""
     model = features.load_features(job, mesh)
     found = features.features_of(job.shots, store, model)
     if "diversity" in job.metrics:
-        values["diversity"] = np.array([measures.diversity(rows) for rows in found])[:, None]
-        notes["diversity"] = f"over {job.request.samples} images a prompt; {model.name}"
+        of_prompts = [measures.diversity(rows) for rows in found]
+        numbers.values["diversity"] = np.array(of_prompts)[:, None]
+        numbers.notes["diversity"] = f"over {job.request.samples} images a prompt; {model.name}"
     if "frechet" in job.metrics:
         kept = job.out / f"reference_{model.digest[:8]}.npz"
         reference = Path(job.request.reference)
         distance, note = features.distance_to_reference(found, model, reference, kept)
-        distances["frechet"] = distance
-        notes["frechet"] = note
-    return values, distances, notes
+        numbers.distances["frechet"] = distance
+        numbers.notes["frechet"] = note
 
 
-def _by_clean_fid(job: Job, name: str, store: Store, broken: set[Path]) -> tuple[float, str]:
+def _by_clean_fid(
+    job: Job, name: str, store: Store, broken: list[Path]
+) -> tuple[float | None, str]:
     """FID or CLIP-FID, and a note. Kept, for it takes long."""
     kept = store.distance(name)
     if kept is None:
-        files = [shot.file for shot in job.shots if shot.file not in broken]
+        left_out = set(broken)
+        files = [shot.file for shot in job.shots if shot.file not in left_out]
         store.add_distance(name, *cleanfid.distance(name, files, job.request.reference, job.out))
         kept = store.distance(name)
     return kept
