@@ -16,7 +16,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["di_star_jax*"]),
     package_data={
-        "di_star_jax.evaluation": ["page.html"],
+        "di_star_jax.evaluation": ["page.html", "page.css", "page.js", "votes.js"],
         "di_star_jax.shapes": ["checkpoint/**/*"],
     },
     install_requires=[

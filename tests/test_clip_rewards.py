@@ -29,7 +29,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from di_star_jax import assembly, models, rewards, sharding
 from di_star_jax.errors import UserError
-from di_star_jax.evaluation import scores as scoring
+from di_star_jax.evaluation.images import Shot
+from di_star_jax.evaluation.scores import by_reward
 from di_star_jax.models import published
 from di_star_jax.models.clip import CLIPConfig
 from di_star_jax.pipelines import folder as pipeline
@@ -595,10 +596,10 @@ def test_scores_and_gradients_on_eight_devices_equal_those_on_one(hps, tokenizer
     )(ours.params)
     for name, a, b in zip(("scores", "gradient"), found, expected):
         assert_equal(f"{name} on eight devices", a, b, GRADIENT)
-    shots = [scoring.Shot(i, 0, text, Path()) for i, text in enumerate(captions)]
+    shots = [Shot(i, 0, text, Path()) for i, text in enumerate(captions)]
     assert_equal(
         "by_reward",
-        scoring.by_reward(split, mesh, 8)(shots[:7], levels[:7]),
+        by_reward(split, mesh, 8)(shots[:7], levels[:7]),
         evaluated[:7],
         FORWARD,
     )

@@ -3,10 +3,12 @@
 answers, bad input.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -24,11 +26,11 @@ from PIL import Image
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax import errors, evaluate, models, rewards, sharding
-from di_star_jax import log as metrics
-from di_star_jax.evaluation import drawn as drawing
-from di_star_jax.evaluation import scores as scoring
-from di_star_jax.pipelines import folder as pipeline
+from di_star_jax import drawing, errors, evaluate, models, pictures, rewards, sharding
+from di_star_jax.evaluation.run import STORE
+from di_star_jax.evaluation.scores import params_digest
+from di_star_jax.evaluation.store import Store
+from di_star_jax.pipelines.folder import load_model
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.storage import checkpoint, folders, weights
 
@@ -97,7 +99,7 @@ def folder(tmp_path_factory):
 
 
 def trained(folder):
-    return jax.tree.map(lambda x: 1.1 * x, pipeline.load_model(folder / "generator").params)
+    return jax.tree.map(lambda x: 1.1 * x, load_model(folder / "generator").params)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,7 @@ def straight(folder, workdir, tmp_path_factory):
     with flagsaver.flagsaver():
         flags.FLAGS.unparse_flags()
         flags.FLAGS(["evaluate", *arguments_for(workdir, folder, out)])
-        evaluate.run(flags.FLAGS)
+        evaluate.evaluate(evaluate.request())
     return out
 
 
@@ -170,7 +172,19 @@ def same_numbers(out, other, tolerance=0.0):
     return True
 
 
-def pictures(out):
+def scored(out, metric):
+    """How many images have a score in the store."""
+    if not (out / STORE).exists():
+        return 0
+    with contextlib.closing(sqlite3.connect(out / STORE, timeout=60)) as store:
+        tables = "SELECT count(*) FROM sqlite_master WHERE name = 'scores'"
+        if not store.execute(tables).fetchone()[0]:
+            return 0
+        query = "SELECT count(*) FROM scores WHERE metric = ?"
+        return store.execute(query, [metric]).fetchone()[0]
+
+
+def drawn_in(out):
     return {file.name: file.read_bytes() for file in (out / "images").iterdir()}
 
 
@@ -222,11 +236,11 @@ def test_results_say_what_drew_the_images_and_nothing_that_does_not_apply(
         2,
     )
     assert not {"steps", "timestep", "images_digest"} & settings.keys()
-    assert settings["unet_sha256"] == scoring.params_digest(trained(folder))
-    reward = pipeline.load_model(folder / "reward").params
+    assert settings["unet_sha256"] == params_digest(trained(folder))
+    reward = load_model(folder / "reward").params
     assert settings["metrics"]["pickscore"] == {
         "weights": str(folder / "reward"),
-        "sha256": scoring.params_digest(reward),
+        "sha256": params_digest(reward),
         "tokenizer": str(folder / "tokenizer"),
     }
     assert len(settings["vae_and_text_sha256"]) == 64
@@ -288,7 +302,7 @@ def test_one_device_and_split_parameters_give_the_images_and_numbers_of_eight_de
             np.abs(
                 np.int16(Image.open(straight / "images" / name)) - Image.open(out / "images" / name)
             )
-            for name in pictures(straight)
+            for name in drawn_in(straight)
         ]
         assert np.max(apart) <= 1 and np.mean(apart) < 0.01
         assert same_numbers(out, straight, tolerance=1e-3)
@@ -299,13 +313,16 @@ def test_one_device_and_split_parameters_give_the_images_and_numbers_of_eight_de
 
 
 def test_noise_depends_on_seed_row_and_sample_alone_and_few_step_begins_with_the_same():
-    rows = [0, 5]
-    shots = [scoring.Shot(p, k, "", None) for p in (0, 1) for k in (0, 1)]
-    z = drawing.noise(rows, 3, shots, (4, 4, 2))
-    assert np.array_equal(z[2:], drawing.noise(rows, 3, shots[2:], (4, 4, 2)))
+    def noise(seed, rows, samples, sampler="euler", times=(999,)):
+        sampling = drawing.Sampling(sampler, np.array(times), 1.0, (4, 4, 2))
+        return drawing.noise(seed, rows, samples, sampling)
+
+    rows, samples = [0, 0, 5, 5], [0, 1, 0, 1]
+    z = noise(3, rows, samples)
+    assert np.array_equal(z[2:], noise(3, rows[2:], samples[2:]))
     assert len({image.tobytes() for image in z}) == 4
-    assert not np.array_equal(z, drawing.noise(rows, 4, shots, (4, 4, 2)))
-    few = drawing.noise(rows, 3, shots, (3, 4, 4, 2))
+    assert not np.array_equal(z, noise(4, rows, samples))
+    few = noise(3, rows, samples, "few_step", (999, 749, 499))
     assert few.shape == (3, 4, 4, 4, 2) and np.array_equal(few[0], z)
 
 
@@ -328,35 +345,37 @@ def stop_after(calls, function):
 
 @pytest.mark.parametrize(
     "module, name, calls",
-    [(metrics, "save_png", 11), (scoring.Scores, "add", 8), (scoring, "_padded", 7)],
+    [(pictures, "save_png", 11), (Store, "add_scores", 8), (Store, "add_features", 1)],
     ids=["drawing", "scoring", "embedding"],
 )
 def test_an_evaluation_that_was_stopped_continues_to_the_same_results(
     command, straight, folder, workdir, tmp_path, monkeypatch, module, name, calls
 ):
     out = tmp_path / "out"
-    if module is not metrics:  # as if drawn a moment ago
-        shutil.copytree(straight, out, ignore=shutil.ignore_patterns("scores", *FILES))
+    if module is not pictures:  # as if drawn a moment ago
+        shutil.copytree(straight, out, ignore=shutil.ignore_patterns(STORE, *FILES))
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stop_after([calls], getattr(module, name)))
         with pytest.raises(Stopped):
             command(*arguments_for(workdir, folder, out))
     assert not (out / "results.json").exists()
+    if module is pictures:
+        (out / "images" / ".00009_0.png.1.partial").write_text("half an image")
     kept = {file: file.stat().st_mtime_ns for file in (out / "images").glob("*.png")}
     code, stdout, stderr = command(*arguments_for(workdir, folder, out))
     assert code == 0, stderr
     assert kept and all(file.stat().st_mtime_ns == before for file, before in kept.items())
-    assert pictures(out) == pictures(straight)
+    assert drawn_in(out) == drawn_in(straight)
     assert same_numbers(out, straight)
-    assert len(kept) == (11 if module is metrics else 24)
+    assert len(kept) == (11 if module is pictures else 24)
     assert (
         f"drawing {24 - len(kept)} images" in stdout
-        if module is metrics
+        if module is pictures
         else "drawing" not in stdout
     )
     assert (
-        f"{'features' if name == '_padded' else 'pickscore'} 24/24" not in stdout
-        or module is metrics
+        f"{'features' if name == 'add_features' else 'pickscore'} 24/24" not in stdout
+        or module is pictures
     )
 
 
@@ -432,7 +451,7 @@ def test_images_of_other_weights_under_the_same_path_are_not_mixed(command, fold
     shutil.rmtree(source / "reward")
     weights.save(
         source / "reward",
-        pipeline.load_model(folder / "reward").params | {"logit_scale": jnp.zeros(())},
+        load_model(folder / "reward").params | {"logit_scale": jnp.zeros(())},
         config=folders.read_config(folder / "reward"),
         file_name="model.safetensors",
     )
@@ -495,24 +514,21 @@ def test_killed_while_it_draws_and_while_it_scores_it_continues_to_the_same_resu
             text=True,
         )
 
-    def kill_when(out, pattern, count):
+    def kill_when(out, reached):
         process = start(out)
-        while (
-            process.poll() is None
-            and sum(file.stat().st_size > 0 for file in out.glob(pattern)) < count
-        ):
+        while process.poll() is None and not reached(out):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    kill_when(killed, "images/*.png", 5)
+    kill_when(killed, lambda out: len(list(out.glob("images/*.png"))) >= 5)
     assert len(list(killed.glob("images/*.png"))) < 24
-    kill_when(killed, "scores/pickscore.jsonl", 1)
+    kill_when(killed, lambda out: scored(out, "pickscore"))
     for out in (killed, whole):
         process = start(out)
         assert process.wait() == 0, process.stderr.read()
-    assert pictures(killed) == pictures(whole) and same_numbers(killed, whole)
+    assert drawn_in(killed) == drawn_in(whole) and same_numbers(killed, whole)
 
 
 # Images that others made, with known answers.
@@ -522,7 +538,9 @@ def brightness(title, scale=1.0, **facts):
     """A reward without a network: the mean of all values, [-1, 1]."""
 
     def load(folder, options, tokenizer):
-        score = lambda params, images, prompts: params["scale"] * images.mean(axis=(1, 2, 3))
+        def score(params, images, prompts):
+            return params["scale"] * images.mean(axis=(1, 2, 3))
+
         params = jax.device_put({"scale": jnp.array(scale)})
         return Reward(
             params,
@@ -541,7 +559,6 @@ def bright(monkeypatch):
     for name, title, groups in (("bright", "Brightness", ()), ("hpsv21", "HPSv2.1", ("style",))):
         entry = brightness(title, factor=100.0, digits=2, groups=groups)
         monkeypatch.setitem(rewards.REWARDS, name, entry)
-    monkeypatch.setattr(scoring, "PER_IMAGE", (*rewards.REWARDS, *scoring.ON_IMAGES))
 
 
 def write_image(file, level, size=(16, 16), mode="RGB"):
@@ -630,9 +647,10 @@ def test_a_broken_image_is_listed_and_left_out_and_counts_again_once_it_is_mende
         summary["mean"], (printed(0) + (printed(100) + printed(150)) / 2) / 2, rtol=1e-4
     )
     assert np.isnan(columns_of(out, 2)["bright"][[0, 2, 2], [1, 0, 1]]).all()
-    kept = (out / "scores" / "bright.jsonl").read_text()
-    assert command(*given, "--metrics=bright,saturation", f"--out={out}")[0] == 0
-    assert (out / "scores" / "bright.jsonl").read_text() == kept
+    assert scored(out, "bright") == 3
+    code, stdout, _ = command(*given, "--metrics=bright,saturation", f"--out={out}")
+    assert code == 0 and scored(out, "bright") == 3
+    assert "bright 3/3" in stdout  # the broken ones alone are tried again
 
 
 def test_only_one_prompt_has_no_standard_error_and_no_interval_and_is_valid_json(
@@ -827,7 +845,7 @@ def test_statistics_of_a_reference_serve_in_place_of_its_folder(command, folder,
     found = results_of(tmp_path / "out")["metrics"]["frechet"]
     assert "6 images against 6 of" in found["note"] and "1 more not readable" in found["note"]
     assert found["mean"] > 0 and found["stderr"] is None
-    (npz,) = (tmp_path / "out" / "scores").glob("reference_*.npz")
+    (npz,) = (tmp_path / "out").glob("reference_*.npz")
     assert command(*given, f"--reference={npz}", f"--out={tmp_path}/again")[0] == 0
     assert np.isclose(
         results_of(tmp_path / "again")["metrics"]["frechet"]["mean"], found["mean"], rtol=1e-9
@@ -915,10 +933,7 @@ def test_clean_fid_is_given_the_readable_images_in_a_folder_and_asked_once(
         in found["fid"]["note"]
     )
     assert "clip_vit_b_32" in found["clip_fid"]["note"] and found["fid"]["left_out"] == 1
-    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == [
-        "prompts",
-        "scores",
-    ]
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.is_dir()] == ["prompts"]
     assert command(*given)[0] == 0 and len(cleanfid) == 2
 
 
@@ -1028,6 +1043,7 @@ BAD = {
         "not a multiple of 64",
     ),
     "unknown sampler": (["--sampler=heun"], "ddim|dpm_solver_pp|euler|few_step"),
+    "no prompts on the page": (["--max_prompts=0"], "0 is not a positive integer"),
     "surplus": (["more"], "got 'more', expected flags only"),
     "unknown flag": (["--imagse=x"], "imagse"),
 }
@@ -1104,7 +1120,7 @@ def test_a_baseline_of_other_prompts_or_weights_is_refused_before_anything_is_sc
         f"--out={tmp_path}/after",
     )
     assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
-    assert not (tmp_path / "after" / "scores" / "bright.jsonl").exists()
+    assert not scored(tmp_path / "after", "bright")
 
 
 def test_an_error_as_a_user_meets_it_is_one_line_without_traceback(tmp_path):

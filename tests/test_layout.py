@@ -26,7 +26,8 @@ drawing
 shapes/ cost/
 evaluation/
 train
-main convert sample evaluate benchmark studies/
+sample
+main convert evaluate benchmark studies/
 """
 LEVEL = {
     name.rstrip("/"): level for level, line in enumerate(ORDER.split("\n")) for name in line.split()

@@ -60,6 +60,6 @@ def test_before_after_picture_shows_both_images_of_each_prompt():
     assert (picture[34 + 8, 20 + 8] == 0).all() and (picture[34 + 8, 20 + 16 + 4 + 8] == 255).all()
 
 
-def test_table_has_a_row_per_score():
-    table = metrics.before_after_table([("reward", 0.1, 0.25)])
-    assert "| reward | 0.1000 | 0.2500 | +0.1500 |" in table
+def test_a_table_has_a_line_a_row_and_a_cells_bar_does_not_end_the_cell():
+    table = metrics.markdown_table(["", "a|b"], [["reward", "0.1"], ["score", ""]])
+    assert table == "|  | a\\|b |\n|---|---|\n| reward | 0.1 |\n| score |  |"

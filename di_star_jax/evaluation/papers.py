@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that papers print, to stand beside ours: other prompts' order, noise, sizes and versions
-than ours.
-"""
+"""Numbers that papers print, to stand beside ours: of other noise, sizes and versions."""
 
 from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """One generator. scores: by metric; steps: of sampling, 0 where not printed; seconds: for 10
-    images, as printed.
+    """One generator.
+
+    scores: by metric. steps: of sampling. seconds: for 10 images, as printed.
     """
 
     name: str
@@ -37,11 +36,11 @@ def _rows(metrics: tuple[str, ...], table: dict[str, tuple[float, ...]]) -> list
     ]
 
 
-# By prompt set, see prompt_sets.py. Names are the paper's, "DI* long" its run of 1485 kimg.
+# By prompt set, see prompts/sets.py. Names are the paper's, "DI* long" its run of 1485 kimg.
 TABLES = {
     "parti": Table(
-        "arXiv 2410.20898, Tables 1 and 2 (named by reward and guidance scale), PartiPrompts; CLIPScore of a "
-        "model not named",
+        "arXiv 2410.20898, Tables 1 and 2 (named by reward and guidance scale), PartiPrompts; "
+        "CLIPScore of a model not named",
         _rows(
             ("imagereward", "aesthetic", "pickscore", "clipscore"),
             {
@@ -71,8 +70,8 @@ TABLES = {
         ),
     ),
     "coco": Table(
-        "arXiv 2410.20898, Table 1, COCO 30K (2017-val by the table, 2014 by the text); CLIPScore of a model not "
-        "named",
+        "arXiv 2410.20898, Table 1, COCO 30K (2017-val by the table, 2014 by the text); CLIPScore "
+        "of a model not named",
         _rows(
             ("imagereward", "aesthetic", "pickscore", "clipscore", "fid"),
             {

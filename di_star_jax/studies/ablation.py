@@ -23,7 +23,7 @@ from di_star_jax import assembly, drawing, samplers, sharding, train
 from di_star_jax.config import load_config
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.errors import run as run_command
-from di_star_jax.evaluation.measures import FeatureStatistics, frechet_distance
+from di_star_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from di_star_jax.log import markdown_table
 from di_star_jax.pictures import to_uint8
 from di_star_jax.pipelines.folder import load_model, load_pipeline
