@@ -11,7 +11,7 @@ JAX = "!=0.10.2,!=0.11.0,>=0.10.1"
 setuptools.setup(
     name="di_star_jax",
     version="0.1.0",
-    description="Diff-Instruct*: align one-step text-to-image generators with human preference, in JAX",
+    description="Diff-Instruct*: align one-step image generators with human preference, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["di_star_jax*"]),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I), and how eps, x_0 and score turn
-into each other.
+"""The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I), and how eps and x_0 turn into
+each other.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,8 @@ def schedule_from_json(config: dict) -> Schedule:
     """
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise UserError(
-            f"scheduler_config.json has prediction_type={config['prediction_type']!r}, expected 'epsilon'"
+            f"scheduler_config.json has prediction_type={config['prediction_type']!r}, expected "
+            "'epsilon'"
         )
     return make_schedule(
         **{k: config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
@@ -60,9 +61,7 @@ def schedule_from_json(config: dict) -> Schedule:
 
 
 def per_sample(v: jax.Array, like: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, ..., 1] with as many axes as `like`: the one place where [B] meets [B, H, W,
-    C].
-    """
+    """[B] -> [B, 1, ..., 1] with as many axes as `like`: where [B] meets [B, H, W, C]."""
     return v.reshape(v.shape + (1,) * (like.ndim - 1))
 
 
@@ -80,16 +79,6 @@ def eps_to_x0(x_t: jax.Array, eps: jax.Array, alpha_t: jax.Array, sigma_t: jax.A
     Args: x_t, eps [B, ...]; alpha_t, sigma_t [B]. Returns: [B, ...].
     """
     return (x_t - per_sample(sigma_t, x_t) * eps) / per_sample(alpha_t, x_t)
-
-
-def eps_to_score(eps: jax.Array, sigma_t: jax.Array) -> jax.Array:
-    """s = -eps / sigma_t. Args: eps [B, ...]; sigma_t [B]. Returns: [B, ...]."""
-    return -eps / per_sample(sigma_t, eps)
-
-
-def score_to_eps(score: jax.Array, sigma_t: jax.Array) -> jax.Array:
-    """eps = -sigma_t s. Args: score [B, ...]; sigma_t [B]. Returns: [B, ...]."""
-    return -per_sample(sigma_t, score) * score
 
 
 def guide(eps_cond: jax.Array, eps_uncond: jax.Array, omega: float) -> jax.Array:

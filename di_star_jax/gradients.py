@@ -177,6 +177,18 @@ def x0_of(method: Method, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.A
     return eps_to_x0(x_t, eps, method.schedule.alpha[t], method.schedule.sigma[t])
 
 
+def generate(
+    method: Method, generator: Params, draws: Draws, condition: Condition
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[Params]]]:
+    """x_0 [b, h, w, 4] of the step that learns, and from its cotangent to (the parameters',)."""
+    z, t = simulate(method, generator, draws, condition)
+
+    def x0_by(params):
+        return x0_of(method, z, t, method.unet(params)(z, t, condition))
+
+    return jax.vjp(x0_by, generator)
+
+
 def score_networks(
     method: Method,
     assistant: Params,
@@ -239,11 +251,11 @@ def regulariser_gradient(
     x0: jax.Array,
     draws: Draws,
     scores: Scores,
-    pull_back: Callable[[Scores], jax.Array],
+    pull_back: Callable[[Scores], tuple[jax.Array]],
 ) -> tuple[jax.Array, jax.Array]:
     """d/dx0 of the mean of L_reg(x0), and L_reg [b].
 
-    Args: scores, at x_t = alpha_t x0 + sigma_t eps; pull_back, their cotangents to that of x_t.
+    Args: scores, at x_t = alpha_t x0 + sigma_t eps; pull_back, from their cotangents to (x_t's,).
     """
 
     def mean_loss(x0, scores):
@@ -255,7 +267,8 @@ def regulariser_gradient(
     if not method.objective.through:
         return directly, loss
     alpha_t = method.schedule.alpha[draws.t]
-    return directly + per_sample(alpha_t, x0) * pull_back(of_scores), loss
+    (of_x_t,) = pull_back(of_scores)
+    return directly + per_sample(alpha_t, x0) * of_x_t, loss
 
 
 def reward_gradient(
@@ -295,18 +308,13 @@ def separate(
     """
     generator, assistant = trained
     conditions = jax.lax.stop_gradient(method.encode_text(frozen, token_ids))
-    z, t_z = simulate(method, generator, draws, conditions[0])
-    x0, pull_back = jax.vjp(
-        lambda params: x0_of(method, z, t_z, method.unet(params)(z, t_z, conditions[0])), generator
-    )
+    x0, pull_back = generate(method, generator, draws, conditions[0])
     networks = score_networks(method, assistant, frozen["reference"], conditions)
     scores, to_x_t = jax.vjp(
         functools.partial(evaluate, method.objective, networks, draws.t),
         method.noise(x0, draws.t, draws.eps).x_t,
     )
-    of_regulariser, loss_reg = regulariser_gradient(
-        method, x0, draws, scores, lambda cotangents: to_x_t(cotangents)[0]
-    )
+    of_regulariser, loss_reg = regulariser_gradient(method, x0, draws, scores, to_x_t)
     of_reward, reward, rewards = reward_gradient(method, x0, frozen, token_ids, draws.crop)
     (generator_grads,) = pull_back(of_regulariser + of_reward)
     assistant_grads, loss_psi = assistant_gradient(

@@ -21,8 +21,8 @@ def launcher(env: Mapping[str, str]) -> str | None:
     if int(env.get("SLURM_NTASKS", "1")) > 1:
         if "SLURM_STEP_NODELIST" not in env:
             raise UserError(
-                f"SLURM_NTASKS={env['SLURM_NTASKS']}, but srun did not start this process; use srun (see "
-                "launch/slurm.sbatch), or unset SLURM_NTASKS to run alone"
+                f"SLURM_NTASKS={env['SLURM_NTASKS']}, but srun did not start this process; use "
+                "srun (see launch/slurm.sbatch), or unset SLURM_NTASKS to run alone"
             )
         return "SLURM_NTASKS"
     if "," in env.get("TPU_WORKER_HOSTNAMES", ""):
@@ -31,18 +31,18 @@ def launcher(env: Mapping[str, str]) -> str | None:
 
 
 def connect(env: Mapping[str, str]) -> None:
-    """Makes this process one of those its launcher started:
+    """Makes this process one of those its launcher started.
 
-    Cloud TPU, GKE, Slurm, or JAX_* variables (launch/).
+    A launcher is Cloud TPU, GKE, Slurm, or whoever sets JAX_* variables (launch/).
 
     Raises: UserError where the others are not seen.
     """
     variable = launcher(env)
     if variable is None:
         return
-    count, index = (
-        env.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    )  # which JAX does not read itself
+    # JAX does not read these two itself.
+    count = env.get("JAX_NUM_PROCESSES")
+    index = env.get("JAX_PROCESS_ID")
     jax.distributed.initialize(
         num_processes=count and int(count),
         process_id=index and int(index),
@@ -50,14 +50,15 @@ def connect(env: Mapping[str, str]) -> None:
     )
     if jax.process_count() == 1:
         raise UserError(
-            f"{variable}={env[variable]} says that there are several processes, but only this one is seen; "
-            f"start the command on every host, or unset {variable} to run alone"
+            f"{variable}={env[variable]} says that there are several processes, but only this one "
+            f"is seen; start the command on every host, or unset {variable} to run alone"
         )
 
 
 def keep_compiled(workdir: str) -> None:
-    """Keeps what is compiled in the workdir, for the next start; JAX_COMPILATION_CACHE_DIR names
-    another folder.
+    """Keeps what is compiled for the next start.
+
+    It goes to the workdir, or to the folder that JAX_COMPILATION_CACHE_DIR names.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "compiled"))

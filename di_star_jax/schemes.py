@@ -20,6 +20,7 @@ from di_star_jax.gradients import (
     Trained,
     evaluate,
     first_update,
+    generate,
     mean,
     regulariser_gradient,
     reward_gradient,
@@ -42,10 +43,7 @@ def shared(
     """
     generator, assistant = trained
     conditions = jax.lax.stop_gradient(method.encode_text(frozen, token_ids))
-    z, t_z = simulate(method, generator, draws, conditions[0])
-    x0, pull_back = jax.vjp(
-        lambda params: x0_of(method, z, t_z, method.unet(params)(z, t_z, conditions[0])), generator
-    )
+    x0, pull_back = generate(method, generator, draws, conditions[0])
     x_t = method.noise(x0, draws.t, draws.eps).x_t
     eps_psi, of_assistant = jax.vjp(
         lambda params, x_t: method.unet(params)(x_t, draws.t, conditions[0]), assistant, x_t
@@ -57,7 +55,9 @@ def shared(
     )
 
     def to_x_t(cotangents):
-        return of_assistant(cotangents.psi)[1] + of_reference(cotangents)[0]
+        _, by_assistant = of_assistant(cotangents.psi)
+        (by_reference,) = of_reference(cotangents)
+        return (by_assistant + by_reference,)
 
     of_regulariser, loss_reg = regulariser_gradient(method, x0, draws, scores, to_x_t)
     of_reward, reward, rewards = reward_gradient(method, x0, frozen, token_ids, draws.crop)
@@ -103,9 +103,7 @@ def looped(
     scores, to_x_t = jax.vjp(
         functools.partial(predict, draws.t), method.noise(x0, draws.t, draws.eps).x_t
     )
-    of_regulariser, loss_reg = regulariser_gradient(
-        method, x0, draws, scores, lambda cotangents: to_x_t(cotangents)[0]
-    )
+    of_regulariser, loss_reg = regulariser_gradient(method, x0, draws, scores, to_x_t)
     of_reward, reward, rewards = reward_gradient(method, x0, frozen, token_ids, draws.crop)
     (of_eps_z,) = of_x0(of_regulariser + of_reward)
     noised, t_psi = first_update(method, x0, draws)

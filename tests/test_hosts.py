@@ -29,7 +29,8 @@ from test_train import config_for
 seen, plain = [], assembly.Parts.tokenize
 assembly.Parts.tokenize = lambda parts, texts: seen.append(list(texts)) or plain(parts, texts)
 folder, workdir = map(pathlib.Path, sys.argv[1:])
-changes = {"eval.prompts": "", "objective.name": "kl", "assistant.sharing": "x_t", "assistant.warmup_steps": 0, "train.steps": 2, "train.save_every": 2, "mesh.fsdp": 4}
+changes = {"eval.prompts": "", "objective.name": "kl", "assistant.sharing": "x_t"}
+changes |= {"assistant.warmup_steps": 0, "train.steps": 2, "train.save_every": 2, "mesh.fsdp": 4}
 train.run(config_for(folder, **changes), str(workdir))
 (workdir / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
 """
@@ -54,8 +55,8 @@ def start(script, arguments, *, devices, port=None, index=None):
     env |= {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     if port:
         env |= {

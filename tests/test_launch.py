@@ -128,7 +128,8 @@ def test_jobset_container_sets_the_flags_unless_they_are_set(fake):
     ]
     fake(
         "python",
-        'if [ "$2" = di_star_jax.xla_flags ]; then echo "flags of $3"; else echo "$LIBTPU_INIT_ARGS|$*"; fi',
+        'if [ "$2" = di_star_jax.xla_flags ]; then echo "flags of $3"; '
+        'else echo "$LIBTPU_INIT_ARGS|$*"; fi',
     )
     command = container["command"] + container["args"]
     trained = "-m di_star_jax.main " + " ".join(container["args"])
@@ -171,7 +172,8 @@ def test_local_ends_all_processes_when_one_dies(fake, tmp_path):
     # The survivor holds SIGTERM back, as JAX does.
     fake(
         "python",
-        f'if [ "$JAX_PROCESS_ID" = 1 ]; then sleep 0.2; exit 3; fi; trap "touch {tmp_path}/asked" TERM; '
+        'if [ "$JAX_PROCESS_ID" = 1 ]; then sleep 0.2; exit 3; fi; '
+        f'trap "touch {tmp_path}/asked" TERM; '
         f"echo $$ >{tmp_path}/pid; while true; do sleep 0.1; done",
     )
     start = time.time()

@@ -62,7 +62,8 @@ def command(monkeypatch, capsys):
         ([SDXL, DRY, "--config.data=3"], "--config.data=3"),
         (
             [SDXL, DRY, "--config.data.batch_size=6"],
-            "data.batch_size=6 is not divisible by the 16 devices of mesh data=1 x fsdp=16; use 16, or give several",
+            "data.batch_size=6 is not divisible by the 16 devices of mesh data=1 x fsdp=16; use "
+            "16, or give several",
         ),
         ([SDXL, DRY, "surplus"], "got 'surplus', expected flags only"),
         ([SDXL + ":nothing", DRY], "unknown preset 'nothing', expected one of di_star, di_star_l2"),

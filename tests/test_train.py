@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole run on a tiny random pipeline: outputs, restart, and the commands that read its workdir."""
+"""A whole run on a tiny random pipeline: outputs, restart, and what reads its workdir."""
 
 import json
 

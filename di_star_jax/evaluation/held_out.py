@@ -14,9 +14,8 @@ import jax
 import numpy as np
 
 from di_star_jax import drawing, log, pictures
-from di_star_jax.evaluation.measures import diversity
+from di_star_jax.evaluation.measures import attributes_right, diversity
 from di_star_jax.prompts.files import Prompt
-from di_star_jax.shapes import oracle, scenes
 
 PICTURED = 16  # prompts in samples.png
 
@@ -57,8 +56,14 @@ class HeldOut:
         for each in list(features.values())[:1]:
             scores["diversity"] = float(np.mean([diversity(row) for row in each]))
         if self.reads_attributes:
-            scores["attributes right"] = attributes_right(self.prompts, images)
+            scores["attributes right"] = self._attributes_right(images)
         return scores, images[:PICTURED, 0]
+
+    def _attributes_right(self, images: np.ndarray) -> float:
+        """The mean over images [N, samples, H, W, 3]."""
+        captions = [prompt.text for prompt in self.prompts for _ in range(self.samples)]
+        flat = pictures.to_uint8(images.reshape(-1, *images.shape[2:]))
+        return float(attributes_right(captions, flat).mean())
 
     def _drawn(self, generator: Any) -> drawing.Scored:
         """All images, rewards and features, [N, samples, ...] each."""
@@ -80,17 +85,6 @@ class HeldOut:
         z = drawing.noise(self.seed, rows, [sample] * len(rows), self.sampling)
         drawn = jax.device_get(self.draw(generator, ids, z))
         return jax.tree.map(lambda x: x[: count - start], drawn)
-
-
-def attributes_right(prompts: list[Prompt], images: np.ndarray) -> float:
-    """Mean over images [N, samples, H, W, 3] of the share of attributes that the oracle reads."""
-    shares = []
-    for prompt, row in zip(prompts, images):
-        scene = scenes.parse(prompt.text)
-        for image in pictures.to_uint8(row):
-            right, total = oracle.attributes(scene, image / 255.0)
-            shares.append(right / total)
-    return float(np.mean(shares))
 
 
 def keep_before(folder: Path, scores: dict[str, float], images: np.ndarray) -> None:
