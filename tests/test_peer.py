@@ -63,20 +63,15 @@ def to_torch(x) -> torch.Tensor:
 
 def theirs(world, **changes):
     modules, _, _, ids, draws = world
-    drawn = peer.Draws(
-        *map(to_torch, (draws.noise[:, 0], draws.t, draws.eps, draws.t_psi, draws.eps_psi))
-    )
+    drawn = (draws.noise[:, 0], draws.t, draws.eps, draws.t_psi[:, 0], draws.eps_psi[:, 0])
     method = peer.method_of(dataclasses.replace(GIVEN, **changes), "cpu")
     token_ids = {name: to_torch(v) for name, v in ids.items()}
-    return peer.step_gradients(method, modules, token_ids, drawn, 100.0)
+    return peer.step_gradients(method, modules, token_ids, peer.Draws(*map(to_torch, drawn)), 100.0)
 
 
 @pytest.fixture(scope="module")
 def ours(world):
     _, graphdefs, params, ids, draws = world
-
-    def unet(params, x_t, t, condition):
-        return nnx.merge(graphdefs["reference"], params)(x_t, t, condition)
 
     def reward(params, x0, token_ids, crop):
         image = nnx.merge(graphdefs["vae"], params["vae"]).decode(x0)
@@ -85,13 +80,15 @@ def ours(world):
         )
         return 100.0 * score, {"pickscore": score}
 
-    networks = gradients.Networks(
-        unet, lambda params, ids: sdxl.encode_text(graphdefs, params, ids, 2 * LATENT), reward
+    method = gradients.Method(
+        functools.partial(nnx.merge, graphdefs["reference"]),
+        lambda params, ids: sdxl.encode_text(graphdefs, params, ids, 2 * LATENT),
+        reward,
+        SCHEDULE,
+        GIVEN,
     )
-    frozen = {**params, "unet": params["reference"]}
-    return jax.jit(
-        functools.partial(gradients.apart, networks=networks, settings=GIVEN, schedule=SCHEDULE)
-    )(params["generator"], params["assistant"], frozen, ids, draws)
+    trained = params["generator"], params["assistant"]
+    return jax.jit(functools.partial(gradients.separate, method))(trained, params, ids, draws)
 
 
 def errors(grads, expected: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -145,6 +142,6 @@ def test_each_work_of_the_benchmark_runs(what, dtype):
 
 
 def test_what_pytorchs_side_does_not_have_is_refused():
-    for changes in ({"objective": "kl"}, {"sharing": "x_t"}, {"generator_timesteps": (999, 499)}):
+    for changes in ({"objective": "kl"}, {"scheme": "shared"}, {"generator_timesteps": (999, 499)}):
         with pytest.raises(UserError, match="PyTorch's side has no other"):
             peer.make("train", job(**changes))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from di_star_jax import assembly, drawing, sharding, step
 from di_star_jax.assembly import Parts
@@ -148,10 +148,11 @@ def sample_work(config, mesh: Mesh) -> Work:
     sampling = drawing.Sampling("few_step", timesteps, 1.0, method.settings.latent_shape)
     drawer = drawing.Drawer(parts.models, parts.schedule, sampling)
     params = {name: model.params for name, model in parts.models.items()}
-    batch = config.data.batch_size
-    noise = jax.ShapeDtypeStruct((len(timesteps), batch, *sampling.latent_shape), jnp.float32)
-    fn = drawing.make_draw(drawer, mesh)
-    return Work(fn, (params, _token_ids(config, parts, mesh), noise), mesh)
+    shape = (len(timesteps), config.data.batch_size, *sampling.latent_shape)
+    places = NamedSharding(mesh, sharding.batch_spec(sampling.noise_axis))
+    noise = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=places)
+    token_ids = _token_ids(config, parts._replace(rewards={}), mesh)  # nothing is scored
+    return Work(drawing.make_draw(drawer, mesh), (params, token_ids, noise), mesh)
 
 
 def unet_work(config, mesh: Mesh) -> Work:

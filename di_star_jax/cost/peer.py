@@ -508,8 +508,7 @@ def _reward(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 WORK = {"train": _train, "sample": _sample, "unet": _unet, "vae": _vae, "reward": _reward}
-# What "train" here has of the settings that change the work: the benchmark's word, and others that
-# cost the same.
+# What "train" here has of the settings that change the work: the first, or what equals it.
 _KNOWN = {"objective": ("di_star",), "assistant_updates": (1,), "scheme": ("separate", "looped")}
 
 
