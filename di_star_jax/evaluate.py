@@ -48,7 +48,7 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     )
     flags.DEFINE_string(
         "features",
-        metrics.FEATURES[0],
+        "clipscore",
         "Metric whose CLIP gives the features of diversity and frechet.",
     )
     flags.DEFINE_string(

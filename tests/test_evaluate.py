@@ -531,6 +531,11 @@ def test_killed_while_it_draws_and_while_it_scores_it_continues_to_the_same_resu
     assert drawn_in(killed) == drawn_in(whole) and same_numbers(killed, whole)
 
 
+def test_features_are_openais_clips_where_nothing_else_is_asked_for():
+    """Numbers of diversity and Frechet distance mean another thing with another CLIP."""
+    assert flags.FLAGS["features"].default == "clipscore"
+
+
 # Images that others made, with known answers.
 
 
