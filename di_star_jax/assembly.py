@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from di_star_jax import objectives, sharding, step
 from di_star_jax.diffusion import Schedule
 from di_star_jax.gradients import Method, Settings
+from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines.folder import Model, Options, load_pipeline, model_class, vae_scale
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import load_rewards, sources_of
@@ -117,7 +118,7 @@ def text_encoder(parts: Parts, resolution: int) -> Callable:
     """(frozen, token_ids) -> (Condition, null Condition) of images of so many pixels."""
     graphdefs = parts.graphdefs
 
-    def encode_text(frozen, token_ids):
+    def encode_text(frozen, token_ids) -> tuple[Condition, Condition]:
         return SDXL.encode_text(graphdefs, frozen, token_ids, resolution)
 
     return encode_text
@@ -127,7 +128,7 @@ def decoder(parts: Parts) -> Callable:
     """(frozen, latents [b, h, w, 4]) -> images [b, H, W, 3], about in [-1, 1]."""
     graphdef = parts.graphdefs["vae"]
 
-    def decode(frozen, latents):
+    def decode(frozen, latents) -> jax.Array:
         return nnx.merge(graphdef, frozen["vae"]).decode(latents)
 
     return decode

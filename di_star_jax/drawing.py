@@ -109,10 +109,10 @@ class Drawer:
         condition, null = conditions
         omega = self.sampling.guidance_scale
 
-        def plain(x_t, t):
+        def plain(x_t, t) -> jax.Array:
             return unet(x_t, t, condition)
 
-        def guided(x_t, t):
+        def guided(x_t, t) -> jax.Array:
             both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
             eps = unet(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
             eps_cond, eps_null = jnp.split(eps, 2)

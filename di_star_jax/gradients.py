@@ -156,14 +156,14 @@ def simulate(
     timesteps = jnp.array(method.settings.generator_timesteps)
     noise = jnp.moveaxis(draws.noise, 1, 0)
 
-    def for_all(t):
+    def for_all(t) -> jax.Array:
         return jnp.full(noise.shape[1:2], t)
 
     if len(timesteps) == 1:
         return noise[0], for_all(timesteps[0])
     unet = method.unet(jax.lax.stop_gradient(generator))
 
-    def earlier(k, x_t):
+    def earlier(k, x_t) -> jax.Array:
         t = for_all(timesteps[k])
         x0 = x0_of(method, x_t, t, unet(x_t, t, condition))
         return method.noise(x0, for_all(timesteps[k + 1]), noise[k + 1]).x_t
@@ -183,7 +183,7 @@ def generate(
     """x_0 [b, h, w, 4] of the step that learns, and from its cotangent to (the parameters',)."""
     z, t = simulate(method, generator, draws, condition)
 
-    def x0_by(params):
+    def x0_by(params) -> jax.Array:
         return x0_of(method, z, t, method.unet(params)(z, t, condition))
 
     return jax.vjp(x0_by, generator)
@@ -203,20 +203,20 @@ def score_networks(
     condition, null = conditions
     omega = method.settings.omega
 
-    def psi(x_t, t):
+    def psi(x_t, t) -> jax.Array:
         return method.unet(assistant)(x_t, t, condition)
 
-    def guided(x_t, t):
+    def guided(x_t, t) -> jax.Array:
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
         twice = jnp.concatenate([x_t, x_t])
         eps = method.unet(reference)(twice, jnp.concatenate([t, t]), both)
         eps_cond, eps_null = jnp.split(eps, 2)
         return guide(eps_cond, eps_null, omega)
 
-    def cond(x_t, t):
+    def cond(x_t, t) -> jax.Array:
         return method.unet(reference)(x_t, t, condition)
 
-    def without_prompt(x_t, t):
+    def without_prompt(x_t, t) -> jax.Array:
         return method.unet(reference)(x_t, t, null)
 
     return {

@@ -5,6 +5,7 @@ z is [B, ...]; that of `few_step` is [K, B, ...], noise for every step.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,38 +66,51 @@ def few_step(
       within 1e-7 of this.
     """
     x0 = one_step(eps_fn, noise[0], timesteps[:1], schedule)
-    for eps, k in zip(noise[1:], range(1, len(timesteps))):
+    for k in range(1, len(timesteps)):
         t = jnp.full(x0.shape[:1], timesteps[k], jnp.int32)
-        x0 = one_step(
-            eps_fn,
-            add_noise(x0, eps, schedule.alpha[t], schedule.sigma[t]),
-            timesteps[k : k + 1],
-            schedule,
-        )
+        x_t = add_noise(x0, noise[k], schedule.alpha[t], schedule.sigma[t])
+        x0 = one_step(eps_fn, x_t, timesteps[k : k + 1], schedule)
     return x0
 
 
-def _deterministic(
-    eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule, *, last: int | None
-):
-    """x_t / alpha_t moves along eps by the change of sigma_t / alpha_t:
+class _Steps(NamedTuple):
+    """Each step's time and its alpha and sigma before and after, [N]."""
 
-    DDIM with eta 0, Euler on the ODE of VE.
-    """
-    alpha, sigma = schedule.alpha[timesteps], schedule.sigma[timesteps]
-    end = (
-        (jnp.ones(()), jnp.zeros(()))
-        if last is None
-        else (schedule.alpha[last], schedule.sigma[last])
+    t: jax.Array
+    alpha: jax.Array
+    sigma: jax.Array
+    alpha_next: jax.Array
+    sigma_next: jax.Array
+
+
+def _steps(
+    timesteps: np.ndarray, schedule: Schedule, last_alpha: jax.Array, last_sigma: jax.Array
+) -> _Steps:
+    """The steps between falling times, and from the last of them to an end."""
+    alpha = schedule.alpha[timesteps]
+    sigma = schedule.sigma[timesteps]
+    return _Steps(
+        t=jnp.asarray(timesteps),
+        alpha=alpha,
+        sigma=sigma,
+        alpha_next=jnp.append(alpha[1:], last_alpha),
+        sigma_next=jnp.append(sigma[1:], last_sigma),
     )
-    alpha_next, sigma_next = jnp.append(alpha[1:], end[0]), jnp.append(sigma[1:], end[1])
+
+
+def _deterministic(eps_fn: EpsFn, z: jax.Array, steps: _Steps) -> jax.Array:
+    """x_t / alpha_t moves along eps by the change of sigma_t / alpha_t.
+
+    That is DDIM with eta 0, and Euler's method on the ODE of VE.
+    """
 
     def body(x_t, step):
-        t, a, s, a_next, s_next = step
-        eps = eps_fn(x_t, jnp.full(z.shape[:1], t, jnp.int32))
-        return a_next * (x_t - s * eps) / a + s_next * eps, None
+        eps = eps_fn(x_t, jnp.full(z.shape[:1], step.t, jnp.int32))
+        x0 = (x_t - step.sigma * eps) / step.alpha
+        return step.alpha_next * x0 + step.sigma_next * eps, None
 
-    return jax.lax.scan(body, z, (jnp.asarray(timesteps), alpha, sigma, alpha_next, sigma_next))[0]
+    x_t, _ = jax.lax.scan(body, z, steps)
+    return x_t
 
 
 def ddim(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule) -> jax.Array:
@@ -104,7 +118,8 @@ def ddim(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule)
 
     Source: diffusers `DDIMScheduler` with `set_alpha_to_one=False`.
     """
-    return _deterministic(eps_fn, z, timesteps, schedule, last=0)
+    steps = _steps(timesteps, schedule, schedule.alpha[0], schedule.sigma[0])
+    return _deterministic(eps_fn, z, steps)
 
 
 def euler(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule) -> jax.Array:
@@ -113,7 +128,8 @@ def euler(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule
     Source: diffusers `EulerDiscreteScheduler`; its x is x_t / alpha_t, and its first one is z /
       alpha_t.
     """
-    return _deterministic(eps_fn, z, timesteps, schedule, last=None)
+    steps = _steps(timesteps, schedule, jnp.ones(()), jnp.zeros(()))
+    return _deterministic(eps_fn, z, steps)
 
 
 def dpm_solver_pp(
@@ -131,23 +147,24 @@ def dpm_solver_pp(
     timestep_spacing="leading" and steps_offset=1 are `dpm_solver_timesteps`; other falling times do
     as well.
     """
-    alpha, sigma = schedule.alpha[timesteps], schedule.sigma[timesteps]
-    alpha_next, sigma_next = jnp.append(alpha[1:], 1.0), jnp.append(sigma[1:], 0.0)
-    h = jnp.diff(jnp.log(alpha / sigma))  # [N - 1], lambda's step
-    half = jnp.pad(h[1:] / (2.0 * h[:-1]), 1)[
-        : len(timesteps)
-    ]  # [N], 1 / (2 r); 0 where the step is of first order
+    steps = _steps(timesteps, schedule, jnp.ones(()), jnp.zeros(()))
+    h = jnp.diff(jnp.log(steps.alpha / steps.sigma))  # [N - 1], lambda's step
+    # 1 / (2 r) of each step, 0 where it is of first order.
+    half = jnp.pad(h[1:] / (2.0 * h[:-1]), 1)[: len(timesteps)]  # [N]
 
-    def body(carry, step):
+    def body(carry, inputs):
         x_t, x0_before = carry
-        t, a, s, a_next, s_next, half_t = step
-        x0 = (x_t - s * eps_fn(x_t, jnp.full(z.shape[:1], t, jnp.int32))) / a
+        step, half_t = inputs
+        eps = eps_fn(x_t, jnp.full(z.shape[:1], step.t, jnp.int32))
+        x0 = (x_t - step.sigma * eps) / step.alpha
         extrapolated = x0 + half_t * (x0 - x0_before)
         # alpha_next (1 - exp(-h)), in a form that is finite where sigma_next is 0 and h infinite.
-        return (s_next / s * x_t + (a_next - a * s_next / s) * extrapolated, x0), None
+        ratio = step.sigma_next / step.sigma
+        weight = step.alpha_next - step.alpha * ratio
+        return (ratio * x_t + weight * extrapolated, x0), None
 
-    steps = (jnp.asarray(timesteps), alpha, sigma, alpha_next, sigma_next, half)
-    return jax.lax.scan(body, (z, jnp.zeros_like(z)), steps)[0][0]
+    (x_t, _), _ = jax.lax.scan(body, (z, jnp.zeros_like(z)), (steps, half))
+    return x_t
 
 
 SAMPLERS = {"few_step": few_step, "ddim": ddim, "euler": euler, "dpm_solver_pp": dpm_solver_pp}

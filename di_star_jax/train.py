@@ -215,7 +215,7 @@ def batches(config, parts: Parts, mesh: Mesh, folder: Path) -> Callable[[int], d
     stream = PromptStream(source, seed=config.seed, batch_size=size)
     rows = sharding.local_rows(mesh, size)
 
-    def batch_at(k):
+    def batch_at(k) -> dict[str, Any]:
         texts = [prompt.text for prompt in stream.at(k, rows)]
         return sharding.place_batch(parts.tokenize(texts), mesh, size)
 
