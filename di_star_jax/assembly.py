@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A config as records: networks, parameters, settings, optimizers. Nothing below reads a config."""
+"""A config as records: networks, parameters, settings, optimizers."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from di_star_jax import objectives, sharding, step
-from di_star_jax.diffusion import Schedule
 from di_star_jax.gradients import Method, Settings
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines.folder import Model, Options, load_pipeline, model_class, vae_scale
+from di_star_jax.pipelines.family import Family
+from di_star_jax.pipelines.folder import Model, Options, Pipeline, load_pipeline, model_class
 from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards import load_rewards, sources_of
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.views import VIEWS, in_slices
@@ -26,31 +26,24 @@ from di_star_jax.storage import folders
 
 
 class Parts(NamedTuple):
-    """The models of a run; their parameters may be abstract.
+    """The models of a run, whose parameters may be abstract: the reference's, and its rewards."""
 
-    models: by component; the unet is the reference's. rewards: by name. folder: of the reference;
-    tokenizers, by name.
-    """
-
-    models: dict[str, Model]
+    pipeline: Pipeline
     rewards: dict[str, Reward]
-    schedule: Schedule
-    tokenizers: dict[str, Callable]
-    folder: Path | None
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """By component; the unet is the reference's."""
+        return self.pipeline.models
 
     @property
     def graphdefs(self) -> dict[str, nnx.GraphDef]:
         """Of the models."""
         return {name: model.graphdef for name, model in self.models.items()}
 
-    @property
-    def scale(self) -> int:
-        """Image pixels per latent pixel, along one side."""
-        return vae_scale(self.models["vae"].config)
-
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """[h, w, C] of one sample. Args: pixels."""
-        side = resolution // self.scale
+        side = resolution // self.pipeline.vae_scale
         return side, side, model_class(self.models["unet"].config)[1].in_channels
 
     def frozen(self) -> dict:
@@ -64,7 +57,7 @@ class Parts(NamedTuple):
 
     def tokenize(self, prompts: list[str]) -> dict[str, Any]:
         """What text encoders and rewards make of B prompts: trees of NumPy arrays [B, ...]."""
-        ids = {name: tokenizer(prompts) for name, tokenizer in self.tokenizers.items()}
+        ids = token_batch(prompts, self.pipeline.tokenizers)
         return ids | {name: reward.tokenize(prompts) for name, reward in self.rewards.items()}
 
 
@@ -72,10 +65,8 @@ def load_parts(config, mesh: Mesh) -> Parts:
     """Reads reference pipeline and rewards, sharded over the mesh, in the compute dtype."""
     options = model_options(config, mesh)
     reference = load_pipeline(folders.resolve(config.weights.reference), options)
-    rewards = load_rewards(sources_of(config), config.weights.reward_tokenizer, options["reward"])
-    return Parts(
-        reference.models, rewards, reference.schedule, reference.tokenizers, reference.folder
-    )
+    tokenizer = config.weights.reward_tokenizer
+    return Parts(reference, load_rewards(sources_of(config), tokenizer, options["reward"]))
 
 
 def kernel_of(config, platform: str) -> str:
@@ -109,17 +100,18 @@ def method_of(config, parts: Parts) -> Method:
         unet=functools.partial(nnx.merge, parts.graphdefs["unet"]),
         encode_text=text_encoder(parts, resolution),
         reward=reward_of_latents(config, parts),
-        schedule=parts.schedule,
-        settings=settings_of(config, parts.latent_shape(resolution)),
+        schedule=parts.pipeline.schedule,
+        settings=settings_of(config, parts.latent_shape(resolution), parts.pipeline.family),
     )
 
 
 def text_encoder(parts: Parts, resolution: int) -> Callable:
     """(frozen, token_ids) -> (Condition, null Condition) of images of so many pixels."""
     graphdefs = parts.graphdefs
+    family = parts.pipeline.family
 
     def encode_text(frozen, token_ids) -> tuple[Condition, Condition]:
-        return SDXL.encode_text(graphdefs, frozen, token_ids, resolution)
+        return family.encode_text(graphdefs, frozen, token_ids, resolution)
 
     return encode_text
 
@@ -138,7 +130,7 @@ def reward_of_latents(config, parts: Parts) -> Callable:
     """`Method.reward` of the rewards that a config trains on or measures."""
     decode = decoder(parts)
     view = VIEWS[config.decode.view]
-    size = config.decode.resolution // parts.scale
+    size = config.decode.resolution // parts.pipeline.vae_scale
     rewards = parts.rewards
     scales = {name: config.reward[name] for name in rewards if config.reward[name]}
 
@@ -159,7 +151,7 @@ def reward_of_latents(config, parts: Parts) -> Callable:
     return reward
 
 
-def settings_of(config, latent_shape: tuple[int, int, int]) -> Settings:
+def settings_of(config, latent_shape: tuple[int, int, int], family: Family) -> Settings:
     """The plain values that the step needs of a config."""
     objective = config.objective
     scheme = {"x0": "separate", "x_t": "shared"}[config.assistant.sharing]
@@ -173,7 +165,7 @@ def settings_of(config, latent_shape: tuple[int, int, int]) -> Settings:
         assistant_times=(config.assistant.t_min, config.assistant.t_max),
         assistant_updates=config.assistant.updates,
         scheme="looped" if config.compute.loop_networks else scheme,
-        generator_timesteps=generator_timesteps(config.generator, SDXL.one_step),
+        generator_timesteps=generator_timesteps(config.generator, family.one_step),
         latent_shape=latent_shape,
         ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples),
         microbatches=config.compute.microbatches,

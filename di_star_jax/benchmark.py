@@ -41,6 +41,7 @@ from di_star_jax.cost import plan
 from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError
 from di_star_jax.errors import run as run_command
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS, rewards_used
 
 WARM_UP = 3
@@ -361,7 +362,7 @@ def _torch_times(config, request: Request) -> list[float]:
     latent_shape = (side, side, configs["unet"].get("in_channels", 4))
     job = peer.Job(
         configs,
-        assembly.settings_of(config, latent_shape),
+        assembly.settings_of(config, latent_shape, SDXL),
         batch=config.data.batch_size,
         resolution=config.data.resolution,
         dtype=config.compute.dtype,

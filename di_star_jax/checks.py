@@ -196,16 +196,6 @@ def _check_rewards(config) -> None:
         one_of("eval.metrics", name, list(config.reward))
 
 
-def _check_prompts(option: str, section) -> None:
-    name, path = resolve(section.prompts, section.prompts_file, option)
-    there = os.path.exists(path) if name else os.path.isfile(path)
-    if "://" not in path and not there:
-        option = f"{option}_file" if name else option
-        raise UserError(
-            f"{option}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts"
-        )
-
-
 def _check_generator(generator) -> None:
     if generator.steps > 100:
         raise UserError(

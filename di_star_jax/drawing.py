@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from di_star_jax import samplers, sharding
-from di_star_jax.diffusion import Schedule, guide
+from di_star_jax.diffusion import guide
 from di_star_jax.errors import UserError
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines.folder import (
@@ -24,7 +24,6 @@ from di_star_jax.pipelines.folder import (
     abstract_model,
     load_pipeline,
     model_class,
-    vae_scale,
 )
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import token_batch
@@ -84,11 +83,10 @@ def noise(seed: int, rows: Sequence[int], samples: Sequence[int], sampling: Samp
 class Drawer:
     """Prompts to pictures on one device: b is its part of the batch.
 
-    models: by component, as of `load_pipeline`; of their parameters nothing is used.
+    Of the pipeline's parameters nothing is used.
     """
 
-    models: dict[str, Model]
-    schedule: Schedule
+    pipeline: Pipeline
     sampling: Sampling
 
     def images(self, params: dict, token_ids: dict, z: jax.Array) -> jax.Array:
@@ -96,12 +94,12 @@ class Drawer:
 
         Args: params, of unet, vae and text encoders; z [b, h, w, C], [K, b, h, w, C] for few_step.
         """
-        graphdefs = {name: model.graphdef for name, model in self.models.items()}
-        resolution = z.shape[-2] * vae_scale(self.models["vae"].config)
-        conditions = SDXL.encode_text(graphdefs, params, token_ids, resolution)
+        graphdefs = {name: model.graphdef for name, model in self.pipeline.models.items()}
+        resolution = z.shape[-2] * self.pipeline.vae_scale
+        conditions = self.pipeline.family.encode_text(graphdefs, params, token_ids, resolution)
         eps_fn = self.eps_fn(nnx.merge(graphdefs["unet"], params["unet"]), conditions)
         sampler = samplers.SAMPLERS[self.sampling.sampler]
-        x0 = sampler(eps_fn, z, self.sampling.timesteps, self.schedule)
+        x0 = sampler(eps_fn, z, self.sampling.timesteps, self.pipeline.schedule)
         return jnp.clip(nnx.merge(graphdefs["vae"], params["vae"]).decode(x0), -1.0, 1.0)
 
     def eps_fn(self, unet: Callable, conditions: tuple[Condition, Condition]) -> EpsFn:
@@ -172,8 +170,7 @@ def draw_prompts(loaded: Pipeline, sampling: Sampling, mesh: Mesh | None = None)
 
     Args: mesh, where the pipeline was loaded to; None for one device.
     """
-    drawer = Drawer(loaded.models, loaded.schedule, sampling)
-    compiled = make_draw(drawer, mesh or one_device())
+    compiled = make_draw(Drawer(loaded, sampling), mesh or one_device())
     params = {name: model.params for name, model in loaded.models.items()}
 
     def draw(prompts, z):
@@ -187,9 +184,7 @@ def one_device() -> Mesh:
     return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
 
-def load(
-    source: str, which: str, mesh: Mesh | None = None, dtype: Any = jnp.float32
-) -> tuple[Pipeline, tuple[int, ...]]:
+def load(source: str, which: str, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Pipeline:
     """A pipeline, or the reference's with the UNet of a run's newest checkpoint in it.
 
     Args:
@@ -198,15 +193,13 @@ def load(
         before the run.
       mesh: of devices that share the parameters; None for one device.
       dtype: of parameters and computation.
-    Returns: the pipeline; times of its UNet's steps if that is a generator, else ().
     """
     shardings = None if mesh is None else functools.partial(sharding.params_sharding, mesh)
     options = Options(dtype=dtype, param_dtype=dtype, shardings=shardings)
     of_parts = dict.fromkeys(SDXL.parts, options)
     is_run = Path(source).is_dir() and not (Path(source) / "model_index.json").exists()
     if not is_run:
-        loaded = load_pipeline(folders.resolve(source), of_parts)
-        return loaded, loaded.timesteps
+        return load_pipeline(folders.resolve(source), of_parts)
     with checkpoint.existing(source) as checkpoints:
         metadata = checkpoints.metadata(checkpoints.latest_step())
         loaded = load_pipeline(folders.resolve(metadata["reference"]), of_parts)
@@ -217,7 +210,7 @@ def load(
             params = checkpoints.restore_item(checkpoints.latest_step(), which, unet.params)
     models = loaded.models | {"unet": unet._replace(params=params)}
     times = () if which == "assistant" else tuple(metadata["generator_timesteps"])
-    return loaded._replace(models=models), times
+    return loaded._replace(models=models, timesteps=times)
 
 
 def _initial(source: str, metadata: dict, unet: Model) -> Any:
@@ -256,9 +249,9 @@ class Asked(NamedTuple):
             )
 
 
-def sampling_of(asked: Asked, loaded: Pipeline, times: tuple[int, ...]) -> Sampling:
-    """What is asked for, of a pipeline. Args: both results of `load`."""
-    times = asked.timesteps or times
+def sampling_of(asked: Asked, loaded: Pipeline) -> Sampling:
+    """What is asked for, of a pipeline."""
+    times = asked.timesteps or loaded.timesteps
     sampler = asked.sampler or ("few_step" if times else "euler")
     _, unet = model_class(loaded.models["unet"].config)
     size = asked.resolution // loaded.vae_scale if asked.resolution else unet.sample_size

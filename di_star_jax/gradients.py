@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both gradients of a Diff-Instruct* step, of one device's part of the batch.
 
-`separate` is the step as the paper has it; schemes.py rearranges it for cost. All here runs inside
-`sharding.on_each`: b is the images of this device, K the generator's steps, U the assistant's
-updates; latents are [b, h, w, 4], images [b, H, W, 3]. Everything random comes in as `Draws`. Sums
-over devices are the caller's: a device returns its share of the gradients of the whole batch's
-mean, and per-sample figures.
+`separate` is the step as the paper has it; schemes.py rearranges it for cost, and configs/sdxl.py
+takes its `looped`. But for `draw`, all here runs inside `sharding.on_each`: b is the images of this
+device, K the generator's steps, U the assistant's updates; latents are [b, h, w, 4], images
+[b, H, W, 3]. Sums over devices are the caller's: a device returns its share of the gradients of the
+whole batch's mean, and per-sample figures.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class Method:
 
 
 class Draws(NamedTuple):
-    """All that is random in one step, the batch first.
+    """All that is random in one step beside its prompts (`PromptStream`), the batch first.
 
     noise: [B, K, h, w, 4] standard normal; the first of K is z.
     step: scalar int32, the generator's step that learns, the same for the whole batch.
@@ -141,7 +141,7 @@ class Figures(NamedTuple):
     assistant: jax.Array
 
 
-def mean(per_sample_loss: jax.Array) -> jax.Array:
+def mean_share(per_sample_loss: jax.Array) -> jax.Array:
     """This device's share of the whole batch's mean."""
     return jnp.sum(per_sample_loss) / (per_sample_loss.shape[0] * sharding.size(*sharding.BATCH))
 
@@ -161,7 +161,7 @@ def simulate(
 
     if len(timesteps) == 1:
         return noise[0], for_all(timesteps[0])
-    unet = method.unet(jax.lax.stop_gradient(generator))
+    unet = method.unet(generator)
 
     def earlier(k, x_t) -> jax.Array:
         t = for_all(timesteps[k])
@@ -260,7 +260,7 @@ def regulariser_gradient(
 
     def mean_loss(x0, scores):
         loss = regulariser(method, scores, method.noise(x0, draws.t, draws.eps))
-        return mean(loss), loss
+        return mean_share(loss), loss
 
     gradient = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)
     (_, loss), (directly, of_scores) = gradient(x0, scores)
@@ -278,7 +278,7 @@ def reward_gradient(
 
     def mean_loss(x0):
         total, each = method.reward(frozen, x0, token_ids, crop)
-        return mean(-total), (total, each)
+        return mean_share(-total), (total, each)
 
     (_, (total, each)), dx0 = jax.value_and_grad(mean_loss, has_aux=True)(x0)
     return dx0, total, each
@@ -292,7 +292,7 @@ def assistant_gradient(
     def mean_loss(assistant):
         eps_psi = method.unet(assistant)(point.x_t, t, condition)
         loss = objectives.denoising_score_matching(eps_psi, point.eps)
-        return mean(loss), loss
+        return mean_share(loss), loss
 
     (_, loss), grads = jax.value_and_grad(mean_loss, has_aux=True)(assistant)
     return grads, loss / point.x0[0].size
@@ -307,7 +307,7 @@ def separate(
     activations and the score networks' need not be held together.
     """
     generator, assistant = trained
-    conditions = jax.lax.stop_gradient(method.encode_text(frozen, token_ids))
+    conditions = method.encode_text(frozen, token_ids)
     x0, pull_back = generate(method, generator, draws, conditions[0])
     networks = score_networks(method, assistant, frozen["reference"], conditions)
     scores, to_x_t = jax.vjp(

@@ -2,7 +2,8 @@
 """The losses that Diff-Instruct* (2410.20898) and Diff-Instruct++ (2410.18881) compare.
 
 Everything is in eps-form: s = -eps / sigma_t turns scores into noise predictions, and the weight
-w(t) = sigma_t of the papers' score form becomes 1 here; `WEIGHTINGS` has others. Arrays are
+w(t) = sigma_t of the papers' score form (sigma_t^2 for `di_star_l2` and `sid`, which are of second
+degree) becomes 1 here; `WEIGHTINGS` has others. `dmd` divides by its own scale. Arrays are
 [B, ...]; losses are [B], one per sample, summed over all other axes. A loss's gradient is what the
 name says; its value mostly means nothing.
 
@@ -40,7 +41,8 @@ def l2_grad(y: jax.Array) -> jax.Array:
     return 2.0 * y
 
 
-# Eq. 3.4 without the reward: -d'(y_t)^T (s_psi - grad log q_t(x_t | x_0)), both times -sigma_t.
+# Eq. 3.4 without the reward: -d'(y_t)^T (s_psi - grad log q_t(x_t | x_0)). Of noise predictions,
+# d' of first degree only changes its sign, and the other factor is -sigma_t times as large.
 def di_star(eps_psi: jax.Array, eps_ref: jax.Array, eps: jax.Array, *, c: float) -> jax.Array:
     """DI*'s regulariser (Algorithm 1): score divergence with the pseudo-Huber distance.
 
@@ -60,7 +62,7 @@ def di_star_l2(eps_psi: jax.Array, eps_ref: jax.Array, eps: jax.Array) -> jax.Ar
     return -_dot(l2_grad(y_t), eps_psi - eps)
 
 
-# Eq. 3.6 (Theorem 3.2), times sigma_t: the implicit reward -log p_ref(x_t|c) / p_ref(x_t).
+# Eq. 3.6 (Theorem 3.2), times sigma_t: minus the implicit reward log p_ref(x_t|c) / p_ref(x_t).
 def implicit_guidance(eps_cond: jax.Array, eps_null: jax.Array, x_t: jax.Array) -> jax.Array:
     """sg(eps_c - eps_0)^T x_t: guidance outside. Args: [B, ...]. Returns: [B]."""
     return _dot(jax.lax.stop_gradient(eps_cond - eps_null), x_t)

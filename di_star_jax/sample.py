@@ -76,8 +76,8 @@ def main() -> None:
             "no --checkpoint; give a run's workdir, a pipeline folder, or a name on the Hub"
         )
     asked().check()
-    loaded, times = drawing.load(args.checkpoint, args.which, dtype=jnp.dtype(args.dtype))
-    sampling = drawing.sampling_of(asked(), loaded, times)
+    loaded = drawing.load(args.checkpoint, args.which, dtype=jnp.dtype(args.dtype))
+    sampling = drawing.sampling_of(asked(), loaded)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     *steps, h, w, c = sampling.noise_shape
     z = jax.random.normal(jax.random.key(args.seed), (*steps, len(prompts), h, w, c))

@@ -21,7 +21,7 @@ from di_star_jax.gradients import (
     evaluate,
     first_update,
     generate,
-    mean,
+    mean_share,
     regulariser_gradient,
     reward_gradient,
     score_networks,
@@ -38,11 +38,11 @@ def shared(
 ) -> tuple[Gradients, Figures]:
     """As `separate`, with one x_t, and one forward pass of the assistant, for both losses.
 
-    The pass is linearised once and pulled back twice: to its input for the generator, to its
-    parameters for itself.
+    The assistant learns at the generator's times, then, not at its own. The pass is linearised once
+    and pulled back twice: to its input for the generator, to its parameters for itself.
     """
     generator, assistant = trained
-    conditions = jax.lax.stop_gradient(method.encode_text(frozen, token_ids))
+    conditions = method.encode_text(frozen, token_ids)
     x0, pull_back = generate(method, generator, draws, conditions[0])
     x_t = method.noise(x0, draws.t, draws.eps).x_t
     eps_psi, of_assistant = jax.vjp(
@@ -72,7 +72,7 @@ def denoising_gradient(eps_psi: jax.Array, eps: jax.Array) -> tuple[jax.Array, j
 
     def mean_loss(eps_psi):
         loss = objectives.denoising_score_matching(eps_psi, eps)
-        return mean(loss), loss
+        return mean_share(loss), loss
 
     (_, loss), gradient = jax.value_and_grad(mean_loss, has_aux=True)(eps_psi)
     return gradient, loss
@@ -83,11 +83,12 @@ def looped(
 ) -> tuple[Gradients, Figures]:
     """As `separate` with a UNet traced three times in place of seven, for slow compilers.
 
-    Once forward for x0, once as a loop over the score networks, once as a loop over the two that
-    learn. The generator's forward pass is made twice.
+    Once forward for x0, once as a loop over the score networks (of objectives with guidance inside;
+    others evaluate theirs one by one), once as a loop over the two that learn. The generator's
+    forward pass is made twice.
     """
     generator, assistant = trained
-    conditions = jax.lax.stop_gradient(method.encode_text(frozen, token_ids))
+    conditions = method.encode_text(frozen, token_ids)
     z, t_z = simulate(method, generator, draws, conditions[0])
     eps_z = method.unet(generator)(z, t_z, conditions[0])
     x0, of_x0 = jax.vjp(functools.partial(x0_of, method, z, t_z), eps_z)
@@ -96,7 +97,8 @@ def looped(
         method.objective,
         score_networks(method, assistant, frozen["reference"], conditions),
     )
-    if method.objective.scores == ("psi", "guided"):
+    both = ("psi", "guided")
+    if method.objective.scores == both and method.objective.through in (both, ()):
         predict = functools.partial(
             scanned_scores, method, assistant, frozen["reference"], conditions
         )

@@ -20,8 +20,9 @@ from di_star_jax.schemes import SCHEMES
 
 
 class TrainState(NamedTuple):
-    """All that a run changes, in the order of the checkpoint.
+    """All that a run changes: a checkpoint holds one item for each field, in this order.
 
+    Beside them it holds `train.metadata_of`; draws and prompts follow from seed and step.
     Parameter trees and moments are float32.
     """
 
@@ -101,7 +102,7 @@ def make_train_step(method: Method, optimizers: Optimizers, mesh: Mesh) -> Step:
     train_step(state, frozen, token_ids, key) -> (state, metrics):
       state: TrainState.
       frozen: parameters that never change: {'reference': a UNet's, ...}, see assembly.py.
-      token_ids: dict of int32 [B, L].
+      token_ids: what text encoders and rewards make of B prompts, trees of [B, ...].
       key: of the run; the step's number is folded in.
       metrics: float32 scalars; `nonfinite` counts the gradients' non-finite norms.
     """

@@ -30,6 +30,8 @@ from di_star_jax.storage.checkpoint import Checkpoints
 def run(config, workdir: str) -> None:
     """Trains as `config` says, continuing what is in `workdir`, and leaves the results there.
 
+    The way to a network: `run` > `step.train_step` > `step.per_device` > a scheme > its evaluation.
+
     Args:
       config: checked ml_collections.ConfigDict, as configs/sdxl.py.
       workdir: gets checkpoints/, TensorBoard events, metrics.jsonl, and at the end diffusers/ (a
@@ -160,7 +162,7 @@ def load_state(
         return checkpoints.restore(latest, abstract)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
-    of_assistant = parts.folder / "unet"
+    of_assistant = parts.pipeline.folder / "unet"
     if config.weights.assistant:
         of_assistant = folders.resolve(config.weights.assistant)
     generator = weights.load(folders.resolve(config.weights.generator), abstract.generator)
@@ -177,7 +179,7 @@ def metadata_of(config, parts: Parts, settings: Settings) -> dict[str, Any]:
     """What convert, sample and evaluate need to know of a run; each checkpoint holds it."""
     return {
         "unet_config": parts.models["unet"].config,
-        "reference": str(parts.folder.absolute()),
+        "reference": str(parts.pipeline.folder.absolute()),
         "generator_timesteps": settings.generator_timesteps,
         "initial": lasting(config.weights.generator),
         "trained_on": {name: scale for name, scale in config.reward.items() if scale},
@@ -231,7 +233,7 @@ def scorer_of(config, parts: Parts, settings: Settings, mesh: Mesh, folder: Path
     sampling = drawing.Sampling(
         "few_step", np.array(settings.generator_timesteps), 1.0, settings.latent_shape
     )
-    drawer = drawing.Drawer(parts.models, parts.schedule, sampling)
+    drawer = drawing.Drawer(parts.pipeline, sampling)
     compiled = drawing.make_scored_draw(drawer, parts.rewards, mesh)
     frozen = parts.frozen()
     del frozen["reference"]
@@ -256,8 +258,8 @@ def export(parts: Parts, generator: Any, timesteps: tuple[int, ...], output: Pat
     export_pipeline(
         generator,
         unet_config=parts.models["unet"].config,
-        reference_folder=parts.folder,
+        reference_folder=parts.pipeline.folder,
         output=output,
-        scheduler=generator_scheduler(parts.folder, timesteps),
+        scheduler=generator_scheduler(parts.pipeline.folder, timesteps),
     )
     log.say(f"exported {output}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")

@@ -237,10 +237,11 @@ def test_a_few_step_generator_keeps_its_times_and_draws_what_diffusers_draws(
     workdir, tmp_path, monkeypatch, caplog
 ):
     _export(workdir, "generator", tmp_path / "out")
-    loaded, times = drawing.load(str(tmp_path / "out"), "ema")
-    assert times == drawing.load(str(workdir), "generator")[1] == (999, 749, 499, 249)
+    loaded = drawing.load(str(tmp_path / "out"), "ema")
+    times = (999, 749, 499, 249)
+    assert loaded.timesteps == drawing.load(str(workdir), "generator").timesteps == times
     asked = drawing.Asked(None, steps=50, guidance_scale=5.0, timesteps=(), resolution=None)
-    sampling = drawing.sampling_of(asked, loaded, times)
+    sampling = drawing.sampling_of(asked, loaded)
     assert sampling.sampler == "few_step" and sampling.noise_shape == (4, 8, 8, 4)
 
     noise = torch.randn((4, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -277,9 +278,9 @@ def test_an_export_that_does_not_say_its_times_is_drawn_in_one_step(workdir, tmp
     scheduler = json.loads(file.read_text())
     assert scheduler.pop("_generator_timesteps") == [999, 749, 499, 249]
     file.write_text(json.dumps(scheduler))
-    assert drawing.load(str(tmp_path / "out"), "ema")[1] == (399,)
+    assert drawing.load(str(tmp_path / "out"), "ema").timesteps == (399,)
     _export(workdir, "assistant", tmp_path / "out")
-    assert drawing.load(str(tmp_path / "out"), "ema")[1] == ()
+    assert drawing.load(str(tmp_path / "out"), "ema").timesteps == ()
 
 
 def test_a_reference_in_half_precision_files_gives_a_pipeline_that_needs_no_variant(

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from di_star_jax.assembly import Parts
 from di_star_jax.cost import flops, plan
 from di_star_jax.diffusion import Schedule
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines.folder import abstract_model
+from di_star_jax.pipelines.folder import Pipeline, abstract_model
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS
 
@@ -100,7 +101,8 @@ def _parts(config, mesh: Mesh) -> Parts:
             params = options["reward"].placed(reward.params)
             rewards[name] = reward._replace(params=params)
     ones = jnp.ones(1000)  # only its shape counts here
-    return Parts(models, rewards, Schedule(ones, ones), tokenizers={}, folder=None)
+    pipeline = Pipeline(Path(), SDXL, models, {}, Schedule(ones, ones), timesteps=())
+    return Parts(pipeline, rewards)
 
 
 def _token_ids(config, parts: Parts, mesh: Mesh) -> dict:
@@ -146,7 +148,7 @@ def sample_work(config, mesh: Mesh) -> Work:
     method = assembly.method_of(config, parts)
     timesteps = np.array(method.settings.generator_timesteps)
     sampling = drawing.Sampling("few_step", timesteps, 1.0, method.settings.latent_shape)
-    drawer = drawing.Drawer(parts.models, parts.schedule, sampling)
+    drawer = drawing.Drawer(parts.pipeline, sampling)
     params = {name: model.params for name, model in parts.models.items()}
     shape = (len(timesteps), config.data.batch_size, *sampling.latent_shape)
     places = NamedSharding(mesh, sharding.batch_spec(sampling.noise_axis))

@@ -5,6 +5,7 @@ Rewards, diversity and, on the shapes world, attributes, on the same noise befor
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,33 +49,20 @@ class HeldOut:
 
     def measure(self, generator: Any) -> tuple[dict[str, float], np.ndarray]:
         """Scores, and the images [PICTURED, H, W, 3] of the first prompts."""
-        images, rewards, features = self._drawn(generator)
+        pictured = []
+        parts = []
+        for start in range(0, len(self.prompts), self.batch_size):
+            drawn = [self._batch(generator, start, k) for k in range(self.samples)]
+            parts.append(self._scores(self.prompts[start : start + self.batch_size], drawn))
+            pictured.append(drawn[0].images)
+        values = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
         scores = {}
-        for name, values in rewards.items():
-            scores[name] = float(values.mean())
-            scores[f"{name}, std"] = float(values.std())
-        for each in list(features.values())[:1]:
-            scores["diversity"] = float(np.mean([diversity(row) for row in each]))
-        if self.reads_attributes:
-            scores["attributes right"] = self._attributes_right(images)
-        return scores, images[:PICTURED, 0]
-
-    def _attributes_right(self, images: np.ndarray) -> float:
-        """The mean over images [N, samples, H, W, 3]."""
-        captions = [prompt.text for prompt in self.prompts for _ in range(self.samples)]
-        flat = pictures.to_uint8(images.reshape(-1, *images.shape[2:]))
-        return float(attributes_right(captions, flat).mean())
-
-    def _drawn(self, generator: Any) -> drawing.Scored:
-        """All images, rewards and features, [N, samples, ...] each."""
-        columns = []
-        for sample in range(self.samples):
-            parts = [
-                self._batch(generator, start, sample)
-                for start in range(0, len(self.prompts), self.batch_size)
-            ]
-            columns.append(jax.tree.map(lambda *parts: np.concatenate(parts), *parts))
-        return jax.tree.map(lambda *columns: np.stack(columns, axis=1), *columns)
+        for name, each in values["rewards"].items():
+            scores[name] = float(each.mean())
+            scores[f"{name}, std"] = float(each.std())
+        for name, each in values["others"].items():
+            scores[name] = float(each.mean())
+        return scores, np.concatenate(pictured)[:PICTURED]
 
     def _batch(self, generator: Any, start: int, sample: int) -> drawing.Scored:
         """One image of each prompt from `start` on; the last batch wraps, for one shape."""
@@ -85,6 +73,20 @@ class HeldOut:
         z = drawing.noise(self.seed, rows, [sample] * len(rows), self.sampling)
         drawn = jax.device_get(self.draw(generator, ids, z))
         return jax.tree.map(lambda x: x[: count - start], drawn)
+
+    def _scores(self, prompts: list[Prompt], drawn: list[drawing.Scored]) -> dict:
+        """Numbers [B, samples], or [B] of all samples together. Args: drawn, a batch by sample."""
+        stack = functools.partial(np.stack, axis=1)
+        rewards = jax.tree.map(lambda *samples: stack(samples), *[one.rewards for one in drawn])
+        features = jax.tree.map(lambda *samples: stack(samples), *[one.features for one in drawn])
+        others = {}
+        for each in list(features.values())[:1]:  # of the first reward that is a CLIP
+            others["diversity"] = np.array([diversity(row) for row in each])
+        if self.reads_attributes:
+            captions = [prompt.text for prompt in prompts]
+            shares = [attributes_right(captions, pictures.to_uint8(one.images)) for one in drawn]
+            others["attributes right"] = stack(shares)
+        return {"rewards": rewards, "others": others}
 
 
 def keep_before(folder: Path, scores: dict[str, float], images: np.ndarray) -> None:
@@ -108,6 +110,8 @@ def compare(
     rows = []
     rises = []
     for name, value in after.items():
+        if name not in before:  # measured since the run was resumed
+            continue
         change = value - before[name]
         rows.append([name, f"{before[name]:.4f}", f"{value:.4f}", f"{change:+.4f}"])
         spread = before.get(f"{name}, std")

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one family of models has of its own; a family is one file beside this one."""
+"""What one family of models has of its own; a family is one file beside this one.
+
+A new one also brings its networks to models/ and their classes to folder._PORTS, their published
+sizes to models/published.py, and a config. Whoever names SDXL (grep) must then ask the pipeline.
+"""
 
 import dataclasses
 from collections.abc import Callable

@@ -110,7 +110,7 @@ class World:
         timesteps = np.array(generator_timesteps(config.generator, SDXL.one_step))
         shape = self.parts.latent_shape(config.data.resolution)
         self._sampling = drawing.Sampling("few_step", timesteps, 1.0, shape)
-        drawer = drawing.Drawer(self.parts.models, self.parts.schedule, self._sampling)
+        drawer = drawing.Drawer(self.parts.pipeline, self._sampling)
         self._draw = drawing.make_scored_draw(drawer, self.parts.rewards, mesh)
         self._ids = self.parts.tokenize(self.captions)
         self.teacher = statistics(self._teacher(workdir / "teacher.npy", config.objective.omega))
@@ -125,7 +125,7 @@ class World:
         sampling = drawing.Sampling(
             "euler", samplers.leading_timesteps(50), omega, self._sampling.latent_shape
         )
-        draw = drawing.draw_prompts(load_pipeline(self.parts.folder), sampling)
+        draw = drawing.draw_prompts(load_pipeline(self.parts.pipeline.folder), sampling)
         captions, features = self.captions * 2, []
         for start in range(0, len(captions), BATCH):
             key = jax.random.fold_in(jax.random.key(11), start)
