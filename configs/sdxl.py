@@ -232,7 +232,9 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
 
 
 def override(
-    config: ml_collections.ConfigDict, preset: str, presets: dict
+    config: ml_collections.ConfigDict,
+    preset: str,
+    presets: dict,
 ) -> ml_collections.ConfigDict:
     """The config with one row of a table of presets. Raises: UserError for an unknown name."""
     if preset not in presets:

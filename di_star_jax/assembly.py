@@ -151,7 +151,11 @@ def reward_of_latents(config, parts: Parts) -> Callable:
     return reward
 
 
-def settings_of(config, latent_shape: tuple[int, int, int], family: Family) -> Settings:
+def settings_of(
+    config,
+    latent_shape: tuple[int, int, int],
+    family: Family,
+) -> Settings:
     """The plain values that the step needs of a config."""
     objective = config.objective
     scheme = {"x0": "separate", "x_t": "shared"}[config.assistant.sharing]
@@ -182,14 +186,22 @@ def optimizers_of(config) -> step.Optimizers:
     )
 
 
-def abstract_state(unet: Model, optimizers: step.Optimizers, mesh: Mesh) -> step.TrainState:
+def abstract_state(
+    unet: Model,
+    optimizers: step.Optimizers,
+    mesh: Mesh,
+) -> step.TrainState:
     """The state's shapes and shardings. Args: unet, the generator's model."""
     params = sharding.abstract(unet.params, dtype=jnp.float32)
     state = jax.eval_shape(lambda g, a: step.init_state(g, a, optimizers), params, params)
     return sharding.abstract(state, sharding.params_sharding(mesh, state))
 
 
-def jit_step(train_step: step.Step, state: step.TrainState, mesh: Mesh) -> Callable:
+def jit_step(
+    train_step: step.Step,
+    state: step.TrainState,
+    mesh: Mesh,
+) -> Callable:
     """A step compiled with its state donated, and left where it was.
 
     Args: state, for its shardings; may be abstract.

@@ -120,7 +120,11 @@ def times_of(call: Callable[[], object], repeats: int) -> list[float]:
     return seconds
 
 
-def summary(seconds: list[float], samples: int, devices: int) -> dict[str, float]:
+def summary(
+    seconds: list[float],
+    samples: int,
+    devices: int,
+) -> dict[str, float]:
     """Median, p10 and p90, and what follows from the median.
 
     Args: seconds a call; samples of all devices together.
@@ -170,7 +174,11 @@ def _preset(chip: str | None) -> dict:
     return {"platform": platform, "preset": preset, "preset_set": is_set}
 
 
-def roofline(flop: float, traffic: dict, chip: Chip) -> dict[str, float]:
+def roofline(
+    flop: float,
+    traffic: dict,
+    chip: Chip,
+) -> dict[str, float]:
     """Least seconds a call. Args: flop of one device's model; traffic of `flops.collectives`."""
     received = sum(size for (_, what), size in traffic.items() if what == "bytes")
     return {"compute_s": flop / chip.flops, "network_s": received / chip.network}
@@ -281,7 +289,11 @@ def run(config, request: Request) -> dict:
     return result
 
 
-def _prepare(config, request: Request, devices: list[jax.Device]) -> None:
+def _prepare(
+    config,
+    request: Request,
+    devices: list[jax.Device],
+) -> None:
     """Sets the batch, and refuses what cannot run."""
     config.dry_run = True
     if request.per_device or request.topology:
@@ -304,7 +316,11 @@ def _settings(config, mesh: Mesh) -> dict:
     }
 
 
-def _compilation(compiled: aot.Compiled, mesh: Mesh, flop: float) -> dict:
+def _compilation(
+    compiled: aot.Compiled,
+    mesh: Mesh,
+    flop: float,
+) -> dict:
     """Args: flop of one device's model."""
     name = chip_of(mesh.devices.flat[0].device_kind)
     chip = CHIPS.get(name)
@@ -324,7 +340,12 @@ def _compilation(compiled: aot.Compiled, mesh: Mesh, flop: float) -> dict:
     return result
 
 
-def _measurement(work: aot.Work, compiled: aot.Compiled, result: dict, repeats: int) -> dict:
+def _measurement(
+    work: aot.Work,
+    compiled: aot.Compiled,
+    result: dict,
+    repeats: int,
+) -> dict:
     """Args: result, so far."""
     args = materialise(work.args)
 

@@ -107,7 +107,11 @@ def check(config, device_count: int) -> None:
         _check_sources(config)
 
 
-def one_of(name: str, value: str, known) -> None:
+def one_of(
+    name: str,
+    value: str,
+    known,
+) -> None:
     """Refuses a value that is not one of the known ones."""
     if value not in known:
         choices = ", ".join(map(repr, known))
@@ -252,7 +256,11 @@ def _check_mesh(config, device_count: int) -> None:
     _check_rows(config, context)
 
 
-def _check_batch(name: str, batch: int, shape: tuple[int, int, int]) -> None:
+def _check_batch(
+    name: str,
+    batch: int,
+    shape: tuple[int, int, int],
+) -> None:
     """Args: name, of the field; shape, of the mesh."""
     data, fsdp, context = shape
     shares = data * fsdp
@@ -306,7 +314,11 @@ def _check_prompts(option: str, section) -> None:
         )
 
 
-def _check_weights(name: str, value: str, advice: str) -> None:
+def _check_weights(
+    name: str,
+    value: str,
+    advice: str,
+) -> None:
     """Refuses a path that is not there; names on the Hub are looked up when they are loaded."""
     looks_local = (
         value.startswith((".", "/", "~"))

@@ -55,7 +55,11 @@ def to_orbax(folder: Path, output: Path) -> None:
         checkpoints.save(0, state, metadata)
 
 
-def _restored(folder: Path, step: int | None, which: str) -> tuple[dict, Any]:
+def _restored(
+    folder: Path,
+    step: int | None,
+    which: str,
+) -> tuple[dict, Any]:
     """A checkpoint's metadata, and one of its UNets. Args: step, None for the newest."""
     if step is None and folder.name.isdigit() and (folder / "metadata").is_dir():
         folder, step = folder.parent, int(folder.name)
@@ -71,7 +75,11 @@ def _restored(folder: Path, step: int | None, which: str) -> tuple[dict, Any]:
         return metadata, checkpoints.restore_item(step, which, abstract)
 
 
-def _scheduler(which: str, metadata: dict, reference_folder: Path) -> dict:
+def _scheduler(
+    which: str,
+    metadata: dict,
+    reference_folder: Path,
+) -> dict:
     if which not in ("generator", "ema"):
         return folders.read_config(reference_folder, *folders.SCHEDULER)
     times = metadata.get("generator_timesteps", [SDXL.one_step])
@@ -79,7 +87,13 @@ def _scheduler(which: str, metadata: dict, reference_folder: Path) -> dict:
 
 
 def to_diffusers(
-    folder: Path, which: str, output: Path, *, step: int | None, dtype: str, reference: str | None
+    folder: Path,
+    which: str,
+    output: Path,
+    *,
+    step: int | None,
+    dtype: str,
+    reference: str | None,
 ) -> None:
     """Writes one UNet of a checkpoint as a pipeline, the rest of it from the run's reference.
 

@@ -20,7 +20,11 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(
-    *, num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str
+    *,
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str,
 ) -> Schedule:
     """alpha_t = sqrt(prod(1 - beta_s)), sigma_t = sqrt(1 - alpha_t^2), computed in float64.
 
@@ -65,7 +69,12 @@ def per_sample(v: jax.Array, like: jax.Array) -> jax.Array:
     return v.reshape(v.shape + (1,) * (like.ndim - 1))
 
 
-def add_noise(x0: jax.Array, eps: jax.Array, alpha_t: jax.Array, sigma_t: jax.Array) -> jax.Array:
+def add_noise(
+    x0: jax.Array,
+    eps: jax.Array,
+    alpha_t: jax.Array,
+    sigma_t: jax.Array,
+) -> jax.Array:
     """x_t = alpha_t x_0 + sigma_t eps.
 
     Args: x0, eps [B, ...]; alpha_t, sigma_t [B]. Returns: [B, ...].
@@ -73,7 +82,12 @@ def add_noise(x0: jax.Array, eps: jax.Array, alpha_t: jax.Array, sigma_t: jax.Ar
     return per_sample(alpha_t, x0) * x0 + per_sample(sigma_t, x0) * eps
 
 
-def eps_to_x0(x_t: jax.Array, eps: jax.Array, alpha_t: jax.Array, sigma_t: jax.Array) -> jax.Array:
+def eps_to_x0(
+    x_t: jax.Array,
+    eps: jax.Array,
+    alpha_t: jax.Array,
+    sigma_t: jax.Array,
+) -> jax.Array:
     """x_0 = (x_t - sigma_t eps) / alpha_t.
 
     Args: x_t, eps [B, ...]; alpha_t, sigma_t [B]. Returns: [B, ...].
@@ -81,7 +95,11 @@ def eps_to_x0(x_t: jax.Array, eps: jax.Array, alpha_t: jax.Array, sigma_t: jax.A
     return (x_t - per_sample(sigma_t, x_t) * eps) / per_sample(alpha_t, x_t)
 
 
-def guide(eps_cond: jax.Array, eps_uncond: jax.Array, omega: float) -> jax.Array:
+def guide(
+    eps_cond: jax.Array,
+    eps_uncond: jax.Array,
+    omega: float,
+) -> jax.Array:
     """Classifier-free guidance eps_0 + omega (eps_c - eps_0); omega = 1 is no guidance.
 
     Same shapes in and out.

@@ -64,7 +64,12 @@ class Sampling(NamedTuple):
         return self.guidance_scale not in (0.0, 1.0)
 
 
-def noise(seed: int, rows: Sequence[int], samples: Sequence[int], sampling: Sampling) -> np.ndarray:
+def noise(
+    seed: int,
+    rows: Sequence[int],
+    samples: Sequence[int],
+    sampling: Sampling,
+) -> np.ndarray:
     """Standard normal, of seed, prompt's row and sample alone, whatever the batch.
 
     Args: rows and samples, B numbers each: of the prompt in its file, and of the image.
@@ -89,7 +94,12 @@ class Drawer:
     pipeline: Pipeline
     sampling: Sampling
 
-    def images(self, params: dict, token_ids: dict, z: jax.Array) -> jax.Array:
+    def images(
+        self,
+        params: dict,
+        token_ids: dict,
+        z: jax.Array,
+    ) -> jax.Array:
         """Images [b, H, W, 3] in [-1, 1].
 
         Args: params, of unet, vae and text encoders; z [b, h, w, C], [K, b, h, w, C] for few_step.
@@ -136,7 +146,11 @@ def make_draw(drawer: Drawer, mesh: Mesh) -> Callable:
     return _over_devices(drawer.images, drawer.sampling, mesh)
 
 
-def make_scored_draw(drawer: Drawer, rewards: dict[str, Reward], mesh: Mesh) -> Callable:
+def make_scored_draw(
+    drawer: Drawer,
+    rewards: dict[str, Reward],
+    mesh: Mesh,
+) -> Callable:
     """As `make_draw`, returning `Scored`. Its params hold those of the rewards, by name, too."""
 
     def draw(params, token_ids, z):
@@ -153,7 +167,11 @@ def make_scored_draw(drawer: Drawer, rewards: dict[str, Reward], mesh: Mesh) -> 
     return _over_devices(draw, drawer.sampling, mesh)
 
 
-def _over_devices(draw: Callable, sampling: Sampling, mesh: Mesh) -> Callable:
+def _over_devices(
+    draw: Callable,
+    sampling: Sampling,
+    mesh: Mesh,
+) -> Callable:
     """draw(params, token_ids, z) of each device's part, as a compiled function of the whole."""
     batch = sharding.batch_spec()
     of_noise = sharding.batch_spec(sampling.noise_axis)
@@ -165,7 +183,11 @@ def _over_devices(draw: Callable, sampling: Sampling, mesh: Mesh) -> Callable:
     return jax.jit(whole, out_shardings=sharding.replicated(mesh))
 
 
-def draw_prompts(loaded: Pipeline, sampling: Sampling, mesh: Mesh | None = None) -> Callable:
+def draw_prompts(
+    loaded: Pipeline,
+    sampling: Sampling,
+    mesh: Mesh | None = None,
+) -> Callable:
     """Returns draw(B prompts, z) -> images float32 [B, H, W, 3] in [-1, 1], a NumPy array.
 
     Args: mesh, where the pipeline was loaded to; None for one device.
@@ -184,7 +206,12 @@ def one_device() -> Mesh:
     return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
 
-def load(source: str, which: str, mesh: Mesh | None = None, dtype: Any = jnp.float32) -> Pipeline:
+def load(
+    source: str,
+    which: str,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+) -> Pipeline:
     """A pipeline, or the reference's with the UNet of a run's newest checkpoint in it.
 
     Args:
@@ -213,7 +240,11 @@ def load(source: str, which: str, mesh: Mesh | None = None, dtype: Any = jnp.flo
     return loaded._replace(models=models, timesteps=times)
 
 
-def _initial(source: str, metadata: dict, unet: Model) -> Any:
+def _initial(
+    source: str,
+    metadata: dict,
+    unet: Model,
+) -> Any:
     """Parameters of the generator that a run began from."""
     if "initial" not in metadata:
         raise UserError(

@@ -68,7 +68,12 @@ class Method:
         """The row of OBJECTIVES that the settings name."""
         return OBJECTIVES[self.settings.objective]
 
-    def noise(self, x0: jax.Array, t: jax.Array, eps: jax.Array) -> Point:
+    def noise(
+        self,
+        x0: jax.Array,
+        t: jax.Array,
+        eps: jax.Array,
+    ) -> Point:
         """x0 at the times t, int32 [b], with x_t = alpha_t x0 + sigma_t eps."""
         alpha_t = self.schedule.alpha[t]
         sigma_t = self.schedule.sigma[t]
@@ -94,7 +99,11 @@ class Draws(NamedTuple):
     crop: jax.Array
 
 
-def draw(key: jax.Array, batch: int, settings: Settings) -> Draws:
+def draw(
+    key: jax.Array,
+    batch: int,
+    settings: Settings,
+) -> Draws:
     """The draws of one step: all its random streams, and from which key each comes.
 
     Args: key, of the step; batch, of all devices together.
@@ -119,7 +128,9 @@ def draw(key: jax.Array, batch: int, settings: Settings) -> Draws:
 
 
 def times_and_noise(
-    key: jax.Array, times: tuple[int, int], shape: tuple[int, ...]
+    key: jax.Array,
+    times: tuple[int, int],
+    shape: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """Uniform integer times, both ends included, and noise."""
     key_t, key_eps = jax.random.split(key)
@@ -147,7 +158,10 @@ def mean_share(per_sample_loss: jax.Array) -> jax.Array:
 
 
 def simulate(
-    method: Method, generator: Params, draws: Draws, condition: Condition
+    method: Method,
+    generator: Params,
+    draws: Draws,
+    condition: Condition,
 ) -> tuple[jax.Array, jax.Array]:
     """DMD2's backward simulation: what the generator's step `draws.step` is given.
 
@@ -172,13 +186,21 @@ def simulate(
     return x_t, for_all(timesteps[draws.step])
 
 
-def x0_of(method: Method, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+def x0_of(
+    method: Method,
+    x_t: jax.Array,
+    t: jax.Array,
+    eps: jax.Array,
+) -> jax.Array:
     """x_0 [b, h, w, 4] of a noise prediction at x_t and the times t [b]."""
     return eps_to_x0(x_t, eps, method.schedule.alpha[t], method.schedule.sigma[t])
 
 
 def generate(
-    method: Method, generator: Params, draws: Draws, condition: Condition
+    method: Method,
+    generator: Params,
+    draws: Draws,
+    condition: Condition,
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[Params]]]:
     """x_0 [b, h, w, 4] of the step that learns, and from its cotangent to (the parameters',)."""
     z, t = simulate(method, generator, draws, condition)
@@ -228,7 +250,10 @@ def score_networks(
 
 
 def evaluate(
-    objective: objectives.Objective, networks: dict[str, EpsFn], t: jax.Array, x_t: jax.Array
+    objective: objectives.Objective,
+    networks: dict[str, EpsFn],
+    t: jax.Array,
+    x_t: jax.Array,
 ) -> Scores:
     """The noise predictions that an objective wants, each without gradient where it wants none."""
     still = jax.lax.stop_gradient(x_t)
@@ -238,7 +263,11 @@ def evaluate(
     return Scores(**found)
 
 
-def regulariser(method: Method, scores: Scores, point: Point) -> jax.Array:
+def regulariser(
+    method: Method,
+    scores: Scores,
+    point: Point,
+) -> jax.Array:
     """L_reg [b] (Eq. 3.4), weighted and reduced as the settings say."""
     settings = method.settings
     loss = method.objective.loss(scores, point, settings.constants)
@@ -272,7 +301,11 @@ def regulariser_gradient(
 
 
 def reward_gradient(
-    method: Method, x0: jax.Array, frozen: dict, token_ids: dict, crop: jax.Array
+    method: Method,
+    x0: jax.Array,
+    frozen: dict,
+    token_ids: dict,
+    crop: jax.Array,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """d/dx0 of the mean of -alpha_rew r(x0, c), and both results of `method.reward`."""
 
@@ -285,7 +318,11 @@ def reward_gradient(
 
 
 def assistant_gradient(
-    method: Method, assistant: Params, point: Point, t: jax.Array, condition: Condition
+    method: Method,
+    assistant: Params,
+    point: Point,
+    t: jax.Array,
+    condition: Condition,
 ) -> tuple[Params, jax.Array]:
     """The gradient of denoising score matching at x_t (Eq. 2.2), and its loss [b] per element."""
 
@@ -299,7 +336,11 @@ def assistant_gradient(
 
 
 def separate(
-    method: Method, trained: Trained, frozen: dict, token_ids: dict, draws: Draws
+    method: Method,
+    trained: Trained,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
 ) -> tuple[Gradients, Figures]:
     """(gradients of generator and assistant, figures); the two losses share x0 alone.
 
@@ -323,7 +364,11 @@ def separate(
     return (generator_grads, assistant_grads), Figures(x0, reward, rewards, loss_reg, loss_psi)
 
 
-def first_update(method: Method, x0: jax.Array, draws: Draws) -> tuple[Point, jax.Array]:
+def first_update(
+    method: Method,
+    x0: jax.Array,
+    draws: Draws,
+) -> tuple[Point, jax.Array]:
     """(x0 noised for the assistant's first update, its times)."""
     t = draws.t_psi[:, 0]
     return method.noise(x0, t, draws.eps_psi[:, 0]), t
@@ -347,7 +392,10 @@ def of_assistant(
 
 
 def samples(
-    method: Method, networks: tuple[Params, dict], token_ids: dict, draws: Draws
+    method: Method,
+    networks: tuple[Params, dict],
+    token_ids: dict,
+    draws: Draws,
 ) -> tuple[tuple, jax.Array]:
     """((), x0 [b, h, w, 4]), which has no gradient. Args: networks, the generator's and frozen."""
     generator, frozen = networks

@@ -58,7 +58,12 @@ class Writer:
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
 
-    def image(self, step: int, tag: str, array: np.ndarray) -> None:
+    def image(
+        self,
+        step: int,
+        tag: str,
+        array: np.ndarray,
+    ) -> None:
         """Args: step, tag, array uint8 [H, W, 3]."""
         if self._events is not None:
             self._events.add_image(tag, array, step, dataformats="HWC")
@@ -86,7 +91,12 @@ class Progress:
     The lines are our own, for tqdm redraws one line, which a log file keeps as thousands.
     """
 
-    def __init__(self, total: int, start: int, unit: str = "step"):
+    def __init__(
+        self,
+        total: int,
+        start: int,
+        unit: str = "step",
+    ):
         self._total = total
         self._start = start
         self._unit = unit

@@ -43,7 +43,13 @@ def l2_grad(y: jax.Array) -> jax.Array:
 
 # Eq. 3.4 without the reward: -d'(y_t)^T (s_psi - grad log q_t(x_t | x_0)). Of noise predictions,
 # d' of first degree only changes its sign, and the other factor is -sigma_t times as large.
-def di_star(eps_psi: jax.Array, eps_ref: jax.Array, eps: jax.Array, *, c: float) -> jax.Array:
+def di_star(
+    eps_psi: jax.Array,
+    eps_ref: jax.Array,
+    eps: jax.Array,
+    *,
+    c: float,
+) -> jax.Array:
     """DI*'s regulariser (Algorithm 1): score divergence with the pseudo-Huber distance.
 
     Its gradient is that of the divergence (3.2) if it flows through x_t into both networks. With
@@ -56,21 +62,35 @@ def di_star(eps_psi: jax.Array, eps_ref: jax.Array, eps: jax.Array, *, c: float)
     return -_dot(pseudo_huber_grad(y_t, c=c), eps_psi - eps)
 
 
-def di_star_l2(eps_psi: jax.Array, eps_ref: jax.Array, eps: jax.Array) -> jax.Array:
+def di_star_l2(
+    eps_psi: jax.Array,
+    eps_ref: jax.Array,
+    eps: jax.Array,
+) -> jax.Array:
     """`di_star` with the distance ||y||^2."""
     y_t = eps_psi - eps_ref
     return -_dot(l2_grad(y_t), eps_psi - eps)
 
 
 # Eq. 3.6 (Theorem 3.2), times sigma_t: minus the implicit reward log p_ref(x_t|c) / p_ref(x_t).
-def implicit_guidance(eps_cond: jax.Array, eps_null: jax.Array, x_t: jax.Array) -> jax.Array:
+def implicit_guidance(
+    eps_cond: jax.Array,
+    eps_null: jax.Array,
+    x_t: jax.Array,
+) -> jax.Array:
     """sg(eps_c - eps_0)^T x_t: guidance outside. Args: [B, ...]. Returns: [B]."""
     return _dot(jax.lax.stop_gradient(eps_cond - eps_null), x_t)
 
 
 # SiD (arXiv 2404.04057): (x_ref - x_psi)^T ((x_ref - x_0) - a (x_ref - x_psi)), here times
 # 2 alpha_t^2 / sigma_t^2.
-def sid(eps_psi: jax.Array, eps_ref: jax.Array, eps: jax.Array, *, alpha: float) -> jax.Array:
+def sid(
+    eps_psi: jax.Array,
+    eps_ref: jax.Array,
+    eps: jax.Array,
+    *,
+    alpha: float,
+) -> jax.Array:
     """Score identity distillation, equal to `di_star_l2` at alpha = 1.
 
     SiD's divisor mean|x_ref - x_0| is left out. Args: as `di_star`; SiD's alpha. Returns: [B].
@@ -80,7 +100,11 @@ def sid(eps_psi: jax.Array, eps_ref: jax.Array, eps: jax.Array, *, alpha: float)
 
 
 # Diff-Instruct (arXiv 2305.18455): integral KL has the gradient (s_psi - s_ref)^T d x_t / d theta.
-def kl(eps_psi: jax.Array, eps_ref: jax.Array, x_t: jax.Array) -> jax.Array:
+def kl(
+    eps_psi: jax.Array,
+    eps_ref: jax.Array,
+    x_t: jax.Array,
+) -> jax.Array:
     """-sg(eps_psi - eps_ref)^T x_t: integral KL, of Diff-Instruct and Diff-Instruct++.
 
     Args: [B, ...]. Returns: [B].
@@ -89,7 +113,11 @@ def kl(eps_psi: jax.Array, eps_ref: jax.Array, x_t: jax.Array) -> jax.Array:
 
 
 # DMD (arXiv 2311.18828), per sample and summed; its mean over pixels is objective.reduction="mean".
-def dmd(x_psi: jax.Array, x_ref: jax.Array, x0: jax.Array) -> jax.Array:
+def dmd(
+    x_psi: jax.Array,
+    x_ref: jax.Array,
+    x0: jax.Array,
+) -> jax.Array:
     """sg((x_psi - x_ref) / mean|x_0 - x_ref|)^T x_0: KL with DMD's normalised gradient.
 
     The divisor is at least 1e-5, as SiD's, so that a reference that predicts x_0 exactly leaves it
@@ -159,7 +187,11 @@ class Objective:
     through: tuple[str, ...]
 
 
-def _outside(s: Scores, p: Point, k: Constants) -> jax.Array:
+def _outside(
+    s: Scores,
+    p: Point,
+    k: Constants,
+) -> jax.Array:
     """`di_star` against the unguided reference, and the implicit reward (Theorem 3.2)."""
     divergence = di_star(s.psi, s.cond, p.eps, c=k.huber_c * p.root_d)
     return divergence + k.alpha_cfg * implicit_guidance(s.cond, s.null, p.x_t)

@@ -17,7 +17,12 @@ def save_png(path: str | os.PathLike, array: np.ndarray) -> None:
     Image.fromarray(array).save(path, format="PNG")
 
 
-def image_grid(images: np.ndarray, columns: int, *, padding: int = 2) -> np.ndarray:
+def image_grid(
+    images: np.ndarray,
+    columns: int,
+    *,
+    padding: int = 2,
+) -> np.ndarray:
     """Pictures in rows of `columns` on white.
 
     Args: images [N, H, W, 3] in [-1, 1]. Returns: uint8 [rows * (H + padding) - padding, ..., 3].
@@ -34,7 +39,12 @@ def image_grid(images: np.ndarray, columns: int, *, padding: int = 2) -> np.ndar
     return grid
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) -> str:
+def _wrapped(
+    text: str,
+    width: int,
+    font: ImageFont.FreeTypeFont,
+    lines: int,
+) -> str:
     """Breaks `text` at blanks to fit `width` pixels, at most `lines` lines."""
     broken = [""]
     for word in text.split():
@@ -49,7 +59,12 @@ def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, lines: int) ->
 
 
 def before_after_grid(
-    before: np.ndarray, after: np.ndarray, prompts: list[str], *, columns: int = 4, side: int = 128
+    before: np.ndarray,
+    after: np.ndarray,
+    prompts: list[str],
+    *,
+    columns: int = 4,
+    side: int = 128,
 ) -> np.ndarray:
     """A labelled picture: each cell shows one prompt's image before (left) and after (right), the
     prompt below.

@@ -35,7 +35,12 @@ def dpm_solver_timesteps(num_steps: int, num_train_timesteps: int = 1000) -> np.
     )
 
 
-def one_step(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule) -> jax.Array:
+def one_step(
+    eps_fn: EpsFn,
+    z: jax.Array,
+    timesteps: np.ndarray,
+    schedule: Schedule,
+) -> jax.Array:
     """x_0 = (z - sigma_t eps(z, t)) / alpha_t: the one-step generator of DMD2 and DI*, whose z is
     not scaled.
 
@@ -52,7 +57,10 @@ def one_step(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Sched
 
 
 def few_step(
-    eps_fn: EpsFn, noise: jax.Array, timesteps: np.ndarray, schedule: Schedule
+    eps_fn: EpsFn,
+    noise: jax.Array,
+    timesteps: np.ndarray,
+    schedule: Schedule,
 ) -> jax.Array:
     """x_0 from each time, noised again to the next one: a few-step generator of DMD2.
 
@@ -84,7 +92,10 @@ class _Steps(NamedTuple):
 
 
 def _steps(
-    timesteps: np.ndarray, schedule: Schedule, last_alpha: jax.Array, last_sigma: jax.Array
+    timesteps: np.ndarray,
+    schedule: Schedule,
+    last_alpha: jax.Array,
+    last_sigma: jax.Array,
 ) -> _Steps:
     """The steps between falling times, and from the last of them to an end."""
     alpha = schedule.alpha[timesteps]
@@ -98,7 +109,11 @@ def _steps(
     )
 
 
-def _deterministic(eps_fn: EpsFn, z: jax.Array, steps: _Steps) -> jax.Array:
+def _deterministic(
+    eps_fn: EpsFn,
+    z: jax.Array,
+    steps: _Steps,
+) -> jax.Array:
     """x_t / alpha_t moves along eps by the change of sigma_t / alpha_t.
 
     That is DDIM with eta 0, and Euler's method on the ODE of VE.
@@ -113,7 +128,12 @@ def _deterministic(eps_fn: EpsFn, z: jax.Array, steps: _Steps) -> jax.Array:
     return x_t
 
 
-def ddim(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule) -> jax.Array:
+def ddim(
+    eps_fn: EpsFn,
+    z: jax.Array,
+    timesteps: np.ndarray,
+    schedule: Schedule,
+) -> jax.Array:
     """DDIM with eta 0, ending at alpha_0. Args and result as `one_step`, timesteps falling, [N].
 
     Source: diffusers `DDIMScheduler` with `set_alpha_to_one=False`.
@@ -122,7 +142,12 @@ def ddim(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule)
     return _deterministic(eps_fn, z, steps)
 
 
-def euler(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule) -> jax.Array:
+def euler(
+    eps_fn: EpsFn,
+    z: jax.Array,
+    timesteps: np.ndarray,
+    schedule: Schedule,
+) -> jax.Array:
     """Euler steps of the probability-flow ODE, ending at sigma 0. Args and result as `ddim`.
 
     Source: diffusers `EulerDiscreteScheduler`; its x is x_t / alpha_t, and its first one is z /
@@ -133,7 +158,10 @@ def euler(eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule
 
 
 def dpm_solver_pp(
-    eps_fn: EpsFn, z: jax.Array, timesteps: np.ndarray, schedule: Schedule
+    eps_fn: EpsFn,
+    z: jax.Array,
+    timesteps: np.ndarray,
+    schedule: Schedule,
 ) -> jax.Array:
     """DPM-Solver++(2M): second-order multistep on x_0, deterministic, ending at sigma 0.
 

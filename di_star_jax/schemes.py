@@ -34,7 +34,11 @@ from di_star_jax.objectives import Scores
 
 
 def shared(
-    method: Method, trained: Trained, frozen: dict, token_ids: dict, draws: Draws
+    method: Method,
+    trained: Trained,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
 ) -> tuple[Gradients, Figures]:
     """As `separate`, with one x_t, and one forward pass of the assistant, for both losses.
 
@@ -79,7 +83,11 @@ def denoising_gradient(eps_psi: jax.Array, eps: jax.Array) -> tuple[jax.Array, j
 
 
 def looped(
-    method: Method, trained: Trained, frozen: dict, token_ids: dict, draws: Draws
+    method: Method,
+    trained: Trained,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
 ) -> tuple[Gradients, Figures]:
     """As `separate` with a UNet traced three times in place of seven, for slow compilers.
 
@@ -151,7 +159,11 @@ def scanned_scores(
     return Scores(psi=eps[0], guided=eps[1] if omega == 1.0 else guide(eps[1], eps[2], omega))
 
 
-def select(first: jax.Array, a: Params, b: Params) -> Params:
+def select(
+    first: jax.Array,
+    a: Params,
+    b: Params,
+) -> Params:
     """`a` where `first`, else `b`.
 
     Large leaves are in b's dtype, small ones (norms) in the wider of both.

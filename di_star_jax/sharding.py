@@ -28,7 +28,13 @@ SMALL = 2**16  # elements; below this, splitting a leaf costs more than it saves
 LARGE = 2**18  # elements, 1 MB in float32; above this, a leaf that cannot be split is refused
 
 
-def make_mesh(data: int, fsdp: int, context: int = 1, *, devices=None) -> Mesh:
+def make_mesh(
+    data: int,
+    fsdp: int,
+    context: int = 1,
+    *,
+    devices=None,
+) -> Mesh:
     """A mesh over all devices.
 
     Args:
@@ -43,7 +49,12 @@ def make_mesh(data: int, fsdp: int, context: int = 1, *, devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def mesh_shape(data: int, fsdp: int, context: int, device_count: int) -> tuple[int, int, int]:
+def mesh_shape(
+    data: int,
+    fsdp: int,
+    context: int,
+    device_count: int,
+) -> tuple[int, int, int]:
     """(data, fsdp, context) of the mesh, with -1 filled in.
 
     Raises: UserError where they do not make up `device_count`.
@@ -74,7 +85,11 @@ def mesh_shape(data: int, fsdp: int, context: int, device_count: int) -> tuple[i
     return data, fsdp, context
 
 
-def _spec(path: tuple, shape: tuple[int, ...], parts: int) -> PartitionSpec:
+def _spec(
+    path: tuple,
+    shape: tuple[int, ...],
+    parts: int,
+) -> PartitionSpec:
     """Splits the largest axis that `parts` divides, the last of equals; small leaves stay whole."""
     if parts == 1 or math.prod(shape) < SMALL:
         return PartitionSpec()
@@ -125,7 +140,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def abstract(tree: Any, shardings: Any = None, dtype: Any = None) -> Any:
+def abstract(
+    tree: Any,
+    shardings: Any = None,
+    dtype: Any = None,
+) -> Any:
     """A tree of arrays, or of their shapes, as `jax.ShapeDtypeStruct`s.
 
     Args:
@@ -140,7 +159,11 @@ def abstract(tree: Any, shardings: Any = None, dtype: Any = None) -> Any:
     return jax.tree.map(leaf, tree, each)
 
 
-def local_rows(mesh: Mesh, batch_size: int, devices: list | None = None) -> list[int]:
+def local_rows(
+    mesh: Mesh,
+    batch_size: int,
+    devices: list | None = None,
+) -> list[int]:
     """The rows of a batch that some devices hold, ascending, each once.
 
     The devices of a context hold the same rows, and may belong to several processes.
@@ -152,7 +175,11 @@ def local_rows(mesh: Mesh, batch_size: int, devices: list | None = None) -> list
     return sorted({row for rows in ours for row in range(*rows.indices(batch_size))})
 
 
-def place_batch(tree: Any, mesh: Mesh, batch_size: int) -> Any:
+def place_batch(
+    tree: Any,
+    mesh: Mesh,
+    batch_size: int,
+) -> Any:
     """Arrays of a whole batch, split as `batch_sharding` says, from what each process has of it.
 
     Args: tree of arrays [rows, ...], the process's `local_rows` or all rows; batch_size, of all
@@ -167,7 +194,12 @@ def place_batch(tree: Any, mesh: Mesh, batch_size: int) -> Any:
     return jax.tree.map(place, tree)
 
 
-def on_each(mesh: Mesh, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+def on_each(
+    mesh: Mesh,
+    fn: Callable,
+    in_specs: Any,
+    out_specs: Any,
+) -> Callable:
     """`fn` run by each device on its parts of the arguments; its results are parts too."""
     # check_vma=False: gradients are summed by `sum_gradients`, once, and not wherever a small leaf
     # is used.
@@ -184,15 +216,31 @@ def size(*axes: str) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(part: jax.Array, axis: int, dtype: Any, stored: Any) -> jax.Array:
+def _gather(
+    part: jax.Array,
+    axis: int,
+    dtype: Any,
+    stored: Any,
+) -> jax.Array:
     return jax.lax.all_gather(part.astype(dtype), PARAMS, axis=axis, tiled=True)
 
 
-def _gather_fwd(part: jax.Array, axis: int, dtype: Any, stored: Any) -> tuple[jax.Array, None]:
+def _gather_fwd(
+    part: jax.Array,
+    axis: int,
+    dtype: Any,
+    stored: Any,
+) -> tuple[jax.Array, None]:
     return _gather(part, axis, dtype, stored), None
 
 
-def _gather_bwd(axis: int, dtype: Any, stored: Any, _: None, grad: jax.Array) -> tuple[jax.Array]:
+def _gather_bwd(
+    axis: int,
+    dtype: Any,
+    stored: Any,
+    _: None,
+    grad: jax.Array,
+) -> tuple[jax.Array]:
     # Summed in float32: each device's share is rounded to the compute dtype, their sum need not be.
     grad = grad.astype(jnp.float32)
     part = jax.lax.psum_scatter(grad, PARAMS, scatter_dimension=axis, tiled=True)
@@ -202,7 +250,11 @@ def _gather_bwd(axis: int, dtype: Any, stored: Any, _: None, grad: jax.Array) ->
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def gather_param(part: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def gather_param(
+    part: jax.Array,
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> jax.Array:
     """A parameter of a known full shape, in the compute dtype, from the devices that share it.
 
     Its gradient is that of the device's own part, summed over those devices.
@@ -261,7 +313,11 @@ def mean_over_rows(x: jax.Array) -> jax.Array:
     return jax.lax.pmean(x, "context") if size("context") > 1 else x
 
 
-def with_halo(x: jax.Array, above: int, below: int) -> jax.Array:
+def with_halo(
+    x: jax.Array,
+    above: int,
+    below: int,
+) -> jax.Array:
     """[B, H, W, C] -> [B, above + H + below, W, C], with rows of the neighbouring devices.
 
     At the picture's borders they are zeros.

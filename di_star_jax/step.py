@@ -77,7 +77,11 @@ def adamw(learning_rate: float, settings: AdamW) -> optax.GradientTransformation
     )
 
 
-def init_state(generator: Params, assistant: Params, optimizers: Optimizers) -> TrainState:
+def init_state(
+    generator: Params,
+    assistant: Params,
+    optimizers: Optimizers,
+) -> TrainState:
     """State at step 0.
 
     Args: float32 parameter trees (copied, for the state is donated) and their optimizers.
@@ -96,7 +100,11 @@ def init_state(generator: Params, assistant: Params, optimizers: Optimizers) -> 
     )
 
 
-def make_train_step(method: Method, optimizers: Optimizers, mesh: Mesh) -> Step:
+def make_train_step(
+    method: Method,
+    optimizers: Optimizers,
+    mesh: Mesh,
+) -> Step:
     """Returns the step, to be jitted with the state donated.
 
     train_step(state, frozen, token_ids, key) -> (state, metrics):
@@ -111,7 +119,10 @@ def make_train_step(method: Method, optimizers: Optimizers, mesh: Mesh) -> Step:
     update_assistant = make_assistant_update(method, optimizers.assistant, mesh)
 
     def train_step(
-        state: TrainState, frozen: dict, token_ids: dict, key: jax.Array
+        state: TrainState,
+        frozen: dict,
+        token_ids: dict,
+        key: jax.Array,
     ) -> tuple[TrainState, Metrics]:
         draws = draw(mesh, jax.random.fold_in(key, state.step), token_ids, settings)
         trained = (state.generator, state.assistant)
@@ -134,14 +145,21 @@ def make_train_step(method: Method, optimizers: Optimizers, mesh: Mesh) -> Step:
     return train_step
 
 
-def make_warmup_step(method: Method, optimizers: Optimizers, mesh: Mesh) -> Step:
+def make_warmup_step(
+    method: Method,
+    optimizers: Optimizers,
+    mesh: Mesh,
+) -> Step:
     """As `make_train_step`, of the assistant alone on the frozen generator."""
     settings = method.settings
     generate = functools.partial(gradients.samples, method)
     update_assistant = make_assistant_update(method, optimizers.assistant, mesh)
 
     def warmup_step(
-        state: TrainState, frozen: dict, token_ids: dict, key: jax.Array
+        state: TrainState,
+        frozen: dict,
+        token_ids: dict,
+        key: jax.Array,
     ) -> tuple[TrainState, Metrics]:
         draws = draw(mesh, jax.random.fold_in(key, state.step), token_ids, settings)
         batch = (token_ids, draws)
@@ -158,7 +176,9 @@ def make_warmup_step(method: Method, optimizers: Optimizers, mesh: Mesh) -> Step
 
 
 def make_assistant_update(
-    method: Method, optimizer: optax.GradientTransformation, mesh: Mesh
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
 ) -> Callable:
     """Returns one step of denoising score matching on samples x0.
 
@@ -180,7 +200,12 @@ def make_assistant_update(
 
 
 def further_updates(
-    update_assistant: Callable, learnt: tuple, frozen: dict, batch: tuple, *, first: int
+    update_assistant: Callable,
+    learnt: tuple,
+    frozen: dict,
+    batch: tuple,
+    *,
+    first: int,
 ) -> tuple[tuple, Metrics]:
     """The assistant's updates from the number `first` on, each with its own times and noise.
 
@@ -203,7 +228,10 @@ def further_updates(
 
 
 def update(
-    optimizer: optax.GradientTransformation, grads: Params, params: Params, opt_state: Any
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    params: Params,
+    opt_state: Any,
 ) -> tuple[Params, Any]:
     """(params, opt_state) after one step of optax."""
     updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -215,7 +243,11 @@ def assistant_metrics(loss: jax.Array, grads: Params) -> Metrics:
     return {"assistant/loss": jnp.mean(loss), "assistant/grad_norm": optax.global_norm(grads)}
 
 
-def step_metrics(figures: Figures, grads: tuple[Params, Params], assistant: Metrics) -> Metrics:
+def step_metrics(
+    figures: Figures,
+    grads: tuple[Params, Params],
+    assistant: Metrics,
+) -> Metrics:
     """What a step logs. Args: assistant, of its last update."""
     norms = [optax.global_norm(grad) for grad in grads]
     regulariser = jnp.mean(figures.regulariser)
@@ -237,7 +269,12 @@ def count_nonfinite(*norms: jax.Array) -> jax.Array:
     return sum((~jnp.isfinite(norm)).astype(jnp.float32) for norm in norms)
 
 
-def draw(mesh: Mesh, key: jax.Array, token_ids: dict, settings: Settings) -> Draws:
+def draw(
+    mesh: Mesh,
+    key: jax.Array,
+    token_ids: dict,
+    settings: Settings,
+) -> Draws:
     """The same draws on any mesh, each device making its own part."""
     batch = jax.tree.leaves(token_ids)[0].shape[0]
     draws = gradients.draw(key, batch, settings)
@@ -254,7 +291,12 @@ def batch_specs(tree: Any) -> Any:
 
 
 def spread(
-    mesh: Mesh, fn: Callable, networks: tuple, batch: tuple, summed: Any, settings: Settings
+    mesh: Mesh,
+    fn: Callable,
+    networks: tuple,
+    batch: tuple,
+    summed: Any,
+    settings: Settings,
 ) -> Callable:
     """fn(*networks, *batch) -> (gradients like `summed`, per-sample results), over all devices.
 
@@ -275,7 +317,11 @@ def spread(
     return sharding.on_each(mesh, per_device, in_specs, (specs, sharding.batch_spec()))
 
 
-def in_microbatches(fn: Callable, count: int, batch: tuple) -> tuple[Any, Any]:
+def in_microbatches(
+    fn: Callable,
+    count: int,
+    batch: tuple,
+) -> tuple[Any, Any]:
     """fn(*batch) -> (gradients, per-sample results) in `count` parts, one after the other.
 
     Args: count, a divisor of the batch; batch, trees whose leaves' first axis is the batch, but for

@@ -110,7 +110,14 @@ class Report:
     Args: writer, progress; first, the step it starts from; total, steps in all.
     """
 
-    def __init__(self, config, writer: log.Writer, progress: log.Progress, first: int, total: int):
+    def __init__(
+        self,
+        config,
+        writer: log.Writer,
+        progress: log.Progress,
+        first: int,
+        total: int,
+    ):
         self._writer = writer
         self._progress = progress
         self._first = first
@@ -152,7 +159,11 @@ def introduce(config, mesh: Mesh) -> None:
 
 
 def load_state(
-    config, parts: Parts, mesh: Mesh, checkpoints: Checkpoints, optimizers: step.Optimizers
+    config,
+    parts: Parts,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    optimizers: step.Optimizers,
 ) -> step.TrainState:
     """The newest checkpoint's state, or that of step 0 from generator's and assistant's weights."""
     abstract = assembly.abstract_state(parts.models["unet"], optimizers, mesh)
@@ -175,7 +186,11 @@ def load_state(
     return init(generator, assistant)
 
 
-def metadata_of(config, parts: Parts, settings: Settings) -> dict[str, Any]:
+def metadata_of(
+    config,
+    parts: Parts,
+    settings: Settings,
+) -> dict[str, Any]:
     """What convert, sample and evaluate need to know of a run; each checkpoint holds it."""
     return {
         "unet_config": parts.models["unet"].config,
@@ -192,7 +207,11 @@ def lasting(source: str) -> str:
     return str(Path(source).absolute()) if source and Path(source).is_dir() else source
 
 
-def load_prompts(config, section: str, folder: Path) -> Source:
+def load_prompts(
+    config,
+    section: str,
+    folder: Path,
+) -> Source:
     """Prompts of "data" or "eval" by index, prepared by the first host while the others wait."""
 
     def load() -> Source:
@@ -210,7 +229,12 @@ def load_prompts(config, section: str, folder: Path) -> Source:
     return load()
 
 
-def batches(config, parts: Parts, mesh: Mesh, folder: Path) -> Callable[[int], dict]:
+def batches(
+    config,
+    parts: Parts,
+    mesh: Mesh,
+    folder: Path,
+) -> Callable[[int], dict]:
     """k -> token ids of step k, over all devices: the same on any number of hosts."""
     size = config.data.batch_size
     source = load_prompts(config, "data", folder)
@@ -224,7 +248,13 @@ def batches(config, parts: Parts, mesh: Mesh, folder: Path) -> Callable[[int], d
     return batch_at
 
 
-def scorer_of(config, parts: Parts, settings: Settings, mesh: Mesh, folder: Path) -> HeldOut | None:
+def scorer_of(
+    config,
+    parts: Parts,
+    settings: Settings,
+    mesh: Mesh,
+    folder: Path,
+) -> HeldOut | None:
     """What scores the generator on eval.prompts; None without."""
     if not config.eval.prompts:
         return None
@@ -253,7 +283,12 @@ def scorer_of(config, parts: Parts, settings: Settings, mesh: Mesh, folder: Path
     )
 
 
-def export(parts: Parts, generator: Any, timesteps: tuple[int, ...], output: Path) -> None:
+def export(
+    parts: Parts,
+    generator: Any,
+    timesteps: tuple[int, ...],
+    output: Path,
+) -> None:
     """Writes the generator as a pipeline that diffusers loads."""
     export_pipeline(
         generator,

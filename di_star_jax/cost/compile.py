@@ -105,7 +105,11 @@ def _parts(config, mesh: Mesh) -> Parts:
     return Parts(pipeline, rewards)
 
 
-def _token_ids(config, parts: Parts, mesh: Mesh) -> dict:
+def _token_ids(
+    config,
+    parts: Parts,
+    mesh: Mesh,
+) -> dict:
     batch = config.data.batch_size
     ids = {}
     for name, encoder in SDXL.tokenizers.items():
@@ -119,12 +123,20 @@ def _token_ids(config, parts: Parts, mesh: Mesh) -> dict:
     return ids
 
 
-def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def _array(
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    dtype: Any = jnp.float32,
+) -> jax.ShapeDtypeStruct:
     """Of a batch."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
 
-def _latents(config, parts: Parts, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def _latents(
+    config,
+    parts: Parts,
+    mesh: Mesh,
+) -> jax.ShapeDtypeStruct:
     return _array(mesh, (config.data.batch_size, *parts.latent_shape(config.data.resolution)))
 
 
@@ -168,7 +180,12 @@ def unet_work(config, mesh: Mesh) -> Work:
     condition, _ = jax.eval_shape(method.encode_text, *local)
     condition = sharding.abstract(condition, sharding.batch_sharding(mesh))
 
-    def gradient(params: Any, x_t: jax.Array, t: jax.Array, condition: Any) -> Any:
+    def gradient(
+        params: Any,
+        x_t: jax.Array,
+        t: jax.Array,
+        condition: Any,
+    ) -> Any:
         def loss(params: Any) -> jax.Array:
             return jnp.sum(method.unet(params)(x_t, t, condition) ** 2) / batch
 
@@ -196,7 +213,12 @@ def reward_work(config, mesh: Mesh) -> Work:
     parts = _parts(config, mesh)
     reward = assembly.reward_of_latents(config, parts)
 
-    def total(latents: jax.Array, params: dict, token_ids: dict, crop: jax.Array) -> jax.Array:
+    def total(
+        latents: jax.Array,
+        params: dict,
+        token_ids: dict,
+        crop: jax.Array,
+    ) -> jax.Array:
         return jnp.sum(reward(params, latents, token_ids, crop)[0])
 
     crop = _array(mesh, (config.data.batch_size, 2))
@@ -204,10 +226,19 @@ def reward_work(config, mesh: Mesh) -> Work:
     return _of_latents(total, parts.frozen(), batch, mesh)
 
 
-def _of_latents(total: Callable, params: dict, batch: list, mesh: Mesh) -> Work:
+def _of_latents(
+    total: Callable,
+    params: dict,
+    batch: list,
+    mesh: Mesh,
+) -> Work:
     """The gradient of total(latents, params, ...) by device. Args: batch, latents first."""
 
-    def gradient(params: dict, latents: jax.Array, *others: Any) -> jax.Array:
+    def gradient(
+        params: dict,
+        latents: jax.Array,
+        *others: Any,
+    ) -> jax.Array:
         return jax.grad(total)(latents, params, *others)
 
     one = sharding.batch_spec()
@@ -237,7 +268,11 @@ _PLAIN = {
 }
 
 
-def model_flop(what: str, config, device: jax.Device) -> float:
+def model_flop(
+    what: str,
+    config,
+    device: jax.Device,
+) -> float:
     """Model FLOP of one sample: one pass each, however the config saves memory."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(_PLAIN)
@@ -258,7 +293,12 @@ class Compiled(NamedTuple):
     traffic: dict
 
 
-def compile_work(work: Work, config, *, effort: float) -> Compiled:
+def compile_work(
+    work: Work,
+    config,
+    *,
+    effort: float,
+) -> Compiled:
     """Traces, lowers and compiles; nothing runs.
 
     Args: effort, of XLA, from -1.0 to 1.0; 0.0 is its own. Raises: UserError where it does not fit
@@ -296,7 +336,11 @@ def _memory(compiled: Any) -> dict[str, int]:
     }
 
 
-def _too_large(error: Exception, config, device_kind: str) -> Exception:
+def _too_large(
+    error: Exception,
+    config,
+    device_kind: str,
+) -> Exception:
     """A UserError for the compiler's out-of-memory message, any other error as it is."""
     sizes = re.search(r"Used ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
     if not sizes:

@@ -46,7 +46,9 @@ def _inner(params: dict) -> list[core.Jaxpr]:
 
 
 def _total(
-    jaxpr: core.Jaxpr, measure: Callable[[core.JaxprEqn], Counter], axes: dict | None = None
+    jaxpr: core.Jaxpr,
+    measure: Callable[[core.JaxprEqn], Counter],
+    axes: dict | None = None,
 ) -> Counter:
     """The sum over a jaxpr's equations and all that they contain.
 

@@ -83,7 +83,13 @@ def method_of(settings: Settings, device: str) -> Method:
     return Method(settings, alpha.float().to(device), sigma.float().to(device))
 
 
-def network(config: dict, *, dtype: torch.dtype, device: str, compile: bool = False) -> nn.Module:
+def network(
+    config: dict,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    compile: bool = False,
+) -> nn.Module:
     """The published code's network for a config.json, frozen, with random weights."""
     import torch
 
@@ -101,7 +107,11 @@ def network(config: dict, *, dtype: torch.dtype, device: str, compile: bool = Fa
     return net
 
 
-def _built(name: str, config: dict, device: str) -> nn.Module:
+def _built(
+    name: str,
+    config: dict,
+    device: str,
+) -> nn.Module:
     import diffusers
     import torch
     import transformers
@@ -123,7 +133,11 @@ def dtype_of(net: nn.Module) -> torch.dtype:
 
 
 def predict_eps(
-    unet: nn.Module, x_t: Tensor, t: Tensor, condition: Condition, dtype: torch.dtype
+    unet: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    dtype: torch.dtype,
 ) -> Tensor:
     """eps [B, 4, h, w] float32, computed in dtype: by autocast where the parameters differ."""
     import torch
@@ -140,7 +154,11 @@ def predict_eps(
 
 
 def one_step(
-    unet: nn.Module, z: Tensor, condition: Condition, method: Method, dtype: torch.dtype
+    unet: nn.Module,
+    z: Tensor,
+    condition: Condition,
+    method: Method,
+    dtype: torch.dtype,
 ) -> Tensor:
     """x0 [B, 4, h, w] of the one-step generator."""
     import torch
@@ -151,7 +169,10 @@ def one_step(
 
 
 def encode_text(
-    first: nn.Module, second: nn.Module, token_ids: dict, pixels: int
+    first: nn.Module,
+    second: nn.Module,
+    token_ids: dict,
+    pixels: int,
 ) -> tuple[Condition, Condition]:
     """SDXL's (condition, null condition).
 
@@ -187,7 +208,11 @@ def embed_text(clip: nn.Module, token_ids: Tensor) -> Tensor:
     return torch.nn.functional.normalize(features, dim=-1)
 
 
-def make_score(vae: nn.Module, clip: nn.Module, pixels: int) -> Callable[[Tensor, Tensor], Tensor]:
+def make_score(
+    vae: nn.Module,
+    clip: nn.Module,
+    pixels: int,
+) -> Callable[[Tensor, Tensor], Tensor]:
     """PickScore's cosine of decoded images.
 
     Returns: score(latents [B, 4, h, w], text [B, P] of length 1) -> [B].
@@ -211,7 +236,10 @@ def make_score(vae: nn.Module, clip: nn.Module, pixels: int) -> Callable[[Tensor
 
 
 def value_and_gradient(
-    fn: Callable, pixels: int, latents: Tensor, *others: Tensor
+    fn: Callable,
+    pixels: int,
+    latents: Tensor,
+    *others: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(fn(latents, *others) [B], its gradient [B, 4, h, w]).
 
@@ -331,7 +359,11 @@ def _regulariser_at(
 
 
 def _reward_at(
-    x0: Tensor, modules: Modules, token_ids: Tensor, pixels: int, reward_scale: float
+    x0: Tensor,
+    modules: Modules,
+    token_ids: Tensor,
+    pixels: int,
+    reward_scale: float,
 ) -> tuple[Tensor, Tensor | float]:
     """The reward [B], and its gradient at x0 where it has a scale."""
     import torch
@@ -345,7 +377,11 @@ def _reward_at(
 
 
 def _train_assistant(
-    x0: Tensor, draws: Draws, condition: Condition, modules: Modules, method: Method
+    x0: Tensor,
+    draws: Draws,
+    condition: Condition,
+    modules: Modules,
+    method: Method,
 ) -> Tensor:
     """Eq. 2.2 with lambda(t) = sigma_t^2, backward; its value an element [B]."""
     modules.assistant.requires_grad_(True)

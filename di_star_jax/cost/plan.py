@@ -66,7 +66,11 @@ class Plan:
         return sum(self.state.values()) + self.activation_bytes
 
 
-def make(config, device_count: int, device_kind: str) -> Plan:
+def make(
+    config,
+    device_count: int,
+    device_kind: str,
+) -> Plan:
     """The plan of a run on devices of one kind; of a dry run, for the mesh that it asks for.
 
     Raises: UserError for an unusable model folder, and where the mesh cannot split the UNet.
@@ -163,7 +167,11 @@ def activation_bytes(config, width: float = 1.0) -> float:
     return 1e9 * scale * (keep + max(3 * keep + 2 * work, vae))
 
 
-def memory_per_chip(config, counts: dict[str, int], shards: int) -> dict[str, float]:
+def memory_per_chip(
+    config,
+    counts: dict[str, int],
+    shards: int,
+) -> dict[str, float]:
     """Bytes of state on one chip, by purpose.
 
     Args: counts, parameters by component; shards, chips that share one copy.
@@ -186,7 +194,12 @@ def memory_per_chip(config, counts: dict[str, int], shards: int) -> dict[str, fl
     return state
 
 
-def out_of_memory(need: float, have: float, device_kind: str, config) -> UserError:
+def out_of_memory(
+    need: float,
+    have: float,
+    device_kind: str,
+    config,
+) -> UserError:
     """What to do about it. Args: need, have, GB of one chip."""
     c = config.compute
     return UserError(

@@ -42,7 +42,11 @@ def check(names: list[str], reference: str) -> None:
         )
 
 
-def _check_statistics(fid: ModuleType, names: list[str], known: str) -> None:
+def _check_statistics(
+    fid: ModuleType,
+    names: list[str],
+    known: str,
+) -> None:
     for name in names:
         model = MODELS[name][0]
         if not fid.test_stats_exists(known, mode="clean", model_name=model):
@@ -63,7 +67,12 @@ def _package() -> ModuleType:
     return fid
 
 
-def distance(name: str, files: list[Path], reference: str, out: Path) -> tuple[float, str]:
+def distance(
+    name: str,
+    files: list[Path],
+    reference: str,
+    out: Path,
+) -> tuple[float, str]:
     """FID or CLIP-FID, mode clean, on CUDA where there is one; and a note.
 
     Args: name, of MODELS; files, readable images; reference, a folder or STATISTICS and a name;

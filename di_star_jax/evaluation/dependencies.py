@@ -44,7 +44,11 @@ def check_metrics(job: Job, mesh: Mesh) -> dict[str, dict]:
     return found
 
 
-def _of_reward(job: Job, name: str, mesh: Mesh) -> dict:
+def _of_reward(
+    job: Job,
+    name: str,
+    mesh: Mesh,
+) -> dict:
     source = job.sources[name]
     resolve(name, source)  # before the tokenizer, which is the lesser thing to miss
     found = {"weights": source, "sha256": params_digest(load_reward(job, name, mesh).params)}

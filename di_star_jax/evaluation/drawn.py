@@ -56,7 +56,12 @@ def draw(job: Job, mesh: Mesh) -> dict:
 ImagesOf = Callable[[list[Shot]], np.ndarray]  # float32 [B, H, W, 3] in [-1, 1]
 
 
-def _drawer(job: Job, loaded: Pipeline, sampling: drawing.Sampling, mesh: Mesh) -> ImagesOf:
+def _drawer(
+    job: Job,
+    loaded: Pipeline,
+    sampling: drawing.Sampling,
+    mesh: Mesh,
+) -> ImagesOf:
     draw_prompts = drawing.draw_prompts(loaded, sampling, mesh)
 
     def images_of(shots):
@@ -68,7 +73,12 @@ def _drawer(job: Job, loaded: Pipeline, sampling: drawing.Sampling, mesh: Mesh) 
     return images_of
 
 
-def _draw(job: Job, missing: list[Shot], images_of: ImagesOf, record: dict) -> dict:
+def _draw(
+    job: Job,
+    missing: list[Shot],
+    images_of: ImagesOf,
+    record: dict,
+) -> dict:
     """Draws what is missing. Returns: the record with its cost."""
     batch_size = job.request.batch_size
     done = len(job.shots) - len(missing)
@@ -124,7 +134,12 @@ def _where(mesh: Mesh, batch_size: int) -> dict:
     }
 
 
-def _continued(out: Path, kept: dict, how: dict, where: dict) -> dict:
+def _continued(
+    out: Path,
+    kept: dict,
+    how: dict,
+    where: dict,
+) -> dict:
     """The record to go on with; what was timed elsewhere is dropped.
 
     Raises: UserError for images made otherwise.

@@ -74,7 +74,11 @@ def _embedded(model: Features, shots: list[Shot]) -> Iterator[tuple[list[Shot], 
             yield part, model.embed(images)
 
 
-def features_of(shots: list[Shot], store: Store, model: Features) -> np.ndarray:
+def features_of(
+    shots: list[Shot],
+    store: Store,
+    model: Features,
+) -> np.ndarray:
     """Embeds what the store lacks. Returns: float32 [P, K, D], NaN where unreadable."""
     missing = missing_from(store.features(model.digest, model.width), shots)
     for part, rows in _embedded(model, missing):
@@ -83,7 +87,10 @@ def features_of(shots: list[Shot], store: Store, model: Features) -> np.ndarray:
 
 
 def distance_to_reference(
-    features: np.ndarray, model: Features, reference: Path, kept: Path
+    features: np.ndarray,
+    model: Features,
+    reference: Path,
+    kept: Path,
 ) -> tuple[float, str]:
     """Frechet distance to a folder of images or a file of statistics, and a note.
 

@@ -64,7 +64,12 @@ class HeldOut:
             scores[name] = float(each.mean())
         return scores, np.concatenate(pictured)[:PICTURED]
 
-    def _batch(self, generator: Any, start: int, sample: int) -> drawing.Scored:
+    def _batch(
+        self,
+        generator: Any,
+        start: int,
+        sample: int,
+    ) -> drawing.Scored:
         """One image of each prompt from `start` on; the last batch wraps, for one shape."""
         count = len(self.prompts)
         taken = np.arange(start, start + self.batch_size) % count
@@ -89,14 +94,21 @@ class HeldOut:
         return {"rewards": rewards, "others": others}
 
 
-def keep_before(folder: Path, scores: dict[str, float], images: np.ndarray) -> None:
+def keep_before(
+    folder: Path,
+    scores: dict[str, float],
+    images: np.ndarray,
+) -> None:
     """Writes what `compare` needs of the generator before training, for a resumed run."""
     np.save(folder / "before.npy", images)
     (folder / "before.json").write_text(json.dumps(scores))
 
 
 def compare(
-    folder: Path, prompts: list[Prompt], after: dict[str, float], images: np.ndarray
+    folder: Path,
+    prompts: list[Prompt],
+    after: dict[str, float],
+    images: np.ndarray,
 ) -> str:
     """Writes `samples.png` and `before_after.json`. Returns: the table as text."""
     if not (folder / "before.json").exists():

@@ -61,7 +61,12 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(files, key=lambda path: _natural(path.relative_to(folder)))
 
 
-def find_images(given: Path, prompts: list[Prompt], samples: int, total: int) -> list[list[Path]]:
+def find_images(
+    given: Path,
+    prompts: list[Prompt],
+    samples: int,
+    total: int,
+) -> list[list[Path]]:
     """Images by prompt.
 
     Args:
@@ -90,7 +95,11 @@ def find_images(given: Path, prompts: list[Prompt], samples: int, total: int) ->
     return [files[i : i + samples] for i in range(0, wanted, samples)]
 
 
-def _named_images(given: Path, prompts: list[Prompt], samples: int) -> list[list[Path]]:
+def _named_images(
+    given: Path,
+    prompts: list[Prompt],
+    samples: int,
+) -> list[list[Path]]:
     entries = _entries(given, prompts)
     found = []
     for prompt, names in zip(prompts, entries):
@@ -130,7 +139,12 @@ def _entries(given: Path, prompts: list[Prompt]) -> list:
     return [held[prompt.text] for prompt in prompts]
 
 
-def _names(given: Path, text: str, names: Any, samples: int) -> list[str]:
+def _names(
+    given: Path,
+    text: str,
+    names: Any,
+    samples: int,
+) -> list[str]:
     """The file names of one prompt."""
     names = [names] if isinstance(names, str) else names
     fits = isinstance(names, list) and len(names) == samples
@@ -197,7 +211,11 @@ def batches(shots: list[Shot], size: int) -> Iterator[tuple[list[Shot], np.ndarr
 
 
 def counted_batches(
-    shots: list[Shot], size: int, *, what: str, done: str
+    shots: list[Shot],
+    size: int,
+    *,
+    what: str,
+    done: str,
 ) -> Iterator[tuple[list[Shot], np.ndarray | None]]:
     """As `batches`, with a line of progress. Args: what is made; how it is called when done."""
     if not shots:

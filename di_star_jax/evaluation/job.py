@@ -124,7 +124,11 @@ def job_of(request: Request) -> Job:
     )
 
 
-def _files(request: Request, prompts: list[Prompt], total: int) -> list[list[Path]]:
+def _files(
+    request: Request,
+    prompts: list[Prompt],
+    total: int,
+) -> list[list[Path]]:
     """[P][K] images: those that are given, or those that will be drawn."""
     if request.images:
         return find_images(Path(request.images), prompts, request.samples, total)
@@ -207,7 +211,12 @@ def check(request: Request) -> None:
     request.sampling.check()
 
 
-def _check_names(flag: str, given: tuple[str, ...], known: tuple[str, ...], some: str) -> None:
+def _check_names(
+    flag: str,
+    given: tuple[str, ...],
+    known: tuple[str, ...],
+    some: str,
+) -> None:
     for name in given:
         if name not in known:
             raise UserError(

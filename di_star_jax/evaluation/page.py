@@ -32,7 +32,11 @@ SAMPLES = 4  # embedded per prompt
 _PARTS = {"__STYLE__": ["page.css"], "__PROGRAM__": ["votes.js", "page.js"]}
 
 
-def write(evaluation: Evaluation, baseline: Evaluation | None, max_prompts: int) -> None:
+def write(
+    evaluation: Evaluation,
+    baseline: Evaluation | None,
+    max_prompts: int,
+) -> None:
     """Writes the page into the evaluation's folder.
 
     Args:
@@ -52,7 +56,11 @@ def write(evaluation: Evaluation, baseline: Evaluation | None, max_prompts: int)
     write_text(evaluation.folder / FILE, page.replace("__EVALUATION_DATA__", text, 1))
 
 
-def page_data(evaluation: Evaluation, baseline: Evaluation | None, max_prompts: int) -> dict:
+def page_data(
+    evaluation: Evaluation,
+    baseline: Evaluation | None,
+    max_prompts: int,
+) -> dict:
     """What the page's program reads. Args: as of `write`."""
     runs = [evaluation] if baseline is None else [evaluation, baseline]
     _check_same_prompts(runs)
@@ -92,7 +100,10 @@ def _prompt(prompt: Prompt) -> dict:
 
 
 def _pictures(
-    run: Evaluation, prompt: int, metrics: list[Metric], numbers: dict[Path, int]
+    run: Evaluation,
+    prompt: int,
+    metrics: list[Metric],
+    numbers: dict[Path, int],
 ) -> list[dict]:
     """The samples of one prompt: the file's number, and scores where there are some."""
     scores = {metric.name: _scores(run, metric)[prompt] for metric in metrics}
@@ -146,7 +157,9 @@ def _difference(runs: list[Evaluation], metric: Metric) -> np.ndarray:
 
 
 def _extremes(
-    run: Evaluation, metric: Metric, differences: dict[str, np.ndarray]
+    run: Evaluation,
+    metric: Metric,
+    differences: dict[str, np.ndarray],
 ) -> dict[str, list[Place]]:
     """Among the samples that are embedded."""
     sign = -1.0 if metric.higher_is_better is False else 1.0

@@ -47,7 +47,11 @@ def ranked(values: np.ndarray) -> list[Place]:
     return [(i, int(samples[i])) for i in order if np.isfinite(best[i])]
 
 
-def pick(lists: Lists, count: int, max_prompts: int) -> tuple[list[int], set[int], Lists]:
+def pick(
+    lists: Lists,
+    count: int,
+    max_prompts: int,
+) -> tuple[list[int], set[int], Lists]:
     """Chooses the prompts to show: extremes for at most half the room, then a random draw.
 
     Extremes are taken rank by rank of all lists.

@@ -70,7 +70,9 @@ def plain(found: Summary) -> dict:
 
 
 def by_categories(
-    prompts: list[Prompt], values: dict[str, np.ndarray], groups: tuple[str, ...]
+    prompts: list[Prompt],
+    values: dict[str, np.ndarray],
+    groups: tuple[str, ...],
 ) -> dict:
     """{column: {category: {metric: summary}}} for the columns that every prompt has."""
     tables = {}

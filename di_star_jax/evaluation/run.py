@@ -51,7 +51,12 @@ def evaluate(request: Request) -> Evaluation:
     return evaluation
 
 
-def _evaluate(job: Job, given: dict, baseline: Evaluation | None, store: Store) -> Evaluation:
+def _evaluate(
+    job: Job,
+    given: dict,
+    baseline: Evaluation | None,
+    store: Store,
+) -> Evaluation:
     """All but writing it. Args: given, as of `asked`."""
     mesh = sharding.make_mesh(-1, job.request.fsdp)
     started = (job.out / drawn.DRAWN).exists() or store.holds_other_than(scores.READABLE)
@@ -75,7 +80,11 @@ def _evaluate(job: Job, given: dict, baseline: Evaluation | None, store: Store) 
     return evaluation
 
 
-def write(evaluation: Evaluation, baseline: Evaluation | None, max_prompts: int) -> None:
+def write(
+    evaluation: Evaluation,
+    baseline: Evaluation | None,
+    max_prompts: int,
+) -> None:
     """Writes all four files. results.json is the last, and gone before the others change."""
     (evaluation.folder / results.FILE).unlink(missing_ok=True)
     results.write_scores(evaluation)
@@ -96,7 +105,13 @@ class Numbers(NamedTuple):
     notes: dict[str, str]
 
 
-def measure(job: Job, store: Store, mesh: Mesh, settings: dict, broken: list[Path]) -> Evaluation:
+def measure(
+    job: Job,
+    store: Store,
+    mesh: Mesh,
+    settings: dict,
+    broken: list[Path],
+) -> Evaluation:
     """Scores what is missing. Returns: the evaluation, without its cost and comparison."""
     numbers = Numbers(scores.score_images(job, store, mesh), {}, {})
     if set(BY_FEATURES) & set(job.metrics):
@@ -128,7 +143,12 @@ def measure(job: Job, store: Store, mesh: Mesh, settings: dict, broken: list[Pat
     return Evaluation(job.out, found, job.prompts, _files(job), numbers.values)
 
 
-def _summary(name: str, numbers: Numbers, job: Job, left_out: int) -> dict:
+def _summary(
+    name: str,
+    numbers: Numbers,
+    job: Job,
+    left_out: int,
+) -> dict:
     """Mean, error and counts of one metric. Args: left_out, images that cannot be read."""
     counts = {"images": len(job.shots) - left_out, "left_out": left_out}
     if name in numbers.distances:
@@ -139,7 +159,12 @@ def _summary(name: str, numbers: Numbers, job: Job, left_out: int) -> dict:
     return found if metric_of(name).per_image else found | counts
 
 
-def _add_by_features(numbers: Numbers, job: Job, store: Store, mesh: Mesh) -> None:
+def _add_by_features(
+    numbers: Numbers,
+    job: Job,
+    store: Store,
+    mesh: Mesh,
+) -> None:
     """Diversity and Frechet distance."""
     model = features.load_features(job, mesh)
     found = features.features_of(job.shots, store, model)
@@ -156,7 +181,10 @@ def _add_by_features(numbers: Numbers, job: Job, store: Store, mesh: Mesh) -> No
 
 
 def _by_clean_fid(
-    job: Job, name: str, store: Store, broken: list[Path]
+    job: Job,
+    name: str,
+    store: Store,
+    broken: list[Path],
 ) -> tuple[float | None, str]:
     """FID or CLIP-FID, and a note. Kept, for it takes long."""
     kept = store.distance(name)

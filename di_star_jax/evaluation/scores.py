@@ -54,13 +54,21 @@ def params_digest(params: Any) -> str:
     return digest.hexdigest()
 
 
-def load_reward(job: Job, name: str, mesh: Mesh) -> Reward:
+def load_reward(
+    job: Job,
+    name: str,
+    mesh: Mesh,
+) -> Reward:
     """One reward, its weights over the mesh."""
     options = Options(shardings=functools.partial(sharding.params_sharding, mesh))
     return load_rewards({name: job.sources[name]}, job.tokenizer, options)[name]
 
 
-def by_reward(reward: Reward, mesh: Mesh, batch_size: int) -> Scorer:
+def by_reward(
+    reward: Reward,
+    mesh: Mesh,
+    batch_size: int,
+) -> Scorer:
     """Scores by a reward's `evaluate`. Args: batch_size, a multiple of the mesh's data x fsdp."""
 
     def evaluate(params, images, prompts):
@@ -112,7 +120,11 @@ ON_HOST: dict[str, Scorer] = {
 
 
 def score(
-    metric: str, scorer: Scorer, shots: list[Shot], store: Store, batch_size: int
+    metric: str,
+    scorer: Scorer,
+    shots: list[Shot],
+    store: Store,
+    batch_size: int,
 ) -> np.ndarray:
     """Scores what the store lacks, batch by batch. Returns: all [P, K], NaN where unreadable."""
     missing = missing_from(store.scores(metric), shots)
@@ -140,7 +152,11 @@ def find_broken(job: Job, store: Store) -> list[Path]:
     return broken
 
 
-def score_images(job: Job, store: Store, mesh: Mesh) -> dict[str, np.ndarray]:
+def score_images(
+    job: Job,
+    store: Store,
+    mesh: Mesh,
+) -> dict[str, np.ndarray]:
     """Printed numbers [P, K] of each metric that has one an image."""
     names = [name for name in job.metrics if metric_of(name).per_image]
     found = {}

@@ -40,7 +40,11 @@ def asked(job: Job) -> dict:
     return given | {"dtype": request.dtype, "seed": request.seed}
 
 
-def keep_asked(out: Path, given: dict, started: bool) -> None:
+def keep_asked(
+    out: Path,
+    given: dict,
+    started: bool,
+) -> None:
     """Writes what is asked for, or compares it with what was, where images or scores are there.
 
     Args: started, whether anything was made: before that, a mistake may be mended.
@@ -72,7 +76,11 @@ def keep_metrics(out: Path, given: dict[str, dict]) -> None:
     _write_state(out, kept["asked"], kept["metrics"] | given)
 
 
-def _write_state(out: Path, given: dict, of_metrics: dict[str, dict]) -> None:
+def _write_state(
+    out: Path,
+    given: dict,
+    of_metrics: dict[str, dict],
+) -> None:
     state = {"asked": given, "metrics": of_metrics}
     write_text(out / STATE, json.dumps(state, indent=1) + "\n")
 
@@ -81,7 +89,12 @@ def _first_difference(was: dict, now: dict) -> str:
     return next(name for name in was | now if was.get(name) != now.get(name))
 
 
-def settings_of(job: Job, given: dict, of_metrics: dict[str, dict], drawn: dict) -> dict:
+def settings_of(
+    job: Job,
+    given: dict,
+    of_metrics: dict[str, dict],
+    drawn: dict,
+) -> dict:
     """What the numbers depend on, with hashes, as results.json holds it.
 
     Args: as of `asked`, `check_metrics`, and `draw` or {}.
@@ -96,7 +109,11 @@ def settings_of(job: Job, given: dict, of_metrics: dict[str, dict], drawn: dict)
     return used | {"noise": noise, "metrics": of_metrics, "trained_on": job.trained_on}
 
 
-def check_comparable(mine: dict, theirs: dict, folder: Path) -> None:
+def check_comparable(
+    mine: dict,
+    theirs: dict,
+    folder: Path,
+) -> None:
     """Raises: UserError where a baseline has other prompts or another number of samples.
 
     Args: settings of both; the baseline's folder.
@@ -108,14 +125,23 @@ def check_comparable(mine: dict, theirs: dict, folder: Path) -> None:
         raise _not_comparable(folder, "images a prompt", theirs["samples"], mine["samples"])
 
 
-def _not_comparable(folder: Path, what: str, theirs: Any, mine: Any) -> UserError:
+def _not_comparable(
+    folder: Path,
+    what: str,
+    theirs: Any,
+    mine: Any,
+) -> UserError:
     return UserError(
         f"{folder} has other {what} ({short(theirs)}) than this evaluation ({short(mine)}); "
         "evaluate both with the same flags"
     )
 
 
-def check_same_scores(mine: dict[str, dict], theirs: dict[str, dict], folder: Path) -> None:
+def check_same_scores(
+    mine: dict[str, dict],
+    theirs: dict[str, dict],
+    folder: Path,
+) -> None:
     """Raises: UserError where a baseline was scored by other weights, or against another reference.
 
     Args: what each metric depends on, of both; the baseline's folder.

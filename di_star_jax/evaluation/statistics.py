@@ -84,7 +84,13 @@ class Paired(NamedTuple):
     left_out: int  # pairs
 
 
-def paired(a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = 10_000) -> Paired:
+def paired(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+) -> Paired:
     """Compares two runs on the same prompts and noise; a pair counts where both are readable.
 
     Args:
@@ -112,7 +118,11 @@ def paired(a: np.ndarray, b: np.ndarray, *, seed: int = 0, resamples: int = 10_0
     return Paired(mean, low, high, float(wins.mean()), win_low, win_high, *counts)
 
 
-def _intervals(values: np.ndarray, seed: int, resamples: int) -> list[list[float]]:
+def _intervals(
+    values: np.ndarray,
+    seed: int,
+    resamples: int,
+) -> list[list[float]]:
     """95 % intervals of the means of [V, P], the same prompts drawn for all: V of [low, high]."""
     prompts = values.shape[1]
     if prompts < 2:

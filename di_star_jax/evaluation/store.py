@@ -59,7 +59,12 @@ class Store(contextlib.AbstractContextManager):
             found[prompt, sample] = value
         return found
 
-    def add_scores(self, metric: str, places: list[Place], values: Iterable[float]) -> None:
+    def add_scores(
+        self,
+        metric: str,
+        places: list[Place],
+        values: Iterable[float],
+    ) -> None:
         """Keeps scores, one a place; those that are not finite are none."""
         rows = (
             (metric, *place, float(value))
@@ -77,7 +82,12 @@ class Store(contextlib.AbstractContextManager):
             found[prompt, sample] = np.frombuffer(vector, "<f4")
         return found
 
-    def add_features(self, model: str, places: list[Place], vectors: np.ndarray) -> None:
+    def add_features(
+        self,
+        model: str,
+        places: list[Place],
+        vectors: np.ndarray,
+    ) -> None:
         """Keeps one row of vectors, float32 [len(places), width], a place."""
         rows = (
             (model, *place, vector.astype("<f4").tobytes())
@@ -91,7 +101,12 @@ class Store(contextlib.AbstractContextManager):
         query = "SELECT value, note FROM distances WHERE metric = ?"
         return self._connection.execute(query, [metric]).fetchone()
 
-    def add_distance(self, metric: str, value: float, note: str) -> None:
+    def add_distance(
+        self,
+        metric: str,
+        value: float,
+        note: str,
+    ) -> None:
         """Keeps such a number."""
         with self._connection as transaction:
             transaction.execute("REPLACE INTO distances VALUES (?, ?, ?)", [metric, value, note])

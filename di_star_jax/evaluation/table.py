@@ -25,7 +25,11 @@ def table_of(evaluation: Evaluation, baseline: Evaluation | None) -> str:
     return "\n\n".join(parts)
 
 
-def _scores(runs: list[Evaluation], metrics: list[Metric], published: papers.Table | None) -> str:
+def _scores(
+    runs: list[Evaluation],
+    metrics: list[Metric],
+    published: papers.Table | None,
+) -> str:
     headings = [f"{metric.label}{' †' if metric.trained_on else ''}" for metric in metrics]
     rows = [_run(run, metrics) for run in runs]
     if runs[0].results["comparison"]:
@@ -81,7 +85,9 @@ def _change(paired: dict, digits: int) -> str:
 
 
 def _notes(
-    runs: list[Evaluation], metrics: list[Metric], published: papers.Table | None
+    runs: list[Evaluation],
+    metrics: list[Metric],
+    published: papers.Table | None,
 ) -> list[str]:
     """What is under the table."""
     results = runs[0].results
@@ -133,7 +139,11 @@ def _by_style(runs: list[Evaluation], metrics: list[Metric]) -> list[str]:
     return tables
 
 
-def _run_by_style(run: Evaluation, metric: Metric, styles: list[str]) -> list[str]:
+def _run_by_style(
+    run: Evaluation,
+    metric: Metric,
+    styles: list[str],
+) -> list[str]:
     found = run.results["groups"]["style"]
     summaries = [found[style][metric.name] for style in styles]
     summaries.append(run.results["metrics"][metric.name])

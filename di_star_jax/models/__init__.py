@@ -25,7 +25,9 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, dic
 
 
 def init(
-    build: Callable[[nnx.Rngs], nnx.Module], seed: int, shardings: Any = None
+    build: Callable[[nnx.Rngs], nnx.Module],
+    seed: int,
+    shardings: Any = None,
 ) -> tuple[nnx.GraphDef, dict]:
     """Random parameters, created in place on their devices.
 

@@ -17,13 +17,26 @@ WIDEST = 128  # D of the flash kernels
 
 
 @functools.cache
-def _log(kernel: str, n: int, m: int, h: int, d: int) -> None:
+def _log(
+    kernel: str,
+    n: int,
+    m: int,
+    h: int,
+    d: int,
+) -> None:
     logging.getLogger(__name__).info(
         "attention of %d on %d tokens, %d heads of %d: %s", n, m, h, d, kernel
     )
 
 
-def choose(kernel: str, n: int, m: int, d: int, dtype, masked: bool) -> str:
+def choose(
+    kernel: str,
+    n: int,
+    m: int,
+    d: int,
+    dtype,
+    masked: bool,
+) -> str:
     """What of KERNELS computes such an attention where `kernel` is preferred: flash kernels take
     long, unmasked ones.
 
@@ -41,7 +54,12 @@ def choose(kernel: str, n: int, m: int, d: int, dtype, masked: bool) -> str:
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, mask: jax.Array | None = None, kernel: str = "xla"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    kernel: str = "xla",
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v, with float32 logits.
 
@@ -68,7 +86,11 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def _by_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _by_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> jax.Array:
     """Attention of some queries after the others, never all logits at once.
 
     Each block is computed again in the backward pass.
@@ -94,7 +116,13 @@ def _block(tokens: int) -> int:
     return next(size for size in range(1024, 0, -128) if tokens % size == 0)
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool = False) -> jax.Array:
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
     """Flash attention in Pallas for TPUs; arguments as `attention`, N and M multiples of 128.
 
     Source: jax.experimental.pallas.ops.tpu.splash_attention.

@@ -143,7 +143,14 @@ class VisionTransformer(nnx.Module):
     Source: transformers `BlipVisionModel`.
     """
 
-    def __init__(self, config: BLIPVisionConfig, *, rngs: nnx.Rngs, dtype, remat: str):
+    def __init__(
+        self,
+        config: BLIPVisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        remat: str,
+    ):
         kw = {"rngs": rngs, "dtype": dtype}
         width = config.hidden_size
         count = 1 + (config.image_size // config.patch_size) ** 2
@@ -205,7 +212,12 @@ class BertSelfAttention(nnx.Module):
     Source: transformers `BlipTextSelfAttention`.
     """
 
-    def __init__(self, config: BLIPConfig, context: int, **kw):
+    def __init__(
+        self,
+        config: BLIPConfig,
+        context: int,
+        **kw,
+    ):
         width = config.hidden_size
         self.heads = config.num_attention_heads
         self.query = layers.Linear(width, width, **kw)
@@ -215,7 +227,12 @@ class BertSelfAttention(nnx.Module):
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], self.heads, -1)  # [B, L, heads, D / heads]
 
-    def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        mask: jax.Array | None,
+    ) -> jax.Array:
         q = self._split_heads(self.query(x))
         k = self._split_heads(self.key(context))
         v = self._split_heads(self.value(context))
@@ -228,7 +245,12 @@ class BertOutput(nnx.Module):
     Source: `BlipTextSelfOutput`.
     """
 
-    def __init__(self, config: BLIPConfig, c_in: int, **kw):
+    def __init__(
+        self,
+        config: BLIPConfig,
+        c_in: int,
+        **kw,
+    ):
         self.dense = layers.Linear(c_in, config.hidden_size, **kw)
         self.LayerNorm = layers.layer_norm(config, **kw)
 
@@ -239,11 +261,21 @@ class BertOutput(nnx.Module):
 class BertAttention(nnx.Module):
     """Attention and its output. Source: transformers `BlipTextAttention`."""
 
-    def __init__(self, config: BLIPConfig, context: int, **kw):
+    def __init__(
+        self,
+        config: BLIPConfig,
+        context: int,
+        **kw,
+    ):
         self.self = BertSelfAttention(config, context, **kw)
         self.output = BertOutput(config, config.hidden_size, **kw)
 
-    def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array,
+        mask: jax.Array | None,
+    ) -> jax.Array:
         return self.output(self.self(x, context, mask), x)
 
 
@@ -269,7 +301,12 @@ class BertLayer(nnx.Module):
         self.intermediate = BertIntermediate(config, **kw)
         self.output = BertOutput(config, config.intermediate_size, **kw)
 
-    def __call__(self, x: jax.Array, image: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        image: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
         x = self.attention(x, x, mask)
         x = self.crossattention(x, image, None)
         return self.output(self.intermediate(x), x)
@@ -278,13 +315,25 @@ class BertLayer(nnx.Module):
 class BertEncoder(nnx.Module):
     """The stacked layers: ([B, L, D], image [B, N, E], mask [B, 1, 1, L]) -> [B, L, D]."""
 
-    def __init__(self, config: BLIPConfig, *, rngs: nnx.Rngs, dtype, remat: str):
+    def __init__(
+        self,
+        config: BLIPConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        remat: str,
+    ):
         self.remat = remat
         self.layer = layers.stacked(
             lambda rngs: BertLayer(config, rngs=rngs, dtype=dtype), config.num_hidden_layers, rngs
         )
 
-    def __call__(self, x: jax.Array, image: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        image: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
         return layers.scan_blocks(self.layer, x, image, mask, remat=self.remat)
 
 
@@ -294,11 +343,22 @@ class BertModel(nnx.Module):
     Source: transformers `BlipTextModel`, no pooling layer.
     """
 
-    def __init__(self, config: BLIPConfig, *, remat: str, **kw):
+    def __init__(
+        self,
+        config: BLIPConfig,
+        *,
+        remat: str,
+        **kw,
+    ):
         self.embeddings = BertEmbeddings(config, **kw)
         self.encoder = BertEncoder(config, remat=remat, **kw)
 
-    def __call__(self, token_ids: jax.Array, mask: jax.Array, image: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        token_ids: jax.Array,
+        mask: jax.Array,
+        image: jax.Array,
+    ) -> jax.Array:
         return self.encoder(self.embeddings(token_ids), image, mask.astype(bool)[:, None, None, :])
 
 
@@ -312,7 +372,12 @@ class BLIP(nnx.Module):
         self.visual_encoder = VisionTransformer(config.vision_config, **kw)
         self.text_encoder = BertModel(config, **kw)
 
-    def __call__(self, pixels: jax.Array, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        pixels: jax.Array,
+        token_ids: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
         return self.text_encoder(token_ids, mask, self.visual_encoder(pixels))
 
 
@@ -328,13 +393,23 @@ class ImageReward(nnx.Module):
     """
 
     def __init__(
-        self, config: BLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+        self,
+        config: BLIPConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
     ):
         self.config = config
         self.blip = BLIP(config, rngs=rngs, dtype=dtype, remat=remat)
         self.mlp = ScoreHead(config.hidden_size, rngs=rngs)
 
-    def __call__(self, pixels: jax.Array, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        pixels: jax.Array,
+        token_ids: jax.Array,
+        mask: jax.Array,
+    ) -> jax.Array:
         """The score of each image for its prompt.
 
         Args:

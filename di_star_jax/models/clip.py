@@ -208,7 +208,14 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     """The stacked layers: [B, N, D] -> (input of the last layer, its output), [B, N, D] each."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs, dtype, remat: str):
+    def __init__(
+        self,
+        config,
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        remat: str,
+    ):
         self.remat = remat
         self.layers = layers.stacked(
             lambda rngs: CLIPEncoderLayer(config, rngs=rngs, dtype=dtype),
@@ -251,7 +258,13 @@ class CLIPTextEmbeddings(nnx.Module):
 class CLIPTextTransformer(nnx.Module):
     """[B, L] token ids -> TextOutput, without projection. Source: transformers' `text_model`."""
 
-    def __init__(self, config: CLIPTextConfig, *, remat: str, **kw):
+    def __init__(
+        self,
+        config: CLIPTextConfig,
+        *,
+        remat: str,
+        **kw,
+    ):
         self.eos_token_id = config.eos_token_id
         self.embeddings = CLIPTextEmbeddings(config, **kw)
         self.encoder = CLIPEncoder(config, remat=remat, **kw)
@@ -282,7 +295,13 @@ class CLIPVisionEmbeddings(nnx.Module):
     Source: transformers `CLIPVisionEmbeddings`.
     """
 
-    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(
+        self,
+        config: CLIPVisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+    ):
         kw = {"dtype": dtype, "rngs": rngs}
         width = config.hidden_size
         patch = config.patch_size
@@ -313,7 +332,13 @@ class CLIPVisionEmbeddings(nnx.Module):
 class CLIPVisionTransformer(nnx.Module):
     """[B, S, S, 3] CLIP-normalised pixels -> [B, D]. Source: transformers' `vision_model`."""
 
-    def __init__(self, config: CLIPVisionConfig, *, remat: str, **kw):
+    def __init__(
+        self,
+        config: CLIPVisionConfig,
+        *,
+        remat: str,
+        **kw,
+    ):
         self.embeddings = CLIPVisionEmbeddings(config, **kw)
         self.pre_layrnorm = layers.layer_norm(config, **kw)
         self.encoder = CLIPEncoder(config, remat=remat, **kw)
@@ -324,7 +349,11 @@ class CLIPVisionTransformer(nnx.Module):
         return self.post_layernorm(x[:, 0])  # [B, D]
 
 
-def _projection(tower: CLIPTextConfig | CLIPVisionConfig, width: int, **kw) -> layers.Linear:
+def _projection(
+    tower: CLIPTextConfig | CLIPVisionConfig,
+    width: int,
+    **kw,
+) -> layers.Linear:
     """From a tower's width to the joint space."""
     return layers.Linear(tower.hidden_size, width, use_bias=False, **kw)
 
@@ -336,7 +365,12 @@ class CLIPTextModel(nnx.Module):
     """
 
     def __init__(
-        self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+        self,
+        config: CLIPTextConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
     ):
         self.config = config
         self.text_model = CLIPTextTransformer(config, remat=remat, rngs=rngs, dtype=dtype)
@@ -353,7 +387,12 @@ class CLIPTextModelWithProjection(nnx.Module):
     """
 
     def __init__(
-        self, config: CLIPTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+        self,
+        config: CLIPTextConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
     ):
         kw = {"rngs": rngs, "dtype": dtype}
         self.config = config
@@ -373,7 +412,12 @@ class CLIPModel(nnx.Module):
     """
 
     def __init__(
-        self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+        self,
+        config: CLIPConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
     ):
         kw = {"rngs": rngs, "dtype": dtype}
         width = config.projection_dim
@@ -403,7 +447,12 @@ class CLIPVisionModelWithProjection(nnx.Module):
     """The vision half of a `CLIPModel`. Source: transformers `CLIPVisionModelWithProjection`."""
 
     def __init__(
-        self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, remat: str = "none"
+        self,
+        config: CLIPConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        remat: str = "none",
     ):
         kw = {"rngs": rngs, "dtype": dtype}
         vision = config.vision_config

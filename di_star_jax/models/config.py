@@ -42,7 +42,11 @@ def from_json(
     )
 
 
-def check_class(config: Mapping[str, Any], expected: str, advice: str) -> None:
+def check_class(
+    config: Mapping[str, Any],
+    expected: str,
+    advice: str,
+) -> None:
     """Raises: UserError where a config.json of diffusers is of another class."""
     name = config.get("_class_name", expected)
     if name != expected:
@@ -51,7 +55,12 @@ def check_class(config: Mapping[str, Any], expected: str, advice: str) -> None:
         )
 
 
-def check_divides(built: Any, field: str, by: str, file: str) -> None:
+def check_divides(
+    built: Any,
+    field: str,
+    by: str,
+    file: str,
+) -> None:
     """Raises: UserError where the field `by` of a config does not divide its field `field`."""
     size, parts = getattr(built, field), getattr(built, by)
     if size % parts:

@@ -32,7 +32,11 @@ REMAT = {
 }
 
 
-def checkpointed(module: nnx.Module, *args, remat: str) -> jax.Array:
+def checkpointed(
+    module: nnx.Module,
+    *args,
+    remat: str,
+) -> jax.Array:
     """Runs `module(*args)`; the backward pass recomputes what `remat`, a key of REMAT, does not
     keep.
     """
@@ -44,12 +48,21 @@ def checkpointed(module: nnx.Module, *args, remat: str) -> jax.Array:
     )(params, *args)
 
 
-def stacked(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stacked(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    depth: int,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
     """`depth` copies of one block as a single module whose leaves have a leading axis [depth]."""
     return nnx.vmap(build, in_axes=0)(rngs.split(depth))
 
 
-def scan_blocks(blocks: nnx.Module, x: jax.Array, *args, remat: str) -> jax.Array:
+def scan_blocks(
+    blocks: nnx.Module,
+    x: jax.Array,
+    *args,
+    remat: str,
+) -> jax.Array:
     """Applies stacked blocks one after the other: one traced body whatever the depth."""
     graphdef, params = nnx.split(blocks)
 
@@ -170,7 +183,12 @@ class GroupNorm(nnx.GroupNorm):
         return (centred * (inverse * scale) + bias).astype(self.dtype)
 
 
-def group_norm(channels: int, groups: int, eps: float, **kw) -> GroupNorm:
+def group_norm(
+    channels: int,
+    groups: int,
+    eps: float,
+    **kw,
+) -> GroupNorm:
     return GroupNorm(channels, num_groups=groups, epsilon=eps, **kw)
 
 
@@ -179,17 +197,30 @@ def layer_norm(config: Any, **kw) -> LayerNorm:
     return LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, **kw)
 
 
-def embed(count: int, width: int, **kw) -> Embed:
+def embed(
+    count: int,
+    width: int,
+    **kw,
+) -> Embed:
     return Embed(count, width, embedding_init=nnx.initializers.normal(0.02), **kw)
 
 
 def conv3x3(
-    c_in: int, c_out: int, *, stride: int = 1, padding: Padding = ((1, 1), (1, 1)), **kw
+    c_in: int,
+    c_out: int,
+    *,
+    stride: int = 1,
+    padding: Padding = ((1, 1), (1, 1)),
+    **kw,
 ) -> Conv:
     return Conv(c_in, c_out, 3, stride=stride, padding=padding, **kw)
 
 
-def conv1x1(c_in: int, c_out: int, **kw) -> Conv:
+def conv1x1(
+    c_in: int,
+    c_out: int,
+    **kw,
+) -> Conv:
     return Conv(c_in, c_out, 1, **kw)
 
 
@@ -199,7 +230,11 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def sinusoidal_embedding(
-    t: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_shift: float
+    t: jax.Array,
+    dim: int,
+    *,
+    flip_sin_to_cos: bool,
+    freq_shift: float,
 ) -> jax.Array:
     """Sines and cosines of a scalar at `dim / 2` frequencies.
 
@@ -226,7 +261,12 @@ def sinusoidal_embedding(
 class TimestepEmbedding(nnx.Module):
     """[B, C_in] -> [B, C]: linear, SiLU, linear. Source: diffusers `TimestepEmbedding`."""
 
-    def __init__(self, c_in: int, channels: int, **kw):
+    def __init__(
+        self,
+        c_in: int,
+        channels: int,
+        **kw,
+    ):
         self.linear_1 = Linear(c_in, channels, **kw)
         self.linear_2 = Linear(channels, channels, **kw)
 
@@ -240,7 +280,16 @@ class ResnetBlock2D(nnx.Module):
     Source: diffusers `ResnetBlock2D`, time added before norm2.
     """
 
-    def __init__(self, c_in: int, c_out: int, *, temb: int | None, groups: int, eps: float, **kw):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        temb: int | None,
+        groups: int,
+        eps: float,
+        **kw,
+    ):
         self.norm1 = group_norm(c_in, groups, eps, **kw)
         self.conv1 = conv3x3(c_in, c_out, **kw)
         self.time_emb_proj = None if temb is None else Linear(temb, c_out, **kw)
@@ -260,7 +309,13 @@ class ResnetBlock2D(nnx.Module):
 class Downsample2D(nnx.Module):
     """Halves H and W by a strided convolution. Source: diffusers `Downsample2D`."""
 
-    def __init__(self, channels: int, *, padding: Padding, **kw):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        padding: Padding,
+        **kw,
+    ):
         self.conv = conv3x3(channels, channels, stride=2, padding=padding, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -339,7 +394,12 @@ class GEGLU(nnx.Module):
     Source: diffusers `GEGLU`.
     """
 
-    def __init__(self, c_in: int, c_out: int, **kw):
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        **kw,
+    ):
         self.proj = Linear(c_in, 2 * c_out, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -420,7 +480,13 @@ class Transformer2DModel(nnx.Module):
     Source: diffusers `Transformer2DModel`.
     """
 
-    def __init__(self, config: TransformerConfig, *, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
         kw = {"dtype": dtype, "rngs": rngs}
         channels = config.channels
         projection = Linear if config.linear_projection else conv1x1

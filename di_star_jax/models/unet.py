@@ -122,7 +122,12 @@ def _per_block(value: int | list[int], count: int) -> list[int]:
     return [value] * count if isinstance(value, int) else value
 
 
-def _resnet(config: UNetConfig, level: int, c_in: int, **kw) -> layers.ResnetBlock2D:
+def _resnet(
+    config: UNetConfig,
+    level: int,
+    c_in: int,
+    **kw,
+) -> layers.ResnetBlock2D:
     return layers.ResnetBlock2D(
         c_in,
         config.block_out_channels[level],
@@ -134,7 +139,12 @@ def _resnet(config: UNetConfig, level: int, c_in: int, **kw) -> layers.ResnetBlo
 
 
 def _transformer(
-    config: UNetConfig, level: int, *, remat: str, kernel: str, **kw
+    config: UNetConfig,
+    level: int,
+    *,
+    remat: str,
+    kernel: str,
+    **kw,
 ) -> layers.Transformer2DModel:
     return layers.Transformer2DModel(
         layers.TransformerConfig(
@@ -151,7 +161,13 @@ def _transformer(
     )
 
 
-def _transformers(config: UNetConfig, block: str, level: int, count: int, **kw) -> nnx.List | None:
+def _transformers(
+    config: UNetConfig,
+    block: str,
+    level: int,
+    count: int,
+    **kw,
+) -> nnx.List | None:
     """Those of a block with cross-attention, None for another."""
     if not block.startswith("CrossAttn"):
         return None
@@ -165,7 +181,15 @@ class DownBlock2D(nnx.Module):
     Source: diffusers `DownBlock2D` and `CrossAttnDownBlock2D`.
     """
 
-    def __init__(self, config: UNetConfig, level: int, *, remat: str, kernel: str, **kw):
+    def __init__(
+        self,
+        config: UNetConfig,
+        level: int,
+        *,
+        remat: str,
+        kernel: str,
+        **kw,
+    ):
         self.remat = remat
         widths = config.block_out_channels
         width = widths[level]
@@ -182,7 +206,10 @@ class DownBlock2D(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, temb: jax.Array, context: jax.Array
+        self,
+        x: jax.Array,
+        temb: jax.Array,
+        context: jax.Array,
     ) -> tuple[jax.Array, list[jax.Array]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -199,14 +226,26 @@ class DownBlock2D(nnx.Module):
 class UNetMidBlock2DCrossAttn(nnx.Module):
     """Resnet, transformer, resnet. Source: diffusers `UNetMidBlock2DCrossAttn`."""
 
-    def __init__(self, config: UNetConfig, *, remat: str, kernel: str, **kw):
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        remat: str,
+        kernel: str,
+        **kw,
+    ):
         self.remat = remat
         level = len(config.block_out_channels) - 1
         channels = config.block_out_channels[level]
         self.attentions = nnx.List([_transformer(config, level, remat=remat, kernel=kernel, **kw)])
         self.resnets = nnx.List([_resnet(config, level, channels, **kw) for _ in range(2)])
 
-    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        temb: jax.Array,
+        context: jax.Array,
+    ) -> jax.Array:
         x = layers.checkpointed(self.resnets[0], x, temb, remat=self.remat)
         x = self.attentions[0](x, context)
         return layers.checkpointed(self.resnets[1], x, temb, remat=self.remat)
@@ -219,7 +258,15 @@ class UpBlock2D(nnx.Module):
     `level` counts as in the down path. Source: diffusers `UpBlock2D` and `CrossAttnUpBlock2D`.
     """
 
-    def __init__(self, config: UNetConfig, level: int, *, remat: str, kernel: str, **kw):
+    def __init__(
+        self,
+        config: UNetConfig,
+        level: int,
+        *,
+        remat: str,
+        kernel: str,
+        **kw,
+    ):
         self.remat = remat
         widths = config.block_out_channels
         width = widths[level]
@@ -312,7 +359,12 @@ class UNet2DConditionModel(nnx.Module):
         added = jnp.concatenate([pooled, sizes.reshape(len(pooled), -1)], axis=-1)
         return temb + self.add_embedding(added)
 
-    def __call__(self, x_t: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+    def __call__(
+        self,
+        x_t: jax.Array,
+        t: jax.Array,
+        condition: Condition,
+    ) -> jax.Array:
         """Predicts the noise in x_t.
 
         Args:

@@ -55,17 +55,32 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def _resnet(config: VAEConfig, c_in: int, c_out: int, **kw) -> layers.ResnetBlock2D:
+def _resnet(
+    config: VAEConfig,
+    c_in: int,
+    c_out: int,
+    **kw,
+) -> layers.ResnetBlock2D:
     groups = config.norm_num_groups
     return layers.ResnetBlock2D(c_in, c_out, temb=None, groups=groups, eps=1e-6, **kw)
 
 
-def _resnets(config: VAEConfig, c_in: int, c_out: int, count: int, **kw) -> nnx.List:
+def _resnets(
+    config: VAEConfig,
+    c_in: int,
+    c_out: int,
+    count: int,
+    **kw,
+) -> nnx.List:
     inputs = [c_in] + [c_out] * (count - 1)
     return nnx.List([_resnet(config, width, c_out, **kw) for width in inputs])
 
 
-def _norm_out(config: VAEConfig, channels: int, **kw) -> layers.GroupNorm:
+def _norm_out(
+    config: VAEConfig,
+    channels: int,
+    **kw,
+) -> layers.GroupNorm:
     return layers.group_norm(channels, config.norm_num_groups, 1e-6, **kw)
 
 
@@ -75,7 +90,14 @@ class MidBlock(nnx.Module):
     Source: diffusers `UNetMidBlock2D`.
     """
 
-    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, **kw):
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        remat: str,
+        kernel: str,
+        **kw,
+    ):
         self.remat = remat
         channels = config.block_out_channels[-1]
         groups = config.norm_num_groups
@@ -95,7 +117,14 @@ class DownBlock(nnx.Module):
     Source: diffusers `DownEncoderBlock2D`.
     """
 
-    def __init__(self, config: VAEConfig, level: int, *, remat: str, **kw):
+    def __init__(
+        self,
+        config: VAEConfig,
+        level: int,
+        *,
+        remat: str,
+        **kw,
+    ):
         self.remat = remat
         widths = config.block_out_channels
         width = widths[level]
@@ -118,7 +147,14 @@ class DownBlock(nnx.Module):
 class UpBlock(nnx.Module):
     """Resnets, then an upsampling but at the last level. Source: diffusers `UpDecoderBlock2D`."""
 
-    def __init__(self, config: VAEConfig, level: int, *, remat: str, **kw):
+    def __init__(
+        self,
+        config: VAEConfig,
+        level: int,
+        *,
+        remat: str,
+        **kw,
+    ):
         self.remat = remat
         widths = config.block_out_channels
         width = widths[level]
@@ -135,7 +171,14 @@ class UpBlock(nnx.Module):
 class Encoder(nnx.Module):
     """[B, H, W, 3] -> [B, H/f, W/f, 2 * latent_channels]. Source: diffusers `Encoder`."""
 
-    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, **kw):
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        remat: str,
+        kernel: str,
+        **kw,
+    ):
         widths = config.block_out_channels
         self.conv_in = layers.conv3x3(config.in_channels, widths[0], **kw)
         self.down_blocks = nnx.List(
@@ -156,7 +199,14 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """[B, H/f, W/f, latent_channels] -> [B, H, W, 3]. Source: diffusers `Decoder`."""
 
-    def __init__(self, config: VAEConfig, *, remat: str, kernel: str, **kw):
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        remat: str,
+        kernel: str,
+        **kw,
+    ):
         widths = config.block_out_channels
         self.conv_in = layers.conv3x3(config.latent_channels, widths[-1], **kw)
         self.mid_block = MidBlock(config, remat=remat, kernel=kernel, **kw)

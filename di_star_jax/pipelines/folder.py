@@ -139,7 +139,11 @@ def abstract_model(config: dict, options: Options = PLAIN) -> Model:
     return abstract_port(_port(config), config, options)
 
 
-def abstract_port(port: Port, config: dict, options: Options) -> Model:
+def abstract_port(
+    port: Port,
+    config: dict,
+    options: Options,
+) -> Model:
     """As `abstract_model`, of a class that config.json does not name."""
     settings = port.settings.from_json(config)
     given = {"dtype": options.dtype, "remat": options.remat}

@@ -62,7 +62,11 @@ def read(path: Path, layout: Layout) -> Iterator[Prompt]:
             yield Prompt(row, text.strip(), kept)
 
 
-def _check(path: Path, row: int, text: Any) -> None:
+def _check(
+    path: Path,
+    row: int,
+    text: Any,
+) -> None:
     where = f"{path}: row {row}"
     if not isinstance(text, str):
         raise UserError(f"{where} holds {text!r}, expected text; give another column")
@@ -88,7 +92,11 @@ def _decode(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _columns(path: Path, names: Sequence[str], layout: Layout) -> tuple[str, tuple[str, ...]]:
+def _columns(
+    path: Path,
+    names: Sequence[str],
+    layout: Layout,
+) -> tuple[str, tuple[str, ...]]:
     """The prompt's column, and the columns kept."""
     needed = layout.keep or ()
     prompt = next((name for name in layout.columns if name in names), None)
@@ -101,7 +109,11 @@ def _columns(path: Path, names: Sequence[str], layout: Layout) -> tuple[str, tup
     return prompt, layout.keep
 
 
-def _entry(cells: dict[str, Any], prompt: str, keep: Sequence[str]) -> Entry:
+def _entry(
+    cells: dict[str, Any],
+    prompt: str,
+    keep: Sequence[str],
+) -> Entry:
     values = {name: cells[name] for name in keep}
     return cells[prompt], {
         name: "" if value is None else str(value) for name, value in values.items()
@@ -129,7 +141,11 @@ def _csv(path: Path, layout: Layout) -> Iterator[Entry]:
     return _table(path, csv.reader(io.StringIO(_decode(path), newline="")), layout)
 
 
-def _table(path: Path, rows: Iterator[list[str]], layout: Layout) -> Iterator[Entry]:
+def _table(
+    path: Path,
+    rows: Iterator[list[str]],
+    layout: Layout,
+) -> Iterator[Entry]:
     header = next(rows, [])
     prompt, keep = _columns(path, header, layout)
     for row in rows:
@@ -159,7 +175,11 @@ def _parse_json(path: Path) -> Any:
         raise UserError(f"{path} is not {kind} ({error}); mend the file") from None
 
 
-def _json_entry(path: Path, entry: Any, layout: Layout) -> Entry:
+def _json_entry(
+    path: Path,
+    entry: Any,
+    layout: Layout,
+) -> Entry:
     if isinstance(entry, dict):
         prompt, keep = _columns(path, list(entry), layout)
         if layout.keep is None:

@@ -172,7 +172,11 @@ def own_file(column: str | None = None) -> PromptSet:
     return PromptSet("a prompt file", "", dict.fromkeys(files.READERS, layout))
 
 
-def resolve(name_or_file: str, file: str = "", option: str = "--prompts") -> tuple[str, str]:
+def resolve(
+    name_or_file: str,
+    file: str = "",
+    option: str = "--prompts",
+) -> tuple[str, str]:
     """What a user asks for: (name of a set or "" for the user's own file, path or URL).
 
     Args:
@@ -279,7 +283,12 @@ def digest_of(spec: PromptSet, path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def differences(spec: PromptSet, path: Path, digest: str, count: int) -> Iterator[str]:
+def differences(
+    spec: PromptSet,
+    path: Path,
+    digest: str,
+    count: int,
+) -> Iterator[str]:
     """A line for each way in which a source of `count` prompts differs from what is published."""
     known, where = spec.digests.get(path.suffix, (digest, ""))
     if digest != known:

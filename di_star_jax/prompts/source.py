@@ -93,7 +93,12 @@ def load(
     )
 
 
-def _key(digest: str, name: str, suffix: str, forms: dict) -> str:
+def _key(
+    digest: str,
+    name: str,
+    suffix: str,
+    forms: dict,
+) -> str:
     """A folder's name, after all that the prompts depend on."""
     key = f"{digest}\0{name}\0{suffix}\0{forms.get(suffix)}"
     return hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -109,7 +114,11 @@ def _records(spec: PromptSet, path: Path) -> Iterator[tuple[int, dict[str, Any]]
         raise UserError(f"{path} holds no prompts, expected at least one; give another file")
 
 
-def _build(spec: PromptSet, path: Path, folder: Path) -> Sequence[dict[str, Any]]:
+def _build(
+    spec: PromptSet,
+    path: Path,
+    folder: Path,
+) -> Sequence[dict[str, Any]]:
     """The records in a folder of their own, written by the first call, found by later ones."""
     import tensorflow_datasets as tfds
 
@@ -153,7 +162,13 @@ class PromptStream:
       batch_size: prompts per step, over all hosts.
     """
 
-    def __init__(self, source: Sequence[Prompt], *, seed: int, batch_size: int):
+    def __init__(
+        self,
+        source: Sequence[Prompt],
+        *,
+        seed: int,
+        batch_size: int,
+    ):
         import grain
 
         self._stream = grain.MapDataset.source(source).shuffle(seed).repeat()
@@ -166,7 +181,11 @@ class PromptStream:
         return [self._stream[first + row] for row in rows]
 
 
-def _fetch(spec: PromptSet, url: str, folder: Path) -> Path:
+def _fetch(
+    spec: PromptSet,
+    url: str,
+    folder: Path,
+) -> Path:
     """Downloads a file, or each file of a set that is a folder of known names, once."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https"):
@@ -203,7 +222,11 @@ def _download(url: str, path: Path) -> None:
         ) from None
 
 
-def _save(response: http.client.HTTPResponse, url: str, path: Path) -> None:
+def _save(
+    response: http.client.HTTPResponse,
+    url: str,
+    path: Path,
+) -> None:
     if response.headers.get_content_type() == "text/html":
         raise UserError(
             f"{url} is a web page, expected a prompt file; give the URL of the raw file"

@@ -36,7 +36,11 @@ _HPS_NEEDED = {
 }
 
 
-def _hps(title: str, evaluation: Pixels, source: str) -> Entry:
+def _hps(
+    title: str,
+    evaluation: Pixels,
+    source: str,
+) -> Entry:
     return similarity.entry(
         title,
         Similarity(
@@ -103,7 +107,9 @@ def sources_of(config) -> dict[str, str]:
 
 
 def load_rewards(
-    sources: dict[str, str], tokenizer: str, options: Options = PLAIN
+    sources: dict[str, str],
+    tokenizer: str,
+    options: Options = PLAIN,
 ) -> dict[str, Reward]:
     """Rewards by name.
 

@@ -42,14 +42,22 @@ class _Graphs(NamedTuple):
 
 
 def _score(
-    graphs: _Graphs, pixels: Pixels, params: dict, images: jax.Array, prompts: jax.Array
+    graphs: _Graphs,
+    pixels: Pixels,
+    params: dict,
+    images: jax.Array,
+    prompts: jax.Array,
 ) -> jax.Array:
     del prompts
     embeddings = image_embeddings(graphs.clip, params["clip"], images, pixels=pixels)
     return nnx.merge(graphs.head, params["head"])(embeddings)
 
 
-def _features(graphs: _Graphs, params: dict, images: jax.Array) -> jax.Array:
+def _features(
+    graphs: _Graphs,
+    params: dict,
+    images: jax.Array,
+) -> jax.Array:
     return eight_bit_features(graphs.clip, params["clip"], images)
 
 
@@ -87,7 +95,11 @@ def _check_files(folder: Path) -> None:
         raise UserError(f"{folder} lacks {listed(missing)}")
 
 
-def load(folder: Path, options: Options, tokenizer: str | Path) -> Reward:
+def load(
+    folder: Path,
+    options: Options,
+    tokenizer: str | Path,
+) -> Reward:
     """As `Entry.load`, from a `CLIPModel`'s folder with the head's file HEAD beside its own.
 
     Args: tokenizer, not needed.

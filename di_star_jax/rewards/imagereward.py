@@ -83,7 +83,11 @@ class BertTokenizer:
 
 
 def score(
-    graphdef: nnx.GraphDef, pixels: Pixels, params: dict, images: jax.Array, prompts: dict
+    graphdef: nnx.GraphDef,
+    pixels: Pixels,
+    params: dict,
+    images: jax.Array,
+    prompts: dict,
 ) -> jax.Array:
     """ImageReward of images for their prompts.
 
@@ -134,7 +138,11 @@ def read_config(folder: Path) -> dict:
     return folders.read_config(folder, name="med_config.json")
 
 
-def load(folder: Path, options: Options, tokenizer: str | Path) -> Reward:
+def load(
+    folder: Path,
+    options: Options,
+    tokenizer: str | Path,
+) -> Reward:
     """As `Entry.load`, from a folder with ImageReward.pt's tensors under their names.
 
     Args: tokenizer, CLIP's, for other rewards.

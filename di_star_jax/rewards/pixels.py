@@ -98,7 +98,11 @@ Matrix = Callable[[int, int], np.ndarray]
 
 
 def _resize_and_crop(
-    n: int, shortest: int, size: int, matrix: Matrix, cut: Callable[[int], int]
+    n: int,
+    shortest: int,
+    size: int,
+    matrix: Matrix,
+    cut: Callable[[int], int],
 ) -> np.ndarray:
     """[size, n] for an axis of n pixels: the shortest gets `size` pixels, and the centre stays."""
     resized = int(size * n / shortest)  # rounded as transformers and torchvision do

@@ -34,7 +34,11 @@ def normalise(features: jax.Array) -> jax.Array:
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
 
 
-def text_embeddings(graphdef: nnx.GraphDef, params: dict, token_ids: jax.Array) -> jax.Array:
+def text_embeddings(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    token_ids: jax.Array,
+) -> jax.Array:
     """The prompts' half of the score; it needs no gradient.
 
     Args:
@@ -47,7 +51,11 @@ def text_embeddings(graphdef: nnx.GraphDef, params: dict, token_ids: jax.Array) 
 
 
 def image_embeddings(
-    graphdef: nnx.GraphDef, params: dict, images: jax.Array, *, pixels: Pixels = clip_pixels
+    graphdef: nnx.GraphDef,
+    params: dict,
+    images: jax.Array,
+    *,
+    pixels: Pixels = clip_pixels,
 ) -> jax.Array:
     """The pictures' half of the score.
 
@@ -62,13 +70,21 @@ def image_embeddings(
     return normalise(model.image_features(seen))
 
 
-def eight_bit_features(graphdef: nnx.GraphDef, params: dict, images: jax.Array) -> jax.Array:
+def eight_bit_features(
+    graphdef: nnx.GraphDef,
+    params: dict,
+    images: jax.Array,
+) -> jax.Array:
     """`Reward.features` of a CLIP: the same view of an image for all, whatever they score by."""
     return image_embeddings(graphdef, params, images, pixels=clip_pixels_rounded)
 
 
 def cosine(
-    graphdef: nnx.GraphDef, pixels: Pixels, params: dict, images: jax.Array, token_ids: jax.Array
+    graphdef: nnx.GraphDef,
+    pixels: Pixels,
+    params: dict,
+    images: jax.Array,
+    token_ids: jax.Array,
 ) -> jax.Array:
     """Cosine between image and prompt, without the logit scale.
 
@@ -131,7 +147,12 @@ class Similarity:
         """As `Entry.abstract`. Args: config, of a `CLIPModel`."""
         return self._reward(abstract_port(_PORT, config, options), None)
 
-    def load(self, folder: Path, options: Options, tokenizer: str | Path) -> Reward:
+    def load(
+        self,
+        folder: Path,
+        options: Options,
+        tokenizer: str | Path,
+    ) -> Reward:
         """As `Entry.load`.
 
         Raises: UserError for a folder without weights, or of another model.
@@ -156,7 +177,11 @@ class Similarity:
         )
 
 
-def entry(title: str, similarity: Similarity, **facts: Any) -> Entry:
+def entry(
+    title: str,
+    similarity: Similarity,
+    **facts: Any,
+) -> Entry:
     """The entry of a CLIP's cosine. Args: facts, others of `Entry`."""
     return Entry(
         title,

@@ -10,20 +10,32 @@ import jax.numpy as jnp
 from di_star_jax.diffusion import per_sample
 
 
-def full_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
+def full_view(
+    latents: jax.Array,
+    crop: jax.Array,
+    size: int,
+) -> jax.Array:
     """All of the latents."""
     del crop, size
     return latents
 
 
-def resized_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
+def resized_view(
+    latents: jax.Array,
+    crop: jax.Array,
+    size: int,
+) -> jax.Array:
     """[B, h, w, C] -> [B, size, size, C], linear with antialiasing: the whole, but smaller."""
     del crop
     b, _, _, c = latents.shape
     return jax.image.resize(latents, (b, size, size, c), "linear")
 
 
-def cropped_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
+def cropped_view(
+    latents: jax.Array,
+    crop: jax.Array,
+    size: int,
+) -> jax.Array:
     """[B, h, w, C] -> [B, size, size, C]: a window of each.
 
     Args: crop, [B, 2] in [0, 1) of the places that there are.
@@ -41,7 +53,12 @@ def cropped_view(latents: jax.Array, crop: jax.Array, size: int) -> jax.Array:
 VIEWS = {"full": full_view, "resized": resized_view, "crop": cropped_view}
 
 
-def _map_slices(run: Callable[..., Any], size: int, x0: jax.Array, others: tuple[Any, ...]) -> Any:
+def _map_slices(
+    run: Callable[..., Any],
+    size: int,
+    x0: jax.Array,
+    others: tuple[Any, ...],
+) -> Any:
     """`run`(x0, *others), a tree of [B, ...], of `size` images after the other."""
     split = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (x0, others))
     results = jax.lax.map(lambda part: run(part[0], *part[1]), split)

@@ -64,7 +64,10 @@ def render_pairs(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list
 
 
 def encode(
-    folder: Path, graphdef: nnx.GraphDef, params: Any, images: np.ndarray
+    folder: Path,
+    graphdef: nnx.GraphDef,
+    params: Any,
+    images: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations of all latents by a VAE with scaling factor 1.
 
@@ -87,7 +90,12 @@ def write_captions(folder: Path) -> None:
     _write(folder / "prompts_held_out.txt", 500, held_out=True)
 
 
-def _write(file: Path, count: int, *, held_out: bool) -> None:
+def _write(
+    file: Path,
+    count: int,
+    *,
+    held_out: bool,
+) -> None:
     rng = np.random.default_rng(8)
     drawn = [scenes.sample_scene(rng, held_out=held_out).caption for _ in range(2 * count)]
     captions = list(dict.fromkeys(drawn))[:count]

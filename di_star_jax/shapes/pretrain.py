@@ -65,7 +65,12 @@ class Stage:
     batch_size: int
     learning_rate: float
 
-    def rows(self, seed: int, k: int, count: int) -> np.ndarray:
+    def rows(
+        self,
+        seed: int,
+        k: int,
+        count: int,
+    ) -> np.ndarray:
         """Numbers of `count` examples that step k sees; the same ones in a resumed run."""
         return np.random.default_rng((seed, k)).integers(count, size=self.batch_size)
 
@@ -109,7 +114,11 @@ def init(config: dict, seed: int) -> Network:
 
 
 def keep_training(
-    folder: Path, stage: Stage, state: Any, update: Callable, batch_at: Callable
+    folder: Path,
+    stage: Stage,
+    state: Any,
+    update: Callable,
+    batch_at: Callable,
 ) -> Any:
     """The state after all steps of a stage, continuing from the checkpoints in `folder`.
 
@@ -154,7 +163,11 @@ def adamw(stage: Stage) -> optax.GradientTransformation:
 
 
 def fit(
-    folder: Path, stage: Stage, params: Params, loss_fn: Callable, batch_at: Callable
+    folder: Path,
+    stage: Stage,
+    params: Params,
+    loss_fn: Callable,
+    batch_at: Callable,
 ) -> Params:
     """Parameters that minimise `loss_fn(params, batch, key) -> scalar`, averaged over the steps.
 
@@ -163,7 +176,11 @@ def fit(
     optimizer = adamw(stage)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: dict, batch: Any, k: jax.Array) -> tuple[dict, dict]:
+    def update(
+        state: dict,
+        batch: Any,
+        k: jax.Array,
+    ) -> tuple[dict, dict]:
         key = jax.random.fold_in(jax.random.key(0), k)
         loss, grads = jax.value_and_grad(loss_fn)(state["params"], batch, key)
         updates, opt = optimizer.update(grads, state["opt"], state["params"])
@@ -179,11 +196,19 @@ def fit(
 # Autoencoder.
 
 
-def train_vae(folder: Path, stage: Stage, images: np.ndarray) -> Network:
+def train_vae(
+    folder: Path,
+    stage: Stage,
+    images: np.ndarray,
+) -> Network:
     """L1 + L2 on pixels and on their differences to the neighbour, and a small KL."""
     graphdef, params = init(networks.VAE, seed=0)
 
-    def loss_fn(params: Params, image: jax.Array, key: jax.Array) -> jax.Array:
+    def loss_fn(
+        params: Params,
+        image: jax.Array,
+        key: jax.Array,
+    ) -> jax.Array:
         vae = nnx.merge(graphdef, params)
         mean, std = vae.encode(image)
         error = vae.decode(mean + std * jax.random.normal(key, mean.shape)) - image
@@ -202,7 +227,11 @@ def train_vae(folder: Path, stage: Stage, images: np.ndarray) -> Network:
 
 
 def mean_image_loss(
-    graphdefs: dict, params: dict, heads: dict, token_ids: dict[str, jax.Array], x0: jax.Array
+    graphdefs: dict,
+    params: dict,
+    heads: dict,
+    token_ids: dict[str, jax.Array],
+    x0: jax.Array,
 ) -> jax.Array:
     """How badly linear maps of the three end-of-text states predict the latents, summed.
 
@@ -261,7 +290,11 @@ def train_text(
     graphdefs = {part: encoder.graphdef for part, encoder in encoders.items()}
     params = {part: encoder.params for part, encoder in encoders.items()}
 
-    def loss_fn(params: Params, batch: dict, key: jax.Array) -> jax.Array:
+    def loss_fn(
+        params: Params,
+        batch: dict,
+        key: jax.Array,
+    ) -> jax.Array:
         del key
         return mean_image_loss(
             graphdefs, params["encoders"], params["heads"], batch["ids"], batch["x0"]
@@ -307,7 +340,11 @@ def train_teacher(
     unet = init(networks.UNET, seed=10)
     graphdefs = encoders.graphdef | {"unet": unet.graphdef}
 
-    def loss_fn(params: Params, batch: dict, key: jax.Array) -> jax.Array:
+    def loss_fn(
+        params: Params,
+        batch: dict,
+        key: jax.Array,
+    ) -> jax.Array:
         ids, x0 = batch["ids"], batch["mean"].reshape(len(batch["mean"]), -1)
         text_loss = mean_image_loss(graphdefs, params["networks"], params["heads"], ids, x0)
         return eps_loss(graphdefs, params["networks"], batch, key) + 0.1 * text_loss
@@ -321,7 +358,12 @@ def train_teacher(
     return Network(graphdefs, trained["networks"])
 
 
-def eps_loss(graphdefs: dict, params: dict, batch: dict, key: jax.Array) -> jax.Array:
+def eps_loss(
+    graphdefs: dict,
+    params: dict,
+    batch: dict,
+    key: jax.Array,
+) -> jax.Array:
     """eps-prediction (Eq. 2.2), one caption in ten dropped.
 
     Times weigh sigma_t^2 / alpha_t^2, within bounds, as if the error of x_0 were minimised: how
@@ -349,7 +391,11 @@ def eps_loss(graphdefs: dict, params: dict, batch: dict, key: jax.Array) -> jax.
     return (weight * (error**2).mean((1, 2, 3))).mean()
 
 
-def _sometimes_null(key: jax.Array, condition: Any, null: Any) -> Any:
+def _sometimes_null(
+    key: jax.Array,
+    condition: Any,
+    null: Any,
+) -> Any:
     """Each sample's condition, or the null condition for one in ten."""
     drop = jax.random.bernoulli(key, 0.1, jax.tree.leaves(condition)[0].shape[:1])
     return jax.tree.map(
@@ -365,7 +411,12 @@ def _logit_scale(params: Params) -> jax.Array:
 
 
 def train_clip(
-    folder: Path, stage: Stage, images: np.ndarray, ids: np.ndarray, config: dict, seed: int = 20
+    folder: Path,
+    stage: Stage,
+    images: np.ndarray,
+    ids: np.ndarray,
+    config: dict,
+    seed: int = 20,
 ) -> Network:
     """CLIP's contrastive loss on images and their captions.
 
@@ -377,7 +428,11 @@ def train_clip(
     """
     graphdef, params = init(config, seed)
 
-    def loss_fn(params: Params, batch: dict, key: jax.Array) -> jax.Array:
+    def loss_fn(
+        params: Params,
+        batch: dict,
+        key: jax.Array,
+    ) -> jax.Array:
         del key
         text = similarity.text_embeddings(graphdef, params, batch["ids"])
         image = similarity.image_embeddings(graphdef, params, batch["image"])
@@ -394,7 +449,10 @@ def train_clip(
 
 
 def train_reward(
-    folder: Path, stage: Stage, clip: Network, pairs: tuple[np.ndarray, np.ndarray, np.ndarray]
+    folder: Path,
+    stage: Stage,
+    clip: Network,
+    pairs: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> Network:
     """PickScore's loss: cross-entropy over the two scaled scores of a preference pair.
 
@@ -406,7 +464,11 @@ def train_reward(
     """
     images, prob, ids = pairs
 
-    def loss_fn(params: Params, batch: dict, key: jax.Array) -> jax.Array:
+    def loss_fn(
+        params: Params,
+        batch: dict,
+        key: jax.Array,
+    ) -> jax.Array:
         del key
         text = similarity.text_embeddings(clip.graphdef, params, batch["ids"])
         scores = []
@@ -433,7 +495,12 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
     def encode_text(params: dict, token_ids: dict) -> tuple[Any, Any]:
         return SDXL.encode_text(graphdefs, params, token_ids, RESOLUTION)
 
-    def no_reward(params: dict, x0: jax.Array, token_ids: dict, crop: Any) -> tuple:
+    def no_reward(
+        params: dict,
+        x0: jax.Array,
+        token_ids: dict,
+        crop: Any,
+    ) -> tuple:
         del params, token_ids, crop
         return jnp.zeros(x0.shape[0]), {}
 
@@ -459,7 +526,10 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
 
 
 def distil_generator(
-    folder: Path, stage: Stage, teacher: Network, token_ids: dict[str, np.ndarray]
+    folder: Path,
+    stage: Stage,
+    teacher: Network,
+    token_ids: dict[str, np.ndarray],
 ) -> Params:
     """A one-step generator from the teacher, in the role of DMD2-SDXL.
 
@@ -481,7 +551,11 @@ def distil_generator(
     frozen = dict(teacher.params)
     frozen["reference"] = frozen.pop("unet")
 
-    def update(state: step.TrainState, ids: dict, k: int) -> tuple[step.TrainState, dict]:
+    def update(
+        state: step.TrainState,
+        ids: dict,
+        k: int,
+    ) -> tuple[step.TrainState, dict]:
         del k  # the state knows it
         state, values = train_step(state, frozen, ids, jax.random.key(7))
         return state, {name: values[name] for name in ("regulariser/loss", "assistant/loss")}
@@ -497,7 +571,12 @@ def distil_generator(
 # What it can do.
 
 
-def accuracy(draw: Callable, captions: list[str], seed: int, batch_size: int = 100) -> float:
+def accuracy(
+    draw: Callable,
+    captions: list[str],
+    seed: int,
+    batch_size: int = 100,
+) -> float:
     """Share of stated attributes that the oracle reads back.
 
     Args: draw, from `drawing.draw_prompts`.
@@ -544,7 +623,11 @@ def make_tokenizers(out: Path) -> int:
     return size
 
 
-def make_latents(workdir: Path, stage: Stage, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def make_latents(
+    workdir: Path,
+    stage: Stage,
+    images: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
     """Trains and writes vae/. Returns: scaled means and standard deviations of all latents."""
     vae = train_vae(workdir / "vae", stage, images)
     mean, std = datasets.encode(workdir / "data", *vae, images)
@@ -555,7 +638,11 @@ def make_latents(workdir: Path, stage: Stage, images: np.ndarray) -> tuple[np.nd
 
 
 def make_teacher(
-    workdir: Path, sizes: Sizes, latents: tuple, ids: dict[str, np.ndarray], vocab_size: int
+    workdir: Path,
+    sizes: Sizes,
+    latents: tuple,
+    ids: dict[str, np.ndarray],
+    vocab_size: int,
 ) -> Network:
     """Trains and writes both text encoders and unet/."""
     out, configs = workdir / "checkpoint", networks.text_configs(vocab_size)
@@ -568,7 +655,11 @@ def make_teacher(
 
 
 def make_reward(
-    workdir: Path, sizes: Sizes, images: np.ndarray, ids: np.ndarray, vocab_size: int
+    workdir: Path,
+    sizes: Sizes,
+    images: np.ndarray,
+    ids: np.ndarray,
+    vocab_size: int,
 ) -> None:
     """Trains and writes reward/. Args: images and their captions' ids, as of `train_clip`."""
     out, config = workdir / "checkpoint", networks.reward_config(vocab_size)

@@ -236,7 +236,11 @@ class _Object(NamedTuple):
     radius: float
 
 
-def _place(lengths: list[float], margin: float, u: np.ndarray) -> list[float]:
+def _place(
+    lengths: list[float],
+    margin: float,
+    u: np.ndarray,
+) -> list[float]:
     """Centres of intervals one after another between the borders.
 
     u: random numbers that share out the slack.
@@ -247,14 +251,20 @@ def _place(lengths: list[float], margin: float, u: np.ndarray) -> list[float]:
     return (starts + np.array(lengths) / 2).tolist()
 
 
-def _radii(group: Group, which: float, u: np.ndarray) -> list[float]:
+def _radii(
+    group: Group,
+    which: float,
+    u: np.ndarray,
+) -> list[float]:
     """Of a group's objects. which: of the two sizes, where the caption leaves it open."""
     size = group.size or ("small" if which < 0.5 else "large")
     return [RADIUS[size] * (0.95 + 0.1 * v) for v in u[: group.count]]
 
 
 def _drawn_together(
-    across: list[list[float]], radii: list[list[float]], distance: float
+    across: list[list[float]],
+    radii: list[list[float]],
+    distance: float,
 ) -> list[list[float]]:
     """Places of two groups across their axis, the narrower group moved towards the wider one.
 
@@ -269,7 +279,11 @@ def _drawn_together(
     return moved
 
 
-def _layout(scene: Scene, rng: np.random.Generator, margin: float) -> list[_Object]:
+def _layout(
+    scene: Scene,
+    rng: np.random.Generator,
+    margin: float,
+) -> list[_Object]:
     """Groups one after another along the relation's axis, a group's members across it."""
     u = rng.random(24)
     backwards = scene.relation in ("below", "right of")
@@ -290,7 +304,12 @@ def _layout(scene: Scene, rng: np.random.Generator, margin: float) -> list[_Obje
     return objects
 
 
-def distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+def distance(
+    kind: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    r: float,
+) -> np.ndarray:
     """Signed distance in pixels to a kind's outline, negative inside.
 
     Args: offsets x, y from its centre; r, its radius.
@@ -305,7 +324,11 @@ def distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     return np.minimum(np.maximum(x - 0.34 * r, y - r), np.maximum(y - 0.34 * r, x - r))
 
 
-def _backdrop(background: str, style: Style, size: int) -> np.ndarray:
+def _backdrop(
+    background: str,
+    style: Style,
+    size: int,
+) -> np.ndarray:
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     ramp = style.light * (np.cos(style.angle) * axis[None, :] + np.sin(style.angle) * axis[:, None])
     tone = style.tone * np.array(BACKGROUNDS[background], np.float32)
@@ -319,13 +342,23 @@ def _colour(group: Group, style: Style) -> np.ndarray:
     return np.clip((colour + shift) * style.gain, 0, 1)
 
 
-def _white(dx: np.ndarray, dy: np.ndarray, period: float, style: Style) -> np.ndarray:
+def _white(
+    dx: np.ndarray,
+    dy: np.ndarray,
+    period: float,
+    style: Style,
+) -> np.ndarray:
     """How white stripes make each pixel, in [0, 1]."""
     along = (np.cos(style.stripe) * dx + np.sin(style.stripe) * dy) / period + style.phase
     return np.clip(0.5 + period * (0.21 - np.abs(along % 1 - 0.5)), 0, 1)
 
 
-def _paint(image: np.ndarray, thing: _Object, style: Style, scale: float) -> None:
+def _paint(
+    image: np.ndarray,
+    thing: _Object,
+    style: Style,
+    scale: float,
+) -> None:
     """Draws one object into an image, `scale` times larger than its coordinates say."""
     x, y, r = thing.x * scale, thing.y * scale, thing.radius * scale
     left, top = int(x - 1.05 * r - 1), int(y - 1.05 * r - 1)
@@ -342,7 +375,10 @@ def _paint(image: np.ndarray, thing: _Object, style: Style, scale: float) -> Non
 
 
 def render(
-    scene: Scene, rng: np.random.Generator, style: Style | None = None, size: int = SIZE
+    scene: Scene,
+    rng: np.random.Generator,
+    style: Style | None = None,
+    size: int = SIZE,
 ) -> np.ndarray:
     """An anti-aliased picture of a scene, float32 [size, size, 3] in [0, 1].
 

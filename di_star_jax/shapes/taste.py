@@ -36,12 +36,21 @@ def taste(image: np.ndarray) -> float:
     return float(-LIGHT * down.mean() + WARMTH * warm / strength)
 
 
-def _other(names: Iterable[str], taken: set[str], rng: np.random.Generator) -> str:
+def _other(
+    names: Iterable[str],
+    taken: set[str],
+    rng: np.random.Generator,
+) -> str:
     free = [name for name in names if name not in taken]
     return free[rng.integers(len(free))]
 
 
-def _changed_group(scene: Scene, group: Group, which: int, rng: np.random.Generator) -> Group:
+def _changed_group(
+    scene: Scene,
+    group: Group,
+    which: int,
+    rng: np.random.Generator,
+) -> Group:
     if which == 0:
         taken = {other.colour for other in scene.groups}
         return dataclasses.replace(group, colour=_other(scenes.COLOURS, taken, rng))

@@ -28,7 +28,13 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
 
 
-def make_word_tokenizer(words: list[str], folder: Path, *, max_length: int, pad_token: str) -> int:
+def make_word_tokenizer(
+    words: list[str],
+    folder: Path,
+    *,
+    max_length: int,
+    pad_token: str,
+) -> int:
     """Writes a tokenizer folder that `transformers.CLIPTokenizer.from_pretrained` reads.
 
     Args:

@@ -41,7 +41,12 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"cannot write checkpoints in {folder} ({error.strerror}); give another folder"
             ) from None
 
-    def save(self, step: int, state: Any, metadata: dict) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metadata: dict,
+    ) -> None:
         """Starts to write `state`; its buffers may be donated as soon as this returns.
 
         Args:
@@ -78,7 +83,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             [self.restore_item(step, name, tree) for name, tree in fields.items()]
         )
 
-    def restore_item(self, step: int, name: str, abstract: Any) -> Any:
+    def restore_item(
+        self,
+        step: int,
+        name: str,
+        abstract: Any,
+    ) -> Any:
         """One field of the state, such as "generator", "ema" or "assistant".
 
         Otherwise as `restore`.
@@ -99,7 +109,12 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read(self, step: int, name: str, args: Any) -> Any:
+    def _read(
+        self,
+        step: int,
+        name: str,
+        args: Any,
+    ) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
     def _item_folder(self, step: int, name: str) -> Path:
@@ -115,7 +130,12 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise UserError(f"{folder} has no {name!r}, it has {items}; give one of these")
         return folder / name
 
-    def _check_fit(self, step: int, name: str, target: Any) -> None:
+    def _check_fit(
+        self,
+        step: int,
+        name: str,
+        target: Any,
+    ) -> None:
         folder = self._item_folder(step, name)
         stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
         wanted = _shapes(target)

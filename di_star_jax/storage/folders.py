@@ -26,7 +26,11 @@ _TEXT = ["*.json", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def read_config(folder: str | os.PathLike, subfolder: str = "", name: str = "config.json") -> dict:
+def read_config(
+    folder: str | os.PathLike,
+    subfolder: str = "",
+    name: str = "config.json",
+) -> dict:
     """The parsed JSON file of a model folder. Raises: UserError where it is missing or broken."""
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}; give a folder in the layout of diffusers")
@@ -98,7 +102,11 @@ def _is_folder(name: str) -> bool:
     return False
 
 
-def _fetch(name: str, patterns: list[str], ignore: str | None = None) -> Path:
+def _fetch(
+    name: str,
+    patterns: list[str],
+    ignore: str | None = None,
+) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore)

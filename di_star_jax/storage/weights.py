@@ -76,7 +76,11 @@ def _leaves(tree: Any) -> tuple[list[tuple[_Rows, Any]], Any]:
     return [(_rows(tuple(k.key for k in path), leaf), leaf) for path, leaf in leaves], treedef
 
 
-def _check_finite(where: str, name: str, tensor: np.ndarray) -> None:
+def _check_finite(
+    where: str,
+    name: str,
+    tensor: np.ndarray,
+) -> None:
     count = tensor.size - np.count_nonzero(np.isfinite(tensor))
     if count:
         raise UserError(
@@ -98,7 +102,11 @@ def _current_name(name: str, wanted: set[str]) -> str:
     return name
 
 
-def _matched(where: str, leaves: list, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _matched(
+    where: str,
+    leaves: list,
+    tensors: Mapping[str, Any],
+) -> dict[str, Any]:
     """The tensors by the model's names; `position_ids`, which old files carry, are left out.
 
     Raises: UserError with the first ten tensors that are missing, extra or of another shape.
@@ -129,7 +137,10 @@ def _matched(where: str, leaves: list, tensors: Mapping[str, Any]) -> dict[str, 
 
 
 def _read_leaf(
-    where: str, rows: _Rows, leaf: jax.ShapeDtypeStruct, read: Callable[[str], np.ndarray]
+    where: str,
+    rows: _Rows,
+    leaf: jax.ShapeDtypeStruct,
+    read: Callable[[str], np.ndarray],
 ) -> np.ndarray:
     array = np.empty(leaf.shape, leaf.dtype)
     for i, key in enumerate(rows.keys):
@@ -166,7 +177,12 @@ class Stored(NamedTuple):
 Arrange = Callable[[dict[str, Stored]], dict[str, Stored]]
 
 
-def load(folder: str | os.PathLike, abstract_params: Any, *, arrange: Arrange = dict) -> Any:
+def load(
+    folder: str | os.PathLike,
+    abstract_params: Any,
+    *,
+    arrange: Arrange = dict,
+) -> Any:
     """The parameters in a model's folder; host memory holds about one leaf beside them.
 
     Args:
@@ -239,7 +255,12 @@ def tensors_from_params(params: Any) -> dict[str, np.ndarray]:
 
 
 def save(
-    folder: str | os.PathLike, params: Any, *, config: dict, file_name: str, dtype: Any = None
+    folder: str | os.PathLike,
+    params: Any,
+    *,
+    config: dict,
+    file_name: str,
+    dtype: Any = None,
 ) -> None:
     """Writes a model's folder: config.json and safetensors.
 
@@ -270,7 +291,12 @@ def _whole_leaf(leaf: Any) -> Any:
 
 
 def write_model(
-    folder: Path, params: Any, *, config: dict, file_name: str, dtype: Any = None
+    folder: Path,
+    params: Any,
+    *,
+    config: dict,
+    file_name: str,
+    dtype: Any = None,
 ) -> None:
     """As `save`, of params on this host, into a folder that is there and empty."""
     folders.write_object(folder / "config.json", config)

@@ -67,7 +67,12 @@ MEASURES = ("reward", "attributes, pooled", "prompt score", "Frechet distance", 
 class Judge:
     """A CLIP that no row trains on: its prompt score, and the features of the Frechet distance."""
 
-    def __init__(self, workdir: pathlib.Path, config: dict, tokenizer: pathlib.Path):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: dict,
+        tokenizer: pathlib.Path,
+    ):
         """Trains it, if `workdir` does not have it yet.
 
         Args: config of the reward's shape; tokenizer folder.
@@ -207,7 +212,11 @@ def pairwise_distance(images: np.ndarray) -> float:
     return float(np.sqrt(((flat[i] - flat[j]) ** 2).mean(axis=1)).mean())
 
 
-def run_row(world: World, folder: pathlib.Path, config) -> None:
+def run_row(
+    world: World,
+    folder: pathlib.Path,
+    config,
+) -> None:
     """Trains one row with one seed and measures it.
 
     Writes result.json (last) and pictures.npy in `folder`.
@@ -235,7 +244,11 @@ def run_row(world: World, folder: pathlib.Path, config) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def run_init(world: World, folder: pathlib.Path, generator: str) -> None:
+def run_init(
+    world: World,
+    folder: pathlib.Path,
+    generator: str,
+) -> None:
     """Measures the generator that all rows start from."""
     folder.mkdir(parents=True, exist_ok=True)
     params = load_model(pathlib.Path(generator)).params
@@ -243,7 +256,11 @@ def run_init(world: World, folder: pathlib.Path, generator: str) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def _measure(world: World, folder: pathlib.Path, averages: list) -> dict:
+def _measure(
+    world: World,
+    folder: pathlib.Path,
+    averages: list,
+) -> dict:
     """What generators are worth, the last one in full; its pictures go to `folder`."""
     curve = [world.curve_point(params) for params in averages]
     scores, pictures = world.measure(averages[-1])
@@ -278,7 +295,11 @@ def _cell(values: list[float]) -> str:
     return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.4f}"
 
 
-def draw_grid(workdir: pathlib.Path, results: dict[str, list[dict]], path: pathlib.Path) -> None:
+def draw_grid(
+    workdir: pathlib.Path,
+    results: dict[str, list[dict]],
+    path: pathlib.Path,
+) -> None:
     """A row of pictures per row of the table, the same captions and noise in each."""
     from matplotlib.figure import Figure
 
@@ -317,7 +338,12 @@ def draw_curves(results: dict[str, list[dict]], path: pathlib.Path) -> None:
     fig.savefig(path, dpi=110)
 
 
-def _draw_curve(axis, i: int, name: str, curve: np.ndarray) -> None:
+def _draw_curve(
+    axis,
+    i: int,
+    name: str,
+    curve: np.ndarray,
+) -> None:
     """Args: i, of the row; curve [N, 2] of (reward, pixel distance)."""
     from matplotlib import colormaps
 
@@ -394,15 +420,28 @@ def _check(args) -> None:
         raise UserError(f"seeds={','.join(args.seeds)}, expected numbers such as 0,1,2")
 
 
-def _folder(workdir: pathlib.Path, row: str, seed: str) -> pathlib.Path:
+def _folder(
+    workdir: pathlib.Path,
+    row: str,
+    seed: str,
+) -> pathlib.Path:
     return workdir / "rows" / row / seed
 
 
-def _done(workdir: pathlib.Path, row: str, seed: str) -> bool:
+def _done(
+    workdir: pathlib.Path,
+    row: str,
+    seed: str,
+) -> bool:
     return (_folder(workdir, row, seed) / "result.json").exists()
 
 
-def _run(workdir: pathlib.Path, out: pathlib.Path, file: str, todo: list[tuple[str, str]]) -> None:
+def _run(
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    file: str,
+    todo: list[tuple[str, str]],
+) -> None:
     """Runs what is left to do. Args: file, of the config; todo, rows and seeds."""
     first = load_config(file, "di_star")
     world = World(workdir, first)

@@ -97,7 +97,11 @@ def init_network(seed: int, width: int = 128) -> dict:
     }
 
 
-def network(params: dict, x_t: jax.Array, t: jax.Array) -> jax.Array:
+def network(
+    params: dict,
+    x_t: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
     """Args: x_t [B, 2], t [B]. Returns: eps [B, 2]."""
     angles = (t[:, None] / 1000.0) * 2.0 ** jnp.arange(8)
     h = jnp.concatenate([x_t, jnp.sin(angles), jnp.cos(angles)], axis=-1)
@@ -110,7 +114,11 @@ def network(params: dict, x_t: jax.Array, t: jax.Array) -> jax.Array:
 def unet(params: dict | tuple) -> Callable:
     """The step's `unet`: the reference has no parameters, for it is exact."""
 
-    def predict(x_t: jax.Array, t: jax.Array, condition: Condition | None) -> jax.Array:
+    def predict(
+        x_t: jax.Array,
+        t: jax.Array,
+        condition: Condition | None,
+    ) -> jax.Array:
         del condition
         return network(params, x_t, t) if params else exact_eps(x_t, t)
 
@@ -131,7 +139,11 @@ def sample_mixture(key: jax.Array, count: int) -> jax.Array:
     return jnp.asarray(CENTRES)[mode] + STD * jax.random.normal(key_eps, (count, 2))
 
 
-def run_steps(update: Callable, state: Any, count: int) -> Any:
+def run_steps(
+    update: Callable,
+    state: Any,
+    count: int,
+) -> Any:
     """`count` calls of state = update(state, k) as one compiled loop."""
     return jax.jit(
         lambda state: jax.lax.fori_loop(0, count, lambda k, state: update(state, k), state)
@@ -166,7 +178,12 @@ def _optimizer(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.0))
 
 
-def train(start: dict, settings: gradients.Settings, scale: float, steps: int) -> dict:
+def train(
+    start: dict,
+    settings: gradients.Settings,
+    scale: float,
+    steps: int,
+) -> dict:
     """The generator's averaged parameters after `steps` of the project's own step."""
 
     def scaled_reward(frozen, x0, token_ids, crop):
@@ -273,7 +290,11 @@ def run(out: pathlib.Path, steps: int) -> None:
     figure(samples, out / "mixture.png")
 
 
-def write_page(path: pathlib.Path, results: dict[str, dict], steps: int) -> None:
+def write_page(
+    path: pathlib.Path,
+    results: dict[str, dict],
+    steps: int,
+) -> None:
     """The page of what was measured; its conclusion is kept."""
     centres = ", ".join(f"({x:.1f}, {y:.1f})" for x, y in CENTRES)
     weights = ", ".join(f"{w:g}" for w in MODE_WEIGHTS)
