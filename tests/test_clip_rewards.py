@@ -34,6 +34,7 @@ from di_star_jax.evaluation.scores import by_reward
 from di_star_jax.models import published
 from di_star_jax.models.clip import CLIPConfig
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS, aesthetic, pixels, similarity
 from di_star_jax.rewards.views import VIEWS
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
@@ -661,9 +662,8 @@ def mixture(tokenizer, tmp_path_factory):
         sources = rewards.sources_of(config)
         for name in sources.keys() - loaded.keys():
             loaded.update(rewards.load_rewards({name: sources[name]}, str(tokenizer[0])))
-        parts = assembly.Parts(
-            networks, {name: loaded[name] for name in sources}, SCHEDULE, {}, folder
-        )
+        reference = pipeline.Pipeline(folder, SDXL, networks, {}, SCHEDULE, timesteps=())
+        parts = assembly.Parts(reference, {name: loaded[name] for name in sources})
         params = {name: parts.frozen()[name] for name in ("vae", "rewards")}
         return Run(
             parts,
