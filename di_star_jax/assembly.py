@@ -18,7 +18,7 @@ from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.folder import Model, Options, Pipeline, load_pipeline, model_class
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import token_batch
-from di_star_jax.rewards import load_rewards, sources_of
+from di_star_jax.rewards import REWARDS, load_rewards, rewards_used
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.views import VIEWS, in_slices
 from di_star_jax.samplers import generator_timesteps
@@ -66,7 +66,15 @@ def load_parts(config, mesh: Mesh) -> Parts:
     options = model_options(config, mesh)
     reference = load_pipeline(folders.resolve(config.weights.reference), options)
     tokenizer = config.weights.reward_tokenizer
-    return Parts(reference, load_rewards(sources_of(config), tokenizer, options["reward"]))
+    return Parts(reference, load_rewards(reward_sources(config), tokenizer, options["reward"]))
+
+
+def reward_sources(config) -> dict[str, str]:
+    """Folder or Hub name of the weights of each reward that a run uses."""
+    return {
+        name: config.weights[name] if name in config.weights else REWARDS[name].weights
+        for name in rewards_used(config.reward, config.eval.metrics)
+    }
 
 
 def kernel_of(config, platform: str) -> str:

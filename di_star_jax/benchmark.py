@@ -377,7 +377,7 @@ def _torch_times(config, request: Request) -> list[float]:
     _check_torch(config)
     cuda = torch.cuda.is_available() and jax.devices()[0].platform == "gpu"
     configs, _ = plan.model_configs(config)
-    (reward,) = rewards_used(config)
+    (reward,) = rewards_used(config.reward, config.eval.metrics)
     configs["reward"] = configs.pop(reward)
     side = config.data.resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     latent_shape = (side, side, configs["unet"].get("in_channels", 4))
@@ -411,7 +411,7 @@ def _check_torch(config) -> None:
             f"--vs=torch with {jax.device_count()} devices, expected one; "
             "set CUDA_VISIBLE_DEVICES=0"
         )
-    used = rewards_used(config)
+    used = rewards_used(config.reward, config.eval.metrics)
     known = [name for name, entry in REWARDS.items() if entry.in_torch]
     if len(used) != 1 or used[0] not in known:
         raise UserError(

@@ -297,7 +297,7 @@ def _check_sources(config) -> None:
             _check_prompts(f"{section}.prompts", config[section])
     for name in ("reference", "generator", "assistant", "reward_tokenizer"):
         _check_weights(f"weights.{name}", config.weights[name], _FOLDER)
-    for name in rewards_used(config):
+    for name in rewards_used(config.reward, config.eval.metrics):
         if name in config.weights:
             advice = f"it must hold {listed(REWARDS[name].needed)}"
             _check_weights(f"weights.{name}", config.weights[name], advice)

@@ -659,7 +659,7 @@ def mixture(tokenizer, tmp_path_factory):
     loaded = {}
 
     def assemble(config):
-        sources = rewards.sources_of(config)
+        sources = assembly.reward_sources(config)
         for name in sources.keys() - loaded.keys():
             loaded.update(rewards.load_rewards({name: sources[name]}, str(tokenizer[0])))
         reference = pipeline.Pipeline(folder, SDXL, networks, {}, SCHEDULE, timesteps=())

@@ -18,7 +18,7 @@ from PIL import Image
 from test_config import dry
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import models, rewards
+from di_star_jax import assembly, models, rewards
 from di_star_jax.checks import check
 from di_star_jax.cost import plan
 from di_star_jax.models import clip
@@ -288,8 +288,8 @@ def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch
     config.reward.brightness = 5.0
     check(config, 16)
     assert plan.describe(plan.make(config, 16, "cpu"))
-    assert rewards.sources_of(config) == {"brightness": ""}
-    loaded = rewards.load_rewards(rewards.sources_of(config), str(tmp_path))["brightness"]
+    assert assembly.reward_sources(config) == {"brightness": ""}
+    loaded = rewards.load_rewards(assembly.reward_sources(config), str(tmp_path))["brightness"]
     images = jnp.stack([jnp.full((4, 4, 3), -0.5), jnp.full((4, 4, 3), 0.25)])
     np.testing.assert_allclose(
         loaded.reward(loaded.params, images, loaded.tokenize(["dark", "light"])), [-0.5, 0.25]

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
+from di_star_jax.assembly import reward_sources
 from di_star_jax.cost.chips import CHIPS, chip_of
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.rewards import REWARDS, sources_of
+from di_star_jax.rewards import REWARDS
 from di_star_jax.storage import folders
 
 SDXL_WIDTH = 320  # channels of its UNet's first level
@@ -110,7 +111,7 @@ def model_configs(config) -> tuple[dict[str, dict], list[str]]:
     else:
         found = dict(published.PIPELINES[reference]) if reference in published.PIPELINES else {}
         unknown += [] if found else [f"weights.reference={reference}"]
-    for name, source in sources_of(config).items():
+    for name, source in reward_sources(config).items():
         entry = REWARDS[name]
         if source == "" or Path(source).is_dir():
             found[name] = entry.read_config(Path(source))

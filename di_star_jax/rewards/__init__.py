@@ -5,6 +5,7 @@ A CLIP's cosine is a row below; what has code of its own is a file that ends in 
 "A reward of your own", has one.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from di_star_jax.errors import UserError
@@ -95,15 +96,12 @@ REWARDS = {
 }
 
 
-def sources_of(config) -> dict[str, str]:
-    """Folder or Hub name of the weights of each reward that a run uses.
+def rewards_used(scales: Mapping[str, float], measured: Sequence[str]) -> list[str]:
+    """Names of the rewards that a run loads.
 
-    Args: config, as configs/sdxl.py.
+    Args: scales, by name, 0 is off; measured, names of those that are loaded even so.
     """
-    return {
-        name: config.weights[name] if name in config.weights else REWARDS[name].weights
-        for name in rewards_used(config)
-    }
+    return [name for name, scale in scales.items() if scale or name in measured]
 
 
 def load_rewards(
@@ -137,8 +135,3 @@ def resolve(name: str, source: str) -> Path:
             f"no folder {source} for {name}; it must hold {listed(REWARDS[name].needed)}"
         )
     return folders.resolve(source)
-
-
-def rewards_used(config) -> list[str]:
-    """Names of the rewards that a run loads: those it trains on, and those it only measures."""
-    return [name for name, scale in config.reward.items() if scale or name in config.eval.metrics]
