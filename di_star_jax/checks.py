@@ -58,6 +58,7 @@ _NOT_NEGATIVE = (
     "optim.weight_decay",
     "decode.slice",
 )
+_NEW = ("data.prompts_file", "eval.prompts_file", "eval.samples")  # copied configs may lack them
 _FOLDER = (
     "give a folder in diffusers' layout with safetensors, or a name on the Hub such as "
     "stabilityai/stable-diffusion-xl-base-1.0"
@@ -126,6 +127,9 @@ def _check_values(config) -> None:
             "compute.dtype='float16', in which SDXL's VAE overflows; use 'bfloat16', or 'float32'"
         )
     values = fields(config)
+    for name in (*_CHOICES, *_POSITIVE, *_NOT_NEGATIVE, *_NEW):
+        if name not in values:
+            raise UserError(f"the config has no field {name}; add it, see configs/sdxl.py")
     for name, known in _CHOICES.items():
         one_of(name, values[name], known)
     for name in _POSITIVE:

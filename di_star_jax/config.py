@@ -8,6 +8,8 @@ from typing import Any
 
 from di_star_jax.errors import UserError, suggest
 
+_RENAMED = {"eval.num_per_prompt": "eval.samples"}
+
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's flags, with config errors turned into UserError.
@@ -87,5 +89,6 @@ def _unknown_field(argv: Sequence[str], error: Exception) -> str:
     for name in _overrides(argv):
         if name not in known:
             near = suggest(name, known) or "; see configs/sdxl.py for all fields"
+            near = f", now called {_RENAMED[name]}" if name in _RENAMED else near
             return f"unknown config field {name}{near}"
     return f"{path}: {error}"

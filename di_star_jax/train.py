@@ -101,7 +101,6 @@ def run(config, workdir: str) -> None:
         after = scorer.measure(state.ema)
         if jax.process_index() == 0:
             log.say(held_out.compare(folder, scorer.prompts, *after))
-            log.say(f"pictures of the same noise before and after: {folder / 'samples.png'}")
 
 
 class Report:

@@ -332,3 +332,11 @@ def test_the_page_of_all_fields_is_that_of_the_config():
 def test_no_preset_has_two_names(name):
     rows = [load(name, preset).to_json_best_effort() for preset in presets(name)]
     assert len(set(rows)) == len(rows)
+
+
+def test_a_config_that_lacks_a_field_is_refused_in_one_line():
+    config = dry()
+    with config.unlocked():
+        del config.eval.samples
+    with pytest.raises(UserError, match="the config has no field eval.samples; add it"):
+        check(config, 16)

@@ -29,7 +29,7 @@ from test_train import config_for
 seen, plain = [], assembly.Parts.tokenize
 assembly.Parts.tokenize = lambda parts, texts: seen.append(list(texts)) or plain(parts, texts)
 folder, workdir = map(pathlib.Path, sys.argv[1:])
-changes = {"eval.prompts": "", "objective.name": "kl", "assistant.sharing": "x_t"}
+changes = {"objective.name": "kl", "assistant.sharing": "x_t"}
 changes |= {"assistant.warmup_steps": 0, "train.steps": 2, "train.save_every": 2, "mesh.fsdp": 4}
 train.run(config_for(folder, **changes), str(workdir))
 (workdir / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
@@ -97,22 +97,11 @@ def runs(tmp_path_factory):
 
 def state_of(workdir, mesh):
     unet = pipeline.abstract_model(UNET)
-    abstract = assembly.abstract_state(
-        unet,
-        2
-        * (
-            step.adamw(
-                1e-4,
-                lr_warmup_steps=10,
-                b1=0.0,
-                b2=0.999,
-                eps=1e-8,
-                weight_decay=0.01,
-                clip_norm=10.0,
-            ),
-        ),
-        mesh,
+    settings = step.AdamW(
+        lr_warmup_steps=10, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0
     )
+    optimizers = step.Optimizers(step.adamw(1e-4, settings), step.adamw(1e-4, settings))
+    abstract = assembly.abstract_state(unet, optimizers, mesh)
     store = checkpoint.existing(workdir)
     state = store.restore(store.latest_step(), abstract)
     store.close()
@@ -138,8 +127,18 @@ def test_each_process_reads_its_own_prompts_only(runs):
     two, one = runs
     parts = [json.loads((two / f"seen_{i}.json").read_text()) for i in range(2)]
     whole = json.loads((one / "seen_0.json").read_text())
+    held_out = whole.pop(0)  # which all processes score together
+    assert [part.pop(0) for part in parts] == [held_out, held_out]
     assert [a + b for a, b in zip(*parts)] == whole
     assert all(len(texts) == 4 for part in parts for texts in part)
+
+
+@pytest.mark.slow
+def test_two_processes_score_their_generator_as_one_does(runs):
+    two, one = (json.loads((run / "before_after.json").read_text()) for run in runs)
+    for when in ("before", "after"):
+        assert two[when] == pytest.approx(one[when], rel=1e-4, abs=1e-6)
+    assert one["before"] != one["after"]
 
 
 def test_when_one_process_dies_the_other_ends_within_a_minute():

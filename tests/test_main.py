@@ -52,6 +52,10 @@ def command(monkeypatch, capsys):
             "unknown config field batch_size, did you mean data.batch_size?",
         ),
         (
+            [SDXL, DRY, "--config.eval.num_per_prompt=8"],
+            "unknown config field eval.num_per_prompt, now called eval.samples",
+        ),
+        (
             [SDXL, DRY, "--config.optim.bb2=3"],
             "unknown config field optim.bb2, did you mean optim.b2?",
         ),

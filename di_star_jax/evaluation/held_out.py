@@ -19,6 +19,8 @@ from di_star_jax.evaluation.measures import attributes_right, diversity
 from di_star_jax.prompts.files import Prompt
 
 PICTURED = 16  # prompts in samples.png
+BEFORE = "before.json"  # scores of the initial generator, beside its pictures in before.npy
+NOISE = "by seed, row and sample"  # what makes two generators' scores comparable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ def keep_before(
 ) -> None:
     """Writes what `compare` needs of the generator before training, for a resumed run."""
     np.save(folder / "before.npy", images)
-    (folder / "before.json").write_text(json.dumps(scores))
+    (folder / BEFORE).write_text(json.dumps({"noise": NOISE, "scores": scores}))
 
 
 def compare(
@@ -111,9 +113,13 @@ def compare(
     images: np.ndarray,
 ) -> str:
     """Writes `samples.png` and `before_after.json`. Returns: the table as text."""
-    if not (folder / "before.json").exists():
-        return "no table of before and after: this run began without eval.prompts"
-    before = json.loads((folder / "before.json").read_text())
+    kept = json.loads((folder / BEFORE).read_text()) if (folder / BEFORE).exists() else {}
+    if kept.get("noise") != NOISE:
+        return (
+            "no table of before and after: this run began without eval.prompts, or with an older "
+            "version, which drew with other noise"
+        )
+    before = kept["scores"]
     texts = [prompt.text for prompt in prompts[:PICTURED]]
     grid = pictures.before_after_grid(np.load(folder / "before.npy"), images, texts)
     pictures.save_png(folder / "samples.png", grid)
@@ -132,4 +138,5 @@ def compare(
                 f"{name} rose by {change / spread:+.2f} standard deviations of the initial ones"
             )
     table = log.markdown_table(["", "before", "after", "change"], rows)
-    return "\n".join([table, *rises])
+    shown = f"pictures of the same noise before and after: {folder / 'samples.png'}"
+    return "\n".join([table, *rises, shown])

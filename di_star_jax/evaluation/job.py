@@ -149,7 +149,8 @@ def _open_out(out: Path) -> None:
         raise UserError(
             f"cannot make --out={out} ({error.strerror}); give another folder"
         ) from None
-    if not (out / STATE).exists() and any(path.name != PROMPTS for path in out.iterdir()):
+    ours = (PROMPTS, *(path.name for path in out.glob("scores.sqlite*")))  # written before STATE
+    if not (out / STATE).exists() and any(path.name not in ours for path in out.iterdir()):
         raise UserError(f"--out={out} holds other things than an evaluation; give another folder")
 
 
