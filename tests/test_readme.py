@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README prints works when it is typed: its commands, its snippet, its links."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Appended so that a run of ten minutes takes one: the command before it is README's own.
+SHORT = {
+    "train": "--config.train.steps=2 --config.assistant.warmup_steps=1 --config.eval.num_prompts=4 "
+    "--config.eval.samples=2 --config.eval.batch_size=8 --config.data.batch_size=4",
+    "evaluate": "--num_prompts=4 --samples=2 --batch_size=8",
+    "sample": "",
+    "convert": "",
+}
+ELSEWHERE = ("pip install", "venv", "benchmark", "mixture", "ablation", "pretrain")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    """Every command line of README's bash blocks, its continued lines joined."""
+    return [
+        line.split(" #")[0].strip()
+        for block in blocks("bash")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip()
+    ]
+
+
+def ours():
+    return [line for line in commands() if line.startswith("di-star ")]
+
+
+def test_the_readme_is_a_page_of_two_hundred_lines_at_most():
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in slugs, link
+
+
+def test_every_command_is_run_here_or_known_to_be_run_elsewhere():
+    for line in commands():
+        kind = line.split()[1] if line.startswith("di-star ") else line
+        known = kind in SHORT or any(word in line for word in ELSEWHERE)
+        assert known or re.match(r"[A-Z_]+=", line), line
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_and_snippet_work_in_their_order(tmp_path):
+    for name in ("di_star_jax", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tmp_path)}
+    env.pop("XLA_FLAGS")  # of the tests: eight devices
+    env |= dict(line.split("=", 1) for line in commands() if re.match(r"[A-Z_]+=", line))
+    ran = []
+    for line in ours():
+        kind = line.split()[1]
+        if kind not in SHORT:
+            continue
+        line = f"{line} {SHORT[kind] if 'dry_run' not in line else ''}"
+        line = line.replace("di-star ", f"{shlex.quote(sys.executable)} -m di_star_jax ", 1)
+        done = subprocess.run(
+            ["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, line + "\n" + done.stdout[-2000:] + done.stderr[-2000:]
+        ran.append(kind)
+    assert set(ran) == set(SHORT)
+    (snippet,) = [block for block in blocks("python") if "from_pretrained" in block]
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "circles.png").stat().st_size > 1000
