@@ -39,6 +39,7 @@ def run(config, workdir: str) -> None:
         pipeline folder) and, with eval.prompts, samples.png and before_after.json.
     Raises: UserError for unusable inputs, and for a gradient that is not finite.
     """
+    checkpoint.check_path(workdir)
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
