@@ -5,62 +5,80 @@
     python -m di_star_jax.convert --to=diffusers --input=WORKDIR --which=ema --output=DIR
 
 The first reads a pipeline or a single model in the layout of diffusers and writes checkpoint 0,
-with one item per model. The second reads a checkpoint of a run, or one written by the first
-(--which=unet), and writes a pipeline.
+with one item per model. The second reads a checkpoint of a run, one written by the first
+(--which=unet), or the folder of a UNet (with --reference), and writes a pipeline.
 """
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from di_star_jax.errors import UserError, run
 from di_star_jax.models.unet import UNet2DConditionModel
-from di_star_jax.pipelines.export import export_pipeline, generator_scheduler
-from di_star_jax.pipelines.folder import abstract_model, model_class
+from di_star_jax.pipelines.card import About
+from di_star_jax.pipelines.export import (
+    DTYPES,
+    Unet,
+    check_export,
+    export_pipeline,
+    weights_name,
+)
+from di_star_jax.pipelines.folder import abstract_model, load_unet, model_class
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.storage import checkpoint, folders, weights
-
-
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
+from di_star_jax.storage.files import expand
 
 
 def _model_folders(folder: Path) -> dict[str, Path]:
     """{name: folder} of the models of a pipeline, or of a single one."""
-    if _is_pipeline(folder):
+    if folders.is_pipeline(folder):
         return {name: folder / name for name in folders.components(folder) if name in SDXL.parts}
     cls, _ = model_class(folders.read_config(folder))
     return {"unet" if cls is UNet2DConditionModel else "model": folder}
 
 
-def to_orbax(folder: Path, output: Path) -> None:
-    """Writes checkpoint 0 with the float32 parameters of each model in a folder.
+def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
+    """Writes checkpoint 0 with the float32 parameters of each model in a folder, or on the Hub.
 
     Raises: UserError for an input that cannot be read, or an output that already holds something.
     """
+    checkpoint.check_path(output)
+    output = expand(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(
             f"{output} exists and is not empty, so it is not overwritten; give another output"
         )
+    folder = folders.resolve(str(source))
     parts = _model_folders(folder)
     configs = {name: folders.read_config(part) for name, part in parts.items()}
     trees = {name: abstract_model(config).params for name, config in configs.items()}
     state = {name: weights.load(parts[name], tree) for name, tree in trees.items()}
-    reference = str(folder.absolute()) if _is_pipeline(folder) else None
-    metadata = {"configs": configs, "reference": reference}
+    reference = str(source) if folders.is_pipeline(folder) else None
+    metadata = {"configs": configs, "reference": reference, "directory": str(Path.cwd())}
     if "unet" in configs:
         metadata["unet_config"] = configs["unet"]
     with checkpoint.Checkpoints(output, keep=None) as checkpoints:
         checkpoints.save(0, state, metadata)
 
 
+class _Source(NamedTuple):
+    """What `to_diffusers` reads. metadata: the run's. network: in words. params: of its UNet."""
+
+    metadata: dict
+    network: str
+    params: Any
+
+
 def _restored(
     folder: Path,
     step: int | None,
     which: str,
-) -> tuple[dict, Any]:
-    """A checkpoint's metadata, and one of its UNets. Args: step, None for the newest."""
+    check: Callable[[dict], None],
+) -> _Source:
+    """One of a checkpoint's UNets. Args: step, None for the newest; check, of the metadata."""
     if step is None and folder.name.isdigit() and (folder / "metadata").is_dir():
         folder, step = folder.parent, int(folder.name)
     with checkpoint.existing(folder) as checkpoints:
@@ -71,19 +89,22 @@ def _restored(
                 f"checkpoint {step} in {folder} is of {sorted(metadata['configs'])}, "
                 "expected one with a UNet; give the checkpoint of a run or of a pipeline"
             )
+        check(metadata)
         abstract = abstract_model(metadata["unet_config"]).params
-        return metadata, checkpoints.restore_item(step, which, abstract)
+        params = checkpoints.restore_item(step, which, abstract)
+        return _Source(metadata, f"{which}, step {step}", params)
 
 
-def _scheduler(
-    which: str,
-    metadata: dict,
-    reference_folder: Path,
-) -> dict:
-    if which not in ("generator", "ema"):
-        return folders.read_config(reference_folder, *folders.SCHEDULER)
-    times = metadata.get("generator_timesteps", [SDXL.one_step])
-    return generator_scheduler(reference_folder, times)
+def _read_unet(folder: Path, reference: str | None) -> _Source:
+    """A UNet's folder."""
+    if not reference:
+        raise UserError(
+            f"{folder} holds a single model; say with --reference=FOLDER which pipeline its text "
+            "encoders and VAE are from"
+        )
+    unet = load_unet(folder)
+    metadata = {"unet_config": unet.config, "reference": reference}
+    return _Source(metadata, folder.resolve().name, unet.params)
 
 
 def to_diffusers(
@@ -94,36 +115,53 @@ def to_diffusers(
     step: int | None,
     dtype: str,
     reference: str | None,
-) -> None:
-    """Writes one UNet of a checkpoint as a pipeline, the rest of it from the run's reference.
+) -> str:
+    """Writes one UNet as a pipeline, the rest of it from the run's reference.
 
-    A generator gets the scheduler of its few steps, the others keep the reference's. Without a
-    reference (the checkpoint was made from a single UNet) only the UNet's folder is written.
+    A generator ("generator" or "ema") gets the scheduler of its steps, the others keep the
+    reference's. Without a reference (the checkpoint was made from a single UNet) only the UNet's
+    folder is written.
 
     Args:
-      folder: a workdir, its folder of checkpoints, or one checkpoint in it.
+      folder: a workdir, its folder of checkpoints, one checkpoint in it, or the folder of a UNet,
+        which is a one-step generator's but for "unet".
       which: item of the checkpoint: "generator", "ema", "assistant" or "unet".
       output: replaced as a whole if it is an earlier export.
       step: of the checkpoint, or None for the newest.
-      dtype: "float32" or "float16", of the UNet's weights.
+      dtype: of all weights, one of export.DTYPES.
       reference: pipeline folder or Hub name, or None for the one that the checkpoint names.
+    Returns: how diffusers draws with it, as lines of Python; "" for a single UNet.
     Raises: UserError for anything that is missing or does not fit.
     """
+    folder = expand(folder)
     folders.check_output(output)
-    metadata, params = _restored(folder, step, which)
-    reference = metadata["reference"] if reference is None else reference
+    if folders.is_pipeline(folder):
+        raise UserError(f"{folder} is a pipeline already; give a workdir, or the folder of a UNet")
+    sources = []
+
+    def check(metadata) -> None:  # before weights are read
+        if reference or metadata["reference"]:
+            sources.append(checkpoint.reference_of(checkpoint.located(metadata), reference))
+            check_export(sources[0], output)
+
+    if folders.is_model(folder):
+        read = _read_unet(folder, reference)
+        check(read.metadata)
+    else:
+        read = _restored(folder, step, which, check)
+    metadata = read.metadata | ({"reference": reference} if reference else {})
     config = metadata["unet_config"]
-    if reference is None:
-        file_name = f"{folders.DIFFUSERS}.safetensors"
-        weights.save(output, params, config=config, file_name=file_name, dtype=dtype)
-        return
-    source = folders.resolve(reference)
-    export_pipeline(
-        params,
-        unet_config=config,
-        reference_folder=source,
+    if not sources:
+        file_name = weights_name(folders.DIFFUSERS, dtype)
+        weights.save(output, read.params, config=config, file_name=file_name, dtype=dtype)
+        return ""
+    is_generator = which in ("generator", "ema")
+    times = metadata.get("generator_timesteps", [SDXL.one_step]) if is_generator else ()
+    return export_pipeline(
+        Unet(read.params, config, tuple(times)),
+        About.of_run(metadata, read.network),
+        reference_folder=sources[0],
         output=output,
-        scheduler=_scheduler(which, metadata, source),
         dtype=dtype,
     )
 
@@ -144,26 +182,32 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
         "Network of the checkpoint; unet is that of a converted folder.",
     )
     flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "Of the exported UNet.")
-    flags.DEFINE_string(
-        "reference", None, "Pipeline folder, where it has moved since the checkpoint was written."
+    flags.DEFINE_enum(
+        "dtype", "float32", DTYPES, 'Of the export; float16 is diffusers\' variant "fp16".'
     )
+    flags.DEFINE_string(
+        "reference_pipeline",
+        None,
+        "Pipeline of the other networks: of a UNet's folder, or of a run where it has moved.",
+    )
+    flags.DEFINE_alias("reference", "reference_pipeline")
 
 
 def main() -> None:
     args = flags.FLAGS
     if args.to == "orbax":
-        to_orbax(folders.resolve(args.input), Path(args.output))
-    else:
-        to_diffusers(
-            Path(args.input),
-            args.which,
-            Path(args.output),
-            step=args.step,
-            dtype=args.dtype,
-            reference=args.reference,
-        )
-    print(f"wrote {args.output}")
+        to_orbax(args.input, args.output)
+        print(f"wrote {args.output}")
+        return
+    usage = to_diffusers(
+        Path(args.input),
+        args.which,
+        Path(args.output),
+        step=args.step,
+        dtype=args.dtype,
+        reference=args.reference_pipeline,
+    )
+    print(f"wrote {args.output}; to draw with it:\n{usage}" if usage else f"wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from di_star_jax.pipelines.folder import (
     Pipeline,
     abstract_model,
     load_pipeline,
+    load_unet,
     model_class,
 )
 from di_star_jax.pipelines.sdxl import SDXL
@@ -30,6 +31,7 @@ from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.samplers import EpsFn
 from di_star_jax.storage import checkpoint, folders, weights
+from di_star_jax.storage.files import expand
 
 
 class Sampling(NamedTuple):
@@ -211,26 +213,56 @@ def load(
     which: str,
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
+    reference: str | None = None,
 ) -> Pipeline:
-    """A pipeline, or the reference's with the UNet of a run's newest checkpoint in it.
+    """A pipeline, or the reference's with the UNet of a run's newest checkpoint in it, or another.
 
     Args:
-      source: pipeline folder, workdir or Hub name.
+      source: pipeline folder, workdir, folder of a single UNet, or Hub name.
       which: item of the checkpoint: "ema", "generator" or "assistant"; or "initial", the generator
-        before the run.
+        before the run. Of what has one network, "ema".
       mesh: of devices that share the parameters; None for one device.
       dtype: of parameters and computation.
+      reference: pipeline folder or Hub name of what a UNet lacks; None for the one of the run.
+    Raises: UserError for what is not there or does not go together.
     """
     shardings = None if mesh is None else functools.partial(sharding.params_sharding, mesh)
     options = Options(dtype=dtype, param_dtype=dtype, shardings=shardings)
     of_parts = dict.fromkeys(SDXL.parts, options)
-    is_run = Path(source).is_dir() and not (Path(source) / "model_index.json").exists()
-    if not is_run:
-        return load_pipeline(folders.resolve(source), of_parts)
+    if is_run(source):
+        return _load_run(source, which, reference, of_parts)
+    if which != "ema":
+        raise UserError(
+            f"--which={which} with {source}, which is no run and has one network; leave the flag "
+            "out, or give the workdir of a run"
+        )
+    folder = folders.resolve(source)
+    if folders.is_model(folder):
+        return _load_unet(folder, reference, of_parts)
+    if reference:
+        raise UserError(
+            f"--reference_pipeline={reference} with {source}, which is a whole pipeline; leave the "
+            "flag out"
+        )
+    return load_pipeline(folder, of_parts)
+
+
+def is_run(source: str) -> bool:
+    """Whether this is a local folder that is neither a pipeline's nor a model's."""
+    folder = expand(source)
+    return folder.is_dir() and not folders.is_pipeline(folder) and not folders.is_model(folder)
+
+
+def _load_run(
+    source: str,
+    which: str,
+    reference: str | None,
+    options: dict[str, Options],
+) -> Pipeline:
     with checkpoint.existing(source) as checkpoints:
-        metadata = checkpoints.metadata(checkpoints.latest_step())
-        loaded = load_pipeline(folders.resolve(metadata["reference"]), of_parts)
-        unet = abstract_model(metadata["unet_config"], options)
+        metadata = checkpoint.located(checkpoints.metadata(checkpoints.latest_step()))
+        loaded = load_pipeline(checkpoint.reference_of(metadata, reference), options)
+        unet = abstract_model(metadata["unet_config"], options["unet"])
         if which == "initial":
             params = _initial(source, metadata, unet)
         else:
@@ -238,6 +270,22 @@ def load(
     models = loaded.models | {"unet": unet._replace(params=params)}
     times = () if which == "assistant" else tuple(metadata["generator_timesteps"])
     return loaded._replace(models=models, timesteps=times)
+
+
+def _load_unet(
+    folder: Path,
+    reference: str | None,
+    options: dict[str, Options],
+) -> Pipeline:
+    """A UNet that stands alone is a one-step generator's, as DMD2's."""
+    if not reference:
+        raise UserError(
+            f"{folder} holds a single model; say with --reference_pipeline=FOLDER which pipeline "
+            "its text encoders and VAE are from"
+        )
+    loaded = load_pipeline(folders.resolve(reference), options)
+    models = loaded.models | {"unet": load_unet(folder, options["unet"])}
+    return loaded._replace(models=models, timesteps=(loaded.family.one_step,))
 
 
 def _initial(
@@ -257,12 +305,13 @@ def _initial(
 class Asked(NamedTuple):
     """Sampling as a user asks for it; what is None is the pipeline's own.
 
-    timesteps: of few_step, falling. steps: of the other samplers. resolution: pixels.
+    timesteps: of few_step, falling. steps, guidance_scale: of the other samplers, 50 and 5.0.
+    resolution: pixels.
     """
 
     sampler: str | None
-    steps: int
-    guidance_scale: float
+    steps: int | None
+    guidance_scale: float | None
     timesteps: tuple[int, ...]
     resolution: int | None
 
@@ -281,15 +330,37 @@ class Asked(NamedTuple):
 
 
 def sampling_of(asked: Asked, loaded: Pipeline) -> Sampling:
-    """What is asked for, of a pipeline."""
+    """What is asked for, of a pipeline. Raises: UserError for a setting that would not be used."""
     times = asked.timesteps or loaded.timesteps
     sampler = asked.sampler or ("few_step" if times else "euler")
     _, unet = model_class(loaded.models["unet"].config)
     size = asked.resolution // loaded.vae_scale if asked.resolution else unet.sample_size
     shape = (size, size, unet.in_channels)
     if sampler == "few_step":
-        return Sampling(sampler, np.array(times or (loaded.family.one_step,)), 1.0, shape)
+        times = times or (loaded.family.one_step,)
+        _check_few_step(asked, times)
+        return Sampling(sampler, np.array(times), 1.0, shape)
+    if asked.timesteps:
+        raise UserError(
+            f"--timestep={asked.timesteps[0]} with --sampler={sampler}, which takes --steps; leave "
+            "one of the two out"
+        )
     spaced = samplers.leading_timesteps
     if sampler == "dpm_solver_pp":
         spaced = samplers.dpm_solver_timesteps
-    return Sampling(sampler, spaced(asked.steps), asked.guidance_scale, shape)
+    guidance_scale = 5.0 if asked.guidance_scale is None else asked.guidance_scale
+    return Sampling(sampler, spaced(asked.steps or 50), guidance_scale, shape)
+
+
+def _check_few_step(asked: Asked, times: Sequence[int]) -> None:
+    """Raises: UserError for steps or guidance other than a generator's own."""
+    if asked.steps not in (None, len(times)):
+        raise UserError(
+            f"--steps={asked.steps}, but the generator takes {len(times)} at {list(times)}; leave "
+            "it out, or give --timestep, or another --sampler"
+        )
+    if asked.guidance_scale not in (None, 0.0, 1.0):
+        raise UserError(
+            f"--guidance_scale={asked.guidance_scale:g}, but few_step has no guidance; leave it "
+            "out, or give another --sampler"
+        )

@@ -75,6 +75,7 @@ def request() -> Request:
     args = flags.FLAGS
     return Request(
         checkpoint=args.checkpoint,
+        reference_pipeline=args.reference_pipeline,
         which=args.which,
         sampling=sample.asked(),
         dtype=args.dtype,

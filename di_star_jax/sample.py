@@ -9,8 +9,6 @@ A workdir or an exported generator makes its pictures in one step; the pipeline 
 many, with guidance.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from absl import flags
@@ -18,11 +16,19 @@ from absl import flags
 from di_star_jax import drawing, pictures, samplers
 from di_star_jax.errors import UserError
 from di_star_jax.errors import run as run_command
+from di_star_jax.storage.files import expand
 
 
 def define_flags() -> None:  # not at import: other commands have flags of the same names
     """The flags that say what makes pictures and how; `evaluate` has them too."""
-    flags.DEFINE_string("checkpoint", None, "Workdir of a run, pipeline folder, or Hub name.")
+    flags.DEFINE_string(
+        "checkpoint", None, "Workdir of a run, folder of a pipeline or of a UNet, or Hub name."
+    )
+    flags.DEFINE_string(
+        "reference_pipeline",
+        None,
+        "Pipeline of the other networks: of a UNet's folder, or of a run where it has moved.",
+    )
     flags.DEFINE_integer("seed", 0, "Of the noise.")
     flags.DEFINE_enum(
         "which",
@@ -37,12 +43,12 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         "few_step for a generator, euler else, if not given.",
     )
     flags.DEFINE_integer(
-        "steps", 50, "Of ddim, euler and dpm_solver_pp.", lower_bound=1, upper_bound=1000
+        "steps", None, "Of ddim, euler and dpm_solver_pp; 50.", lower_bound=1, upper_bound=1000
     )
     flags.DEFINE_float(
         "guidance_scale",
-        5.0,
-        "Of ddim, euler and dpm_solver_pp; 1 is no guidance.",
+        None,
+        "Of ddim, euler and dpm_solver_pp; 5 if not given, 1 is no guidance.",
         lower_bound=0.0,
     )
     flags.DEFINE_multi_integer(
@@ -76,13 +82,16 @@ def main() -> None:
             "no --checkpoint; give a run's workdir, a pipeline folder, or a name on the Hub"
         )
     asked().check()
-    loaded = drawing.load(args.checkpoint, args.which, dtype=jnp.dtype(args.dtype))
+    dtype = jnp.dtype(args.dtype)
+    loaded = drawing.load(
+        args.checkpoint, args.which, dtype=dtype, reference=args.reference_pipeline
+    )
     sampling = drawing.sampling_of(asked(), loaded)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     *steps, h, w, c = sampling.noise_shape
     z = jax.random.normal(jax.random.key(args.seed), (*steps, len(prompts), h, w, c))
     images = drawing.draw_prompts(loaded, sampling)(prompts, z)
-    out = Path(args.out)
+    out = expand(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         pictures.save_png(out / f"{i:04d}.png", pictures.to_uint8(image))
@@ -93,6 +102,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
+    flags.DEFINE_alias("reference", "reference_pipeline")
     flags.DEFINE_multi_string(
         "prompt", None, "What to draw; may be given several times.", required=True
     )

@@ -20,7 +20,8 @@ from di_star_jax.evaluation import held_out
 from di_star_jax.evaluation.held_out import HeldOut
 from di_star_jax.gradients import Settings
 from di_star_jax.models import attention
-from di_star_jax.pipelines.export import export_pipeline, generator_scheduler
+from di_star_jax.pipelines.card import PICTURE, About
+from di_star_jax.pipelines.export import FOLDER, Unet, check_export, export_pipeline
 from di_star_jax.prompts import source as prompt_source
 from di_star_jax.prompts.source import PromptStream, Source
 from di_star_jax.storage import checkpoint, folders, weights
@@ -38,10 +39,12 @@ def run(config, workdir: str) -> None:
         pipeline folder) and, with eval.prompts, samples.png and before_after.json.
     Raises: UserError for unusable inputs, and for a gradient that is not finite.
     """
+    checkpoint.check_path(workdir)
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     introduce(config, mesh)
+    check_export(folders.resolve(config.weights.reference), folder / FOLDER)
     parts = assembly.load_parts(config, mesh)
     method = assembly.method_of(config, parts)
     optimizers = assembly.optimizers_of(config)
@@ -96,11 +99,11 @@ def run(config, workdir: str) -> None:
                 writer.image(k + 1, "samples", pictures.image_grid(images, 8))
 
     # After.
-    export(parts, state.ema, method.settings.generator_timesteps, folder / "diffusers")
     if scorer:
         after = scorer.measure(state.ema)
         if jax.process_index() == 0:
             log.say(held_out.compare(folder, scorer.prompts, *after))
+    export(parts, state.ema, total, metadata, folder)
 
 
 class Report:
@@ -193,17 +196,14 @@ def metadata_of(
     """What convert, sample and evaluate need to know of a run; each checkpoint holds it."""
     return {
         "unet_config": parts.models["unet"].config,
-        "reference": str(parts.pipeline.folder.absolute()),
+        "reference": config.weights.reference,
         "generator_timesteps": settings.generator_timesteps,
-        "initial": lasting(config.weights.generator),
+        "initial": config.weights.generator,
+        "objective": config.objective.name,
         "trained_on": {name: scale for name, scale in config.reward.items() if scale},
-        "weights": {name: lasting(source) for name, source in config.weights.items()},
+        "weights": dict(config.weights.items()),
+        "directory": str(Path.cwd()),  # where relative folders are found
     }
-
-
-def lasting(source: str) -> str:
-    """A folder's absolute path, which holds from anywhere; a Hub name as it is."""
-    return str(Path(source).absolute()) if source and Path(source).is_dir() else source
 
 
 def load_prompts(
@@ -285,15 +285,19 @@ def scorer_of(
 def export(
     parts: Parts,
     generator: Any,
-    timesteps: tuple[int, ...],
-    output: Path,
+    step_number: int,
+    metadata: dict,
+    folder: Path,
 ) -> None:
-    """Writes the generator as a pipeline that diffusers loads."""
-    export_pipeline(
-        generator,
-        unet_config=parts.models["unet"].config,
+    """Writes the generator as a pipeline that diffusers draws with, and says how.
+
+    Args: metadata, of `metadata_of`. folder, the workdir, whose samples the model card shows.
+    """
+    output, picture = folder / FOLDER, folder / PICTURE
+    usage = export_pipeline(
+        Unet(generator, metadata["unet_config"], tuple(metadata["generator_timesteps"])),
+        About.of_run(metadata, f"ema, step {step_number}", picture if picture.exists() else None),
         reference_folder=parts.pipeline.folder,
         output=output,
-        scheduler=generator_scheduler(parts.pipeline.folder, timesteps),
     )
-    log.say(f"exported {output}, a folder for diffusers.StableDiffusionXLPipeline.from_pretrained")
+    log.say(f"exported {output}; to draw with it:\n{usage}")

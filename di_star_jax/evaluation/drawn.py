@@ -38,7 +38,8 @@ def draw(job: Job, mesh: Mesh) -> dict:
     if kept and not missing:
         return kept
     dtype = jnp.dtype(request.dtype)
-    loaded = drawing.load(request.checkpoint, request.which, mesh, dtype)
+    reference = request.reference_pipeline
+    loaded = drawing.load(request.checkpoint, request.which, mesh, dtype, reference)
     sampling = drawing.sampling_of(request.sampling, loaded)
     how = _how(loaded, sampling)
     record = _continued(job.out, kept, how, _where(mesh, request.batch_size))

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from di_star_jax import log
-from di_star_jax.drawing import Asked
+from di_star_jax.drawing import Asked, is_run
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.evaluation import cleanfid, metrics
 from di_star_jax.evaluation.images import Shot, find_images, images_in
@@ -29,6 +29,7 @@ class Request:
     """
 
     checkpoint: str | None
+    reference_pipeline: str | None
     which: str
     sampling: Asked
     dtype: str
@@ -156,11 +157,11 @@ def _open_out(out: Path) -> None:
 
 def run_metadata(source: str | None) -> dict:
     """What a run's newest checkpoint says of it; {} for anything else."""
-    if source is None or not Path(source).is_dir() or (Path(source) / "model_index.json").exists():
+    if source is None or not is_run(source):
         return {}
     with checkpoint.existing(source) as checkpoints:
         step = checkpoints.latest_step()
-        return checkpoints.metadata(step) | {"step": step}
+        return checkpoint.located(checkpoints.metadata(step)) | {"step": step}
 
 
 def weight_sources(given: tuple[str, ...], metadata: dict) -> dict[str, str]:

@@ -1,109 +1,267 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained UNet as a pipeline folder that diffusers loads."""
+"""A trained UNet as a pipeline folder that diffusers loads and draws with, and its model card."""
 
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from di_star_jax.errors import UserError
+from di_star_jax.pipelines import card
 from di_star_jax.storage import folders
-from di_star_jax.storage.weights import whole_on_each_host, write_model
+from di_star_jax.storage.weights import (
+    stored_tensors,
+    whole_on_each_host,
+    write_model,
+    write_tensors,
+)
 
+FOLDER = "diffusers"  # of a run, in its workdir
+DTYPES = ("float32", "float16", "bfloat16")
 # Where a generator's times stand in its scheduler's config. diffusers passes over what begins with
-# an underscore, and has no place for times that a pipeline is not called with.
+# an underscore, and keeps it.
 TIMESTEPS = "_generator_timesteps"
-_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+# What the classes take where their config does not say.
+_BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_LCM_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# Of SDXL's pipeline; diffusers does without them.
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+# Beside weights, what a component is read from; nothing else is copied.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+class Unet(NamedTuple):
+    """What is exported.
+
+    params: tree of arrays. config: content of its config.json.
+    timesteps: of a generator's steps, falling, in [0, 999]; () for a network that is none.
+    """
+
+    params: Any
+    config: dict
+    timesteps: tuple[int, ...]
+
+
+# The scheduler.
 
 
 def generator_scheduler(reference_folder: str | os.PathLike, timesteps: Sequence[int]) -> dict:
-    """Content of scheduler_config.json: LCMScheduler with the reference's noise schedule.
+    """Content of scheduler_config.json with which a plain call draws as the generator does.
+
+    With K steps that call is `pipe(prompt, num_inference_steps=K, guidance_scale=0)`. One step is
+    EulerDiscreteScheduler's, several are LCMScheduler's, which noises again between them. Its grid
+    holds DMD2's times; others must be given to the call (`calls_by_timesteps`).
 
     Args:
-      reference_folder: a local pipeline folder.
+      reference_folder: a local pipeline folder, whose noise schedule is kept.
       timesteps: of the generator's steps, falling, in [0, 999].
     """
     reference = folders.read_config(reference_folder, *folders.SCHEDULER)
+    is_lcm = reference.get("_class_name") in ("LCMScheduler", "TCDScheduler")
+    schedule = _LCM_BETAS if is_lcm else _BETAS
+    schedule = schedule | {name: reference[name] for name in _SCHEDULE if name in reference}
+    common = {"timestep_spacing": "leading", TIMESTEPS: list(timesteps), **schedule}
+    if len(timesteps) == 1:
+        return {"_class_name": "EulerDiscreteScheduler", "steps_offset": timesteps[0], **common}
+    train_steps = schedule.get("num_train_timesteps", 1000)
+    grids = range(train_steps, len(timesteps) - 1, -1)
+    fitting = (n for n in grids if _lcm_timesteps(n, len(timesteps), train_steps) == [*timesteps])
     return {
         "_class_name": "LCMScheduler",
-        "original_inference_steps": 50,
-        "timestep_spacing": "leading",
+        "original_inference_steps": next(fitting, 50),
         "clip_sample": False,
-        "steps_offset": 1,
-        TIMESTEPS: list(timesteps),
-        **{name: reference[name] for name in _SCHEDULE if name in reference},
+        **common,
     }
 
 
+def _lcm_timesteps(
+    grid: int,
+    num_steps: int,
+    train_steps: int,
+) -> list[int]:
+    """Those of diffusers' LCMScheduler with `original_inference_steps=grid`."""
+    times = np.arange(grid, 0, -1) * (train_steps // grid) - 1
+    indices = np.floor(np.linspace(0, grid, num_steps, endpoint=False)).astype(int)
+    return times[indices].tolist()
+
+
+def calls_by_timesteps(scheduler: dict) -> bool:
+    """Whether the call must name the times. Args: of `generator_scheduler`, or a teacher's."""
+    times = scheduler.get(TIMESTEPS, [])
+    if len(times) < 2:
+        return False
+    train_steps = scheduler.get("num_train_timesteps", 1000)
+    return times != _lcm_timesteps(scheduler["original_inference_steps"], len(times), train_steps)
+
+
+def timesteps_of(scheduler: dict, one_step: int) -> tuple[int, ...]:
+    """Of a generator's steps, as its export has them; () for a teacher.
+
+    Args: scheduler_config.json; the time of an LCMScheduler's one step where that does not say.
+    Raises: UserError for times that are none.
+    """
+    default = [one_step] if scheduler.get("_class_name") == "LCMScheduler" else []
+    times = scheduler.get(TIMESTEPS, default)
+    limit = scheduler.get("num_train_timesteps", 1000)
+    if (
+        not isinstance(times, list)
+        or not all(type(t) is int and 0 <= t < limit for t in times)
+        or any(a <= b for a, b in zip(times, times[1:]))
+    ):
+        raise UserError(
+            f"{'/'.join(folders.SCHEDULER)}: {TIMESTEPS} is {times!r}, expected falling whole "
+            f"numbers of 0 to {limit - 1}; export again"
+        )
+    return tuple(times)
+
+
+# The folder.
+
+
+def check_export(reference_folder: Path, output: Path) -> None:
+    """Raises: UserError for what would stop `export_pipeline`; to be asked before long work."""
+    folders.check_output(output, [reference_folder])
+    folders.check_inside(reference_folder, reference_folder / "model_index.json")
+    folders.check_inside(reference_folder, reference_folder.joinpath(*folders.SCHEDULER))
+    folders.read_config(reference_folder, *folders.SCHEDULER)
+    for name in _copied(reference_folder):
+        source = reference_folder / name
+        folders.check_inside(reference_folder, source)
+        for file in _small_files(source):
+            folders.check_inside(reference_folder, file)
+        if (source / "config.json").is_file():
+            files, index = folders.weight_files(source)
+            for file in files if index is None else [*files, index]:
+                folders.check_inside(reference_folder, file)
+
+
+def _copied(reference_folder: Path) -> list[str]:
+    """The components that an export has of its reference; optional ones may be absent.
+
+    Raises: UserError for others that are absent.
+    """
+    names = []
+    for name in folders.components(reference_folder):
+        if name in ("unet", "scheduler"):
+            continue
+        if (reference_folder / name).is_dir():
+            names.append(name)
+        elif name not in _OPTIONAL:
+            raise UserError(
+                f"the reference has no folder {reference_folder / name}, but its model_index.json "
+                "names it; download it again"
+            )
+    return names
+
+
 def export_pipeline(
-    unet_params: Any,
+    unet: Unet,
+    about: card.About,
     *,
-    unet_config: dict,
     reference_folder: str | os.PathLike,
     output: str | os.PathLike,
-    scheduler: dict,
-    dtype: Any = None,
-) -> None:
-    """Writes a pipeline folder: a trained UNet, with all else copied from the reference.
+    dtype: str = "float32",
+) -> str:
+    """Writes a pipeline folder: a trained UNet, with all else from the reference, in one dtype.
+
+    A generator gets the scheduler of its steps, another network keeps the reference's.
 
     Args:
-      unet_params: tree of arrays; if they are spread over several hosts, all must call this.
-      unet_config: content of the UNet's config.json.
-      reference_folder: a local pipeline folder; components with .fp16 files only get plain names.
+      unet: if its params are spread over several hosts, all must call this.
+      about: what the model card says of it.
+      reference_folder: a local pipeline folder.
       output: replaced as a whole if it is an earlier export.
-      scheduler: content of scheduler_config.json.
-      dtype: of the UNet's weights, or None to keep them.
+      dtype: of DTYPES; float16 gets the file names of diffusers' variant "fp16".
+    Returns: how diffusers draws with it, as lines of Python.
     Raises: UserError for a reference that lacks a component, or an output that cannot be written.
     """
-    reference_folder, output = Path(reference_folder), Path(output)
+    reference_folder = Path(reference_folder)
+    check_export(reference_folder, Path(output))
     index = folders.read_config(reference_folder, name="model_index.json")
-    unet_params = whole_on_each_host(unet_params)
+    if unet.timesteps:
+        scheduler = generator_scheduler(reference_folder, unet.timesteps)
+    else:
+        scheduler = folders.read_config(reference_folder, *folders.SCHEDULER)
+    named = unet.timesteps if calls_by_timesteps(scheduler) else ()
+    call = card.Call(dtype, len(unet.timesteps), named)
+    params = whole_on_each_host(unet.params)
     if jax.process_index() != 0:
-        return
-    with folders.new_folder(output) as partial:
-        for name in folders.components(reference_folder):
-            (partial / name).mkdir()
-            if name not in ("unet", "scheduler"):
-                _copy_component(reference_folder / name, partial / name)
-        folders.write_object(partial.joinpath(*folders.SCHEDULER), scheduler)
+        return card.usage(str(output), call)
+    names = _copied(reference_folder)
+    with folders.new_folder(output, [reference_folder]) as partial:
+        for name in names:
+            _copy_component(reference_folder / name, partial / name, dtype)
+        (partial / "unet").mkdir()
         write_model(
             partial / "unet",
-            unet_params,
-            config=unet_config,
-            file_name=f"{folders.DIFFUSERS}.safetensors",
-            dtype=dtype,
+            params,
+            config=unet.config,
+            file_name=weights_name(folders.DIFFUSERS, dtype),
+            dtype=jnp.dtype(dtype),
         )
+        (partial / "scheduler").mkdir()
+        folders.write_object(partial.joinpath(*folders.SCHEDULER), scheduler)
+        absent = {*folders.components(reference_folder)} - {*names}
+        index |= dict.fromkeys(absent, [None, None])
+        index["unet"] = ["diffusers", "UNet2DConditionModel"]
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
         folders.write_object(partial / "model_index.json", index)
+        if about.picture is not None:
+            shutil.copyfile(about.picture, partial / card.PICTURE)
+        text = card.text(about, Path(output).resolve().name, call)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+    return card.usage(str(output), call)
 
 
-def _copy_component(source: Path, target: Path) -> None:
-    """Copies data files (never code) of a pipeline's component."""
-    if not source.is_dir():
-        raise UserError(
-            f"the reference has no folder {source}, but its model_index.json names it; "
-            "download it again"
-        )
-    for file in source.iterdir():
-        if file.suffix in (".json", ".txt") and ".index." not in file.name:
-            shutil.copyfile(file, target / file.name)
-    if (source / "config.json").is_file():  # a model; a tokenizer has no weights
-        _copy_weights(source, target)
+def weights_name(stem: str, dtype: str) -> str:
+    """The file name that diffusers and transformers look for. Args: dtype, of DTYPES."""
+    return f"{stem}.fp16.safetensors" if dtype == "float16" else f"{stem}.safetensors"
 
 
-def _copy_weights(source: Path, target: Path) -> None:
-    files, index = folders.weight_files(source)
-    for file in files:
-        shutil.copyfile(file, target / _plain(file.name))
-    if index is None:
+def _small_files(source: Path) -> list[Path]:
+    return [source / name for name in _FILES if (source / name).is_file()]
+
+
+def _copy_component(
+    source: Path,
+    target: Path,
+    dtype: str,
+) -> None:
+    """Copies data files (never code) of a pipeline's component, its weights in `dtype`."""
+    target.mkdir()
+    for file in _small_files(source):
+        shutil.copyfile(file, target / file.name)
+    if not (source / "config.json").is_file():  # a tokenizer has no weights
         return
-    content = folders.read_object(index)
-    content["weight_map"] = {key: _plain(name) for key, name in content["weight_map"].items()}
-    folders.write_object(target / _plain(index.name), content)
-
-
-def _plain(name: str) -> str:
-    return name.replace(".fp16", "")
+    config = folders.read_config(source)
+    # transformers takes the dtype that the config names before that of the weights.
+    config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config}
+    folders.write_object(target / "config.json", config)
+    stem = folders.DIFFUSERS if "_class_name" in config else folders.TRANSFORMERS
+    tensors = stored_tensors(source)
+    write_tensors(target, tensors, weights_name(stem, dtype), jnp.dtype(dtype))

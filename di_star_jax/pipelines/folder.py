@@ -22,7 +22,7 @@ from di_star_jax.models.clip import (
 )
 from di_star_jax.models.unet import UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
-from di_star_jax.pipelines.export import TIMESTEPS
+from di_star_jax.pipelines.export import timesteps_of
 from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import Tokenizer
@@ -171,6 +171,13 @@ def load_model(
     return model._replace(params=weights.load(folder, model.params, arrange=arrange))
 
 
+def load_unet(folder: Path, options: Options = PLAIN) -> Model:
+    """As `load_model`. Raises: UserError for another model, too."""
+    if _port(folders.read_config(folder)).module is not UNet2DConditionModel:
+        raise UserError(f"{folder} holds no UNet; give the folder of a UNet2DConditionModel")
+    return load_model(folder, options)
+
+
 def load_pipeline(folder: Path, options: Mapping[str, Options] | None = None) -> Pipeline:
     """Reads a pipeline folder.
 
@@ -191,12 +198,5 @@ def load_pipeline(folder: Path, options: Mapping[str, Options] | None = None) ->
         },
         {name: Tokenizer(folder / name) for name in family.tokenizers if name in there},
         schedule_from_json(scheduler),
-        _timesteps(scheduler, family),
+        timesteps_of(scheduler, family.one_step),
     )
-
-
-def _timesteps(scheduler: dict, family: Family) -> tuple[int, ...]:
-    """Of a generator's steps: its export's, or one step where it does not say; () for a teacher."""
-    if scheduler.get("_class_name") != "LCMScheduler":
-        return ()
-    return tuple(scheduler.get(TIMESTEPS, (family.one_step,)))

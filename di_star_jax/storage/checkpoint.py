@@ -13,9 +13,12 @@ import jax
 import orbax.checkpoint as ocp
 
 from di_star_jax.errors import UserError
+from di_star_jax.storage import folders
+from di_star_jax.storage.files import expand
 
 FOLDER = "checkpoints"  # of a run, in its workdir
 _METADATA = "metadata"
+_PATTERN = "[]*?\\"  # Orbax and TensorStore take these for a pattern: what is saved is not found
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -26,10 +29,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     Args:
       folder: one run's own; no other job may write there.
       keep: how many of the newest to keep, or None for all.
-    Raises: UserError where the folder cannot be made.
+    Raises: UserError where the folder cannot be made, or not read back.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int | None):
+        check_path(folder)
         self.folder = _absolute(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +159,17 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
 
 
+def check_path(folder: str | os.PathLike) -> None:
+    """Raises: UserError for a folder whose checkpoints could not be read back."""
+    path = str(_absolute(folder))
+    found = sorted(set(_PATTERN) & set(path))
+    if found:
+        raise UserError(
+            f"{path} has {' '.join(found)} in it, which checkpoints cannot be read back from; "
+            "give a folder without [ ] * ? or a backslash"
+        )
+
+
 def existing(folder: str | os.PathLike) -> Checkpoints:
     """The checkpoints in a folder, or in a run's workdir.
 
@@ -169,8 +184,45 @@ def existing(folder: str | os.PathLike) -> Checkpoints:
     )
 
 
+# Where a run's sources are now.
+
+
+def located(metadata: dict) -> dict:
+    """A run's metadata with its sources, stored as configured, as they are found from here.
+
+    A relative folder is looked for where the run began, then from here; a Hub name, or what is
+    gone, stays as it is.
+    """
+    began_in = metadata.get("directory", ".")
+
+    def find(source):
+        candidates = (Path(began_in) / expand(source), expand(source)) if source else ()
+        return next((str(path) for path in candidates if path.exists()), source)
+
+    of_weights = {name: find(source) for name, source in metadata.get("weights", {}).items()}
+    single = {name: find(metadata[name]) for name in ("reference", "initial") if name in metadata}
+    return metadata | single | {"weights": of_weights}
+
+
+def reference_of(metadata: dict, given: str | None) -> Path:
+    """The folder of a run's reference pipeline.
+
+    Args: metadata, of `located`. given: by the user, in place of the run's; or None.
+    Raises: UserError where it is gone.
+    """
+    if given:
+        return folders.resolve(given)
+    try:
+        return folders.resolve(metadata["reference"])
+    except UserError as error:
+        raise UserError(
+            f"the reference pipeline of the checkpoint: {error}; or say where it is now with "
+            "--reference_pipeline=FOLDER"
+        ) from None
+
+
 def _absolute(folder: str | os.PathLike) -> Path:
-    return Path(os.path.abspath(folder))
+    return Path(os.path.abspath(expand(folder)))
 
 
 def _fields(state: Any) -> tuple[dict[str, Any], Any]:

@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def expand(path: str | os.PathLike) -> Path:
+    """A path as a user gives it: ~ is the home folder, also where no shell has read it."""
+    return Path(path).expanduser()
+
+
 def _partial(path: Path) -> Path:
     """A hidden name beside `path`, of this process alone."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import safetensors
 from absl import logging
 
 from di_star_jax.errors import UserError
-from di_star_jax.storage.files import whole_folder
+from di_star_jax.storage.files import digest_of, expand, whole_folder
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems of weight files' names
 SCHEDULER = ("scheduler", "scheduler_config.json")  # folder and file, in a pipeline
+MARKER = "di_star_jax.json"  # lists what was written into a folder: that alone is replaced
 _STEMS = (DIFFUSERS, TRANSFORMERS, "pytorch_model")
 _TEXT = ["*.json", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -68,7 +69,7 @@ def resolve(name: str) -> Path:
       does not deliver.
     """
     if _is_folder(name):
-        return Path(name)
+        return expand(name)
     folder = _fetch(name, _TEXT)
     patterns = ["*.safetensors"]
     # Beside the components of a pipeline, repositories keep the same weights again in single files.
@@ -82,14 +83,14 @@ def resolve(name: str) -> Path:
 
 def resolve_tokenizer(name: str) -> Path:
     """As `resolve`, but fetches no weights."""
-    return Path(name) if _is_folder(name) else _fetch(name, _TEXT)
+    return expand(name) if _is_folder(name) else _fetch(name, _TEXT)
 
 
 def _is_folder(name: str) -> bool:
     """Whether `name` is local. Raises: UserError if it cannot be a repository's either."""
-    if Path(name).is_dir():
+    if expand(name).is_dir():
         return True
-    if Path(name).exists():
+    if expand(name).exists():
         raise UserError(
             f"{name} is a file, expected a folder in the layout of diffusers; "
             "give the folder around it"
@@ -142,6 +143,32 @@ def components(pipeline: str | os.PathLike) -> list[str]:
                 "get it from a source you trust"
             )
     return names
+
+
+def is_pipeline(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a pipeline's."""
+    return (Path(folder) / "model_index.json").is_file()
+
+
+def is_model(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a single model's."""
+    return (Path(folder) / "config.json").is_file() and not is_pipeline(folder)
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Raises: UserError where `path`, in `folder`, is a link to something outside.
+
+    The Hub's cache may: its snapshots link to the blobs beside them.
+    """
+    root, real = folder.resolve(), path.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parents[1] / "blobs")
+    if not any(real.is_relative_to(each) for each in allowed):
+        raise UserError(
+            f"{path} is a link that leads out of {folder}, to {real}, expected files of the "
+            "folder's own, for they are copied; put a copy in place of the link"
+        )
 
 
 def weight_files(folder: Path) -> tuple[list[Path], Path | None]:
@@ -220,27 +247,75 @@ def _pickle_error(path: Path) -> UserError:
 # Written whole.
 
 
-def check_output(folder: str | os.PathLike) -> None:
-    """Raises: UserError if `new_folder` would refuse to replace this folder."""
-    folder = Path(folder)
-    marks = ("config.json", "model_index.json")
-    if folder.exists() and not any((folder / name).is_file() for name in marks):
+def check_output(folder: str | os.PathLike, sources: Sequence[Path] = ()) -> None:
+    """Raises: UserError if `new_folder` would refuse to write this folder.
+
+    Args: sources, what is read meanwhile: the folder may be none of them, in none, around none.
+    """
+    real = expand(folder).resolve()
+    if Path.cwd().is_relative_to(real):
         raise UserError(
-            f"{folder} exists and is no model folder, so it is not overwritten; give another output"
+            f"{folder} is the current folder or one around it, so it is not overwritten; give "
+            "another output"
+        )
+    for source in sources:
+        read = source.resolve()
+        if real.is_relative_to(read) or read.is_relative_to(real):
+            raise UserError(
+                f"{folder} is {source}, in it or around it, which is read; give another output"
+            )
+    if real.exists() and not real.is_dir():
+        raise UserError(f"{folder} is a file, expected a folder to write; give another output")
+    foreign = _foreign(real) if real.exists() else None
+    if foreign is not None:
+        raise UserError(
+            f"{folder} is no model folder that was written here: it holds {foreign}, which is not "
+            f"as {MARKER} lists it, so nothing is overwritten; give another output"
         )
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: str | os.PathLike, sources: Sequence[Path] = ()) -> Iterator[Path]:
     """A model's or a pipeline's folder to write in, which appears whole, or not at all.
 
+    Args: as of `check_output`.
     Raises: UserError where `folder` is something else, or cannot be written.
     """
-    check_output(folder)
+    check_output(folder, sources)
     try:
-        with whole_folder(folder) as partial:
+        with whole_folder(expand(folder).resolve()) as partial:
             yield partial
-    except OSError as error:
+            write_object(partial / MARKER, {"files": _listing(partial)})
+            check_output(folder, sources)  # again, for writing may have taken minutes
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"cannot write {folder} ({error.strerror}); give an output on a disk with room"
+            f"cannot write {folder} ({reason}); give an output on a disk with room"
         ) from None
+
+
+def _foreign(folder: Path) -> str | None:
+    """A file in a folder that is not as `new_folder` left it."""
+    files = {}
+    if (folder / MARKER).is_file():
+        files = read_object(folder / MARKER).get("files")
+    ours = files if isinstance(files, dict) else {}
+    found = _listing(folder)
+    return next((name for name, content in found.items() if ours.get(name) != content), None)
+
+
+def _listing(folder: Path) -> dict[str, str | int]:
+    """All files in a folder by name, but for the marker: digests, of weights only the size."""
+    listing = {}
+    for where, inner, files in os.walk(folder):
+        links = [name for name in inner if (Path(where) / name).is_symlink()]
+        for path in (Path(where) / name for name in sorted(files + links)):
+            listing[path.relative_to(folder).as_posix()] = _content(path)
+    listing.pop(MARKER, None)
+    return listing
+
+
+def _content(path: Path) -> str | int:
+    if path.is_symlink() or not path.is_file():
+        return "no file"  # nothing that was written here
+    return path.stat().st_size if path.suffix == ".safetensors" else digest_of(path)

@@ -7,11 +7,13 @@ Files are read and written one tensor at a time.
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jax.experimental import multihost_utils
@@ -24,6 +26,7 @@ STACKED = ("transformer_blocks", "layers", "layer", "blocks")
 MAX_SHARD = 5 * 10**9  # bytes; the hub's own limit for one file of weights
 # Ours in PyTorch's order: [O, I], [O, I, kh, kw].
 _AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}
+_INTEGERS = ("I64", "I32")  # of position_ids, which old files carry
 # VAE files of SD 1.5.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -211,6 +214,20 @@ def load(
     return treedef.unflatten(params)
 
 
+def stored_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """A model folder's tensors by the names in its files, one at a time.
+
+    Raises: UserError for files that cannot be used.
+    """
+    for file in folders.weight_files(folder)[0]:
+        with folders.open_weights(file) as handle:
+            found = _stored(handle)
+            floats = {name: t for name, t in found.items() if t.dtype not in _INTEGERS}
+            _check_floats(str(folder), floats)
+            for name, tensor in found.items():
+                yield name, tensor.read()
+
+
 def _stored(file: Any) -> dict[str, Stored]:
     """The tensors of an open safetensors file."""
     names = file.keys()  # a handle is no dict
@@ -300,9 +317,29 @@ def write_model(
 ) -> None:
     """As `save`, of params on this host, into a folder that is there and empty."""
     folders.write_object(folder / "config.json", config)
+    write_tensors(folder, _tensors(params), file_name, dtype)
+
+
+def write_tensors(
+    folder: Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    file_name: str,
+    dtype: Any = None,
+) -> None:
+    """Writes safetensors, in shards with an index where they are large.
+
+    Args:
+      folder: has its config.json already.
+      tensors: by name, in PyTorch's names and layout; one is asked for at a time.
+      file_name: e.g. model.safetensors, or model.fp16.safetensors for the variant.
+      dtype: to cast floats to, or None.
+    Raises: UserError for values that are not finite in `dtype`.
+    """
     shards, total = [], 0
-    for shard in _packed(_tensors(params), dtype):
-        safetensors.numpy.save_file(shard, folder / str(len(shards)), metadata={"format": "pt"})
+    for shard in _packed(tensors, dtype):
+        file = folder / str(len(shards))
+        safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", file)  # safetensors keeps others from reading it
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:
@@ -313,24 +350,27 @@ def write_model(
         name = f"{Path(file_name).stem}-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / str(i)).rename(folder / name)
         weight_map |= dict.fromkeys(keys, name)
+    stem, *variant = Path(file_name).stem.split(".")
+    index = ".".join([stem, "safetensors", "index", *variant, "json"])
     folders.write_object(
-        folder / f"{file_name}.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
+        folder / index, {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
 
 
 def _packed(
-    tensors: Iterator[tuple[str, np.ndarray]], dtype: Any
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: Any,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Groups of tensors, cast to `dtype`, of at most MAX_SHARD bytes.
+    """Groups of tensors, floats cast to `dtype`, of at most MAX_SHARD bytes.
 
     Each group is emptied when the next is asked for.
     """
     held, size = {}, 0
     for key, tensor in tensors:
-        with np.errstate(over="ignore"):  # reported by the next line
-            tensor = tensor.astype(dtype or tensor.dtype, copy=False)
-        _check_finite("cannot write the weights", key, tensor)
+        if jnp.issubdtype(tensor.dtype, jnp.floating):
+            with np.errstate(over="ignore"):  # reported by the next line
+                tensor = tensor.astype(dtype or tensor.dtype, copy=False)
+            _check_finite("cannot write the weights", key, tensor)
         if held and size + tensor.nbytes > MAX_SHARD:
             yield held
             held.clear()
