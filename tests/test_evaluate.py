@@ -897,6 +897,29 @@ def test_clean_fid_takes_its_own_statistics_by_name_and_says_which_it_does_not_h
     assert code == 2 and "clean-fid has no statistics 'coco' for clip_fid; make them" in stderr
 
 
+@pytest.mark.case("faults 9")
+def test_clean_fid_is_given_8_bits_for_16_and_no_reference_of_16(command, cleanfid, tmp_path):
+    given = images_and_prompts(tmp_path, range(0, 30, 10))
+    deep = Image.fromarray(np.full((16, 16), 100 * 257, np.uint16))
+    deep.save(tmp_path / "images" / "1.png")
+    opened = []
+    fid = sys.modules["cleanfid"].fid
+    compute_fid = fid.compute_fid
+
+    def compute(ours, *others, **named):
+        opened.extend(np.asarray(Image.open(file).convert("RGB")) for file in os.scandir(ours))
+        return compute_fid(ours, *others, **named)
+
+    fid.compute_fid = compute
+    given.append("--metrics=fid")
+    code, _, stderr = command(*given, "--reference=cleanfid:coco", f"--out={tmp_path}/out")
+    assert code == 0, stderr
+    assert sorted(int(image.max()) for image in opened) == [0, 20, 100]
+    reference = f"--reference={tmp_path}/images"
+    code, _, stderr = command(*given, reference, f"--out={tmp_path}/other")
+    assert code == 2 and "1.png of --reference=" in stderr and "save it with 8 bits" in stderr
+
+
 def test_clip_fid_without_the_package_that_clean_fid_needs_is_refused_at_once(
     command, cleanfid, monkeypatch, tmp_path
 ):

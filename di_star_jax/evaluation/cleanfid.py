@@ -6,7 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 from di_star_jax.errors import UserError
-from di_star_jax.evaluation.images import broken_among, images_in
+from di_star_jax.evaluation.images import broken_among, images_in, is_16_bit, read_image
+from di_star_jax.pictures import save_png
 
 # {metric: (clean-fid's model, what it does to an image)}
 MODELS = {
@@ -39,6 +40,12 @@ def check(names: list[str], reference: str) -> None:
         raise UserError(
             f"{len(broken)} of the {len(theirs)} images of --reference={reference} cannot be read, "
             f"the first is {broken[0]}; clean-fid takes whole folders: take them out"
+        )
+    deep = next(filter(is_16_bit, theirs), None)
+    if deep is not None:
+        raise UserError(
+            f"{deep} of --reference={reference} is gray of 16 bits, which clean-fid takes for "
+            "white; save it with 8 bits"
         )
 
 
@@ -98,7 +105,11 @@ def distance(
         against = f"{len(images_in(Path(reference))):,} of {reference}"
     with tempfile.TemporaryDirectory(dir=out, prefix=f"{name}_") as links:
         for i, file in enumerate(files):  # exactly the images that are scored
-            (Path(links) / f"{i:06d}{file.suffix.lower()}").symlink_to(file.absolute())
+            link = Path(links) / f"{i:06d}{file.suffix.lower()}"
+            if is_16_bit(file):
+                save_png(link, read_image(file))
+            else:
+                link.symlink_to(file.absolute())
         value = fid.compute_fid(links, folder, **named)
     kinds = ", ".join(sorted({file.suffix.lower() for file in files}))
     count = f"{len(files):,} images ({kinds})"

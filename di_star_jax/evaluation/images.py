@@ -18,6 +18,7 @@ from di_star_jax.log import Progress
 from di_star_jax.prompts.files import Prompt
 
 THREADS = 8  # that decode images ahead of the device, or write them
+MAX_PIXELS = 64_000_000  # of an image: eight at a time are 1.5 GB
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _UNREADABLE = (  # what Pillow's readers raise
     OSError,
@@ -56,9 +57,17 @@ def _natural(path: Path) -> list:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """PNG, JPEG and WebP files in a folder and those below it, 2.png before 10.png."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-    return sorted(files, key=lambda path: _natural(path.relative_to(folder)))
+    """PNG, JPEG and WebP files in a folder and those below it, 2.png before 10.png.
+
+    Hidden ones are none, such as ._0.png of macOS and what is in .ipynb_checkpoints.
+    """
+    found = []
+    for path in folder.rglob("*"):
+        below = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in below.parts)
+        if path.suffix.lower() in _SUFFIXES and not is_hidden and path.is_file():
+            found.append(path)
+    return sorted(found, key=lambda path: _natural(path.relative_to(folder)))
 
 
 def find_images(
@@ -168,13 +177,55 @@ def listing_digest(files: list[Path], base: Path) -> str:
 def read_image(file: str | os.PathLike) -> np.ndarray | None:
     """uint8 [H, W, 3], or None for a file that is no readable image.
 
-    Transparency is dropped, gray becomes RGB.
+    Gray becomes RGB, 16 bits become 8. Transparency is dropped, as scorers do that have been
+    published (Pillow's convert("RGB")): nothing is laid under it.
     """
     try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+        return _pixels(file)
     except _UNREADABLE:
         return None
+
+
+def fault_of(file: str | os.PathLike) -> str:
+    """Why `read_image` has none, in one line; "" where it has one."""
+    try:
+        _pixels(file)
+    except _UNREADABLE as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def _pixels(file: str | os.PathLike) -> np.ndarray:
+    """Raises: one of _UNREADABLE."""
+    with Image.open(file) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, expected 64 million at most")
+        if getattr(image, "is_animated", False) and image.format in ("PNG", "WEBP"):
+            raise ValueError(f"{image.n_frames} pictures that move, expected one")
+        if _is_16_bit(image):
+            return _from_16_bits(np.asarray(image))
+        if image.mode in ("I", "F"):
+            raise ValueError(
+                f"pixels of mode {image.mode}, whose range is not known, expected 8 or 16 bits"
+            )
+        return np.asarray(image.convert("RGB"))
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether it is gray of 16 bits; Pillow before 11 opens such a PNG as I."""
+    return image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
+
+
+def is_16_bit(file: Path) -> bool:
+    """Whether a readable image is gray of 16 bits, which other programs take for white."""
+    with Image.open(file) as image:
+        return _is_16_bit(image)
+
+
+def _from_16_bits(gray: np.ndarray) -> np.ndarray:
+    """[H, W] in [0, 65535] -> [H, W, 3]. Pillow's convert clips at 255, and all is white."""
+    eight = np.round(gray / 257.0).astype(np.uint8)
+    return np.stack([eight] * 3, axis=-1)
 
 
 def broken_among(files: list[Path]) -> list[Path]:
