@@ -8,6 +8,7 @@ from types import ModuleType
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation.images import broken_among, images_in, is_16_bit, read_image
 from di_star_jax.pictures import save_png
+from di_star_jax.storage.files import shown
 
 # {metric: (clean-fid's model, what it does to an image)}
 MODELS = {
@@ -17,12 +18,10 @@ MODELS = {
 STATISTICS = "cleanfid:"  # --reference=cleanfid:NAME, of cleanfid.fid.make_custom_stats(NAME, ...)
 
 
-def check(names: list[str], reference: str) -> None:
-    """Raises: UserError where a package is missing, or the reference cannot serve.
-
-    Args: names, of MODELS; reference, as of `distance`.
-    """
-    fid = _package()
+def check_packages(names: list[str]) -> None:
+    """Raises: UserError where a package is missing. Args: names, of MODELS."""
+    if names:
+        _package()
     if "clip_fid" in names:
         try:
             import clip  # noqa: F401  clean-fid needs it and does not say so
@@ -31,6 +30,14 @@ def check(names: list[str], reference: str) -> None:
                 f"--metrics=clip_fid needs OpenAI's CLIP package beside clean-fid ({error}); pip "
                 "install git+https://github.com/openai/CLIP, or leave clip_fid out"
             ) from None
+
+
+def check(names: list[str], reference: str) -> None:
+    """Raises: UserError where the reference cannot serve.
+
+    Args: names, of MODELS; reference, as of `distance`.
+    """
+    fid = _package()
     if reference.startswith(STATISTICS):
         _check_statistics(fid, names, reference.removeprefix(STATISTICS))
         return
@@ -102,7 +109,7 @@ def distance(
         against = f"its statistics {known}"
     else:
         folder = reference
-        against = f"{len(images_in(Path(reference))):,} of {reference}"
+        against = f"{len(images_in(Path(reference))):,} of {shown(reference)}"
     with tempfile.TemporaryDirectory(dir=out, prefix=f"{name}_") as links:
         for i, file in enumerate(files):  # exactly the images that are scored
             link = Path(links) / f"{i:06d}{file.suffix.lower()}"

@@ -17,6 +17,8 @@ from di_star_jax.errors import UserError
 from di_star_jax.log import Progress
 from di_star_jax.prompts.files import Prompt
 
+# What `sample` writes: pictures, all of them in one, and which prompt made which.
+FIRST, GRID, LISTED = "0000.png", "grid.png", "prompts.json"
 THREADS = 8  # that decode images ahead of the device, or write them
 MAX_PIXELS = 64_000_000  # of an image: eight at a time are 1.5 GB
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -59,15 +61,62 @@ def _natural(path: Path) -> list:
 def images_in(folder: Path) -> list[Path]:
     """PNG, JPEG and WebP files in a folder and those below it, 2.png before 10.png.
 
-    Hidden ones are none, such as ._0.png of macOS and what is in .ipynb_checkpoints.
+    Hidden ones are none, such as ._0.png of macOS and what is in .ipynb_checkpoints, nor is the
+    grid of all pictures that `sample` writes beside them.
     """
     found = []
     for path in folder.rglob("*"):
         below = path.relative_to(folder)
         is_hidden = any(part.startswith(".") for part in below.parts)
-        if path.suffix.lower() in _SUFFIXES and not is_hidden and path.is_file():
+        is_grid = path.name == GRID and path.with_name(FIRST).exists()
+        if path.suffix.lower() in _SUFFIXES and not (is_hidden or is_grid) and path.is_file():
             found.append(path)
     return sorted(found, key=lambda path: _natural(path.relative_to(folder)))
+
+
+def check_given(given: Path) -> None:
+    """Raises: UserError for what `find_images` cannot take."""
+    if not given.is_dir() and not (given.suffix == ".json" and given.is_file()):
+        raise UserError(
+            f"--images={given} is no folder; give a folder of images, or a .json of prompt to file"
+        )
+
+
+def listed_images(folder: Path) -> dict[str, list[Path]]:
+    """Images by prompt, as prompts.json in their folder has it, each prompt with equally many.
+
+    It is {file: prompt}, or a list of prompts in the order of `images_in`.
+
+    Raises: UserError where it does not say that.
+    """
+    file = folder / LISTED
+    texts = _texts_of(file, _read_json(file, "expected {file: prompt}, as `sample` writes it"))
+    found: dict[str, list[Path]] = {}
+    for name, text in texts.items():
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{file} has {text!r} for {name}, expected its prompt")
+        if not (folder / name).is_file():
+            raise UserError(f"{file} names {name}, which is not there; draw again, or remove it")
+        found.setdefault(text.strip(), []).append(folder / name)
+    counts = {len(files) for files in found.values()}
+    if len(counts) != 1:
+        raise UserError(
+            f"{file} has {' or '.join(map(str, sorted(counts))) or 'no'} images a prompt, expected "
+            "equally many of each; give --prompts and a .json of prompt to files"
+        )
+    return found
+
+
+def _texts_of(file: Path, held: Any) -> dict[str, Any]:
+    """Prompts by file name."""
+    if isinstance(held, list):
+        files = images_in(file.parent)
+        if len(files) != len(held):
+            raise UserError(f"{file} lists {len(held)} prompts for {len(files)} images")
+        return {str(path.relative_to(file.parent)): text for path, text in zip(files, held)}
+    if not isinstance(held, dict):
+        raise UserError(f"{file} holds a {type(held).__name__}, expected {{file: prompt}}")
+    return held
 
 
 def find_images(
@@ -88,12 +137,9 @@ def find_images(
     Returns: [P][K] files.
     Raises: UserError where they do not match the prompts.
     """
-    if given.suffix == ".json" and given.is_file():
+    check_given(given)
+    if given.is_file():
         return _named_images(given, prompts, samples)
-    if not given.is_dir():
-        raise UserError(
-            f"--images={given} is no folder; give a folder of images, or a .json of prompt to file"
-        )
     files = images_in(given)
     wanted = len(prompts) * samples
     if len(files) not in (wanted, total * samples):
@@ -126,10 +172,7 @@ def _named_images(
 def _entries(given: Path, prompts: list[Prompt]) -> list:
     """What a JSON file has for each prompt."""
     expected = "expected {prompt: file, or a list of files}, or such a list with an entry a prompt"
-    try:
-        held = json.loads(given.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"--images={given} is not readable as JSON ({error}); {expected}") from None
+    held = _read_json(given, expected)
     if isinstance(held, list):
         if len(held) != len(prompts):
             raise UserError(
@@ -146,6 +189,14 @@ def _entries(given: Path, prompts: list[Prompt]) -> list:
             f"first is {missing[0]!r}; add them, or lower --num_prompts"
         )
     return [held[prompt.text] for prompt in prompts]
+
+
+def _read_json(file: Path, expected: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--images={file} is not readable as JSON ({reason}); {expected}") from None
 
 
 def _names(
