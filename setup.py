@@ -27,7 +27,7 @@ setuptools.setup(
         "flax>=0.12.4,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.4,<0.13",
-        "transformers>=5.0,<6",
+        "transformers>=5.24,<6",
         "safetensors>=0.6,<0.9",
         "huggingface_hub>=1.0,<3",
         "tensorflow-datasets>=4.9.10,<4.10",
@@ -48,7 +48,7 @@ setuptools.setup(
         # TPU.
         "test": [
             "torch==2.13.*",
-            "diffusers>=0.38,<0.43",
+            "diffusers>=0.42,<0.43",
             "accelerate>=1.0,<2",
             "pytest>=9",
             "pytest-xdist>=3.6",

@@ -5,9 +5,10 @@
         --metrics=pickscore,saturation --out=evals/after
     python -m di_star_jax.evaluate --images=FOLDER --name=FLUX-dev --prompts=FILE \\
         --metrics=pickscore,saturation --baseline=evals/after --out=evals/flux
+    python -m di_star_jax.evaluate --images=SAMPLES --metrics=pickscore --out=evals/samples
 
 Leaves results.json, scores.parquet, table.md and page.html in --out. Stopped, the same command
-continues.
+continues; with other --metrics it adds them. What `sample` has written needs no --prompts.
 """
 
 from absl import flags
@@ -18,6 +19,7 @@ from di_star_jax.evaluation import metrics, page, results, table
 from di_star_jax.evaluation.job import Request
 from di_star_jax.evaluation.run import evaluate
 from di_star_jax.prompts.sets import PROMPT_SETS
+from di_star_jax.storage.files import expand
 
 
 def define_flags() -> None:  # not at import: other commands have flags of the same names
@@ -27,14 +29,21 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         "images",
         None,
         "Folder of images in the prompts' order, or .json of prompt to file, in place "
-        "of --checkpoint.",
+        "of --checkpoint. Transparency is dropped.",
     )
     flags.DEFINE_string(
-        "prompts", None, f"One of {', '.join(PROMPT_SETS)}, or a file.", required=True
+        "prompts",
+        None,
+        f"One of {', '.join(PROMPT_SETS)}, or a file; not needed for --images of `sample`.",
     )
     flags.DEFINE_string("prompts_file", None, "Path or URL of a named set's published file.")
     flags.DEFINE_integer("num_prompts", None, "The first so many; all if not given.", lower_bound=1)
-    flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
+    flags.DEFINE_integer(
+        "samples",
+        1,
+        "Images of each prompt, each of its own noise: 3 or more also show the spread over noise.",
+        lower_bound=1,
+    )
     flags.DEFINE_list(
         "metrics",
         ["pickscore", "saturation", "contrast"],
@@ -64,36 +73,47 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     )
     flags.DEFINE_string("name", None, "Of the generator, in table and page.")
     flags.DEFINE_string("baseline", None, "--out of an earlier evaluation to compare with.")
-    flags.DEFINE_string("out", None, "Folder for the results.", required=True)
+    flags.DEFINE_string("out", None, "Folder for the results.")
     flags.DEFINE_integer("batch_size", 16, "Images at a time, over all devices.", lower_bound=1)
     flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the parameters.", lower_bound=1)
     flags.DEFINE_integer("max_prompts", 200, "Whose images the page shows.", lower_bound=1)
+
+
+def _expanded(path: str | None) -> str | None:
+    """~ is the home folder. Names, URLs and other paths stay as they are."""
+    return str(expand(path)) if path and path.startswith("~") else path
+
+
+def _expanded_source(text: str) -> str:
+    """As `_expanded`, of METRIC=FOLDER."""
+    name, equals, source = text.partition("=")
+    return name + equals + _expanded(source)
 
 
 def request() -> Request:
     """What the flags ask for."""
     args = flags.FLAGS
     return Request(
-        checkpoint=args.checkpoint,
-        reference_pipeline=args.reference_pipeline,
+        checkpoint=_expanded(args.checkpoint),
+        reference_pipeline=_expanded(args.reference_pipeline),
         which=args.which,
         sampling=sample.asked(),
         dtype=args.dtype,
         seed=args.seed,
-        images=args.images,
-        prompts=args.prompts,
-        prompts_file=args.prompts_file,
+        images=_expanded(args.images),
+        prompts=_expanded(args.prompts),
+        prompts_file=_expanded(args.prompts_file),
         num_prompts=args.num_prompts,
         samples=args.samples,
         metrics=tuple(dict.fromkeys(args.metrics)),
-        weights=tuple(args.weights),
-        tokenizer=args.tokenizer,
+        weights=tuple(map(_expanded_source, args.weights)),
+        tokenizer=_expanded(args.tokenizer),
         features=args.features,
-        reference=args.reference,
+        reference=_expanded(args.reference),
         trained_on=tuple(args.trained_on),
         name=args.name,
-        baseline=args.baseline,
-        out=args.out,
+        baseline=_expanded(args.baseline),
+        out=_expanded(args.out),
         batch_size=args.batch_size,
         fsdp=args.fsdp,
         max_prompts=args.max_prompts,
@@ -102,7 +122,7 @@ def request() -> Request:
 
 def main() -> None:
     out = evaluate(request()).folder
-    print((out / table.FILE).read_text())
+    print((out / table.FILE).read_text(encoding="utf-8"))
     print(f"wrote {results.FILE}, {results.SCORES}, {table.FILE} and {page.FILE} in {out}")
 
 

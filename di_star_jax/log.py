@@ -40,8 +40,8 @@ class Writer:
         self._events = SummaryWriter(str(workdir), purge_step=purge)
         path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._lines = path.open("a")
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +78,7 @@ class Writer:
 def _whole_lines(path: Path) -> list[str]:
     """The lines of a JSON Lines file that parse; a kill may have cut the last one."""
     whole = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             json.loads(line)
             whole.append(line)

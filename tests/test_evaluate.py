@@ -215,6 +215,21 @@ def test_an_evaluation_of_a_run_leaves_results_scores_table_and_page(straight, f
     assert page.count("data:image/png;base64,") == 24 and 'src="http' not in page
 
 
+@pytest.mark.case("first hour 19")
+def test_the_table_says_what_its_errors_are_of_and_how_far_noise_moves_a_mean(straight):
+    table = (straight / "table.md").read_text()
+    assert (
+        "standard error over prompts, in which the spread of reruns of a training is not" in table
+    )
+    assert "one standard error of the mean over prompts" in (straight / "page.html").read_text()
+    scores = columns_of(straight, samples=2)["saturation"]
+    low, high = sorted(scores.mean(axis=0))
+    found = results_of(straight)["metrics"]
+    assert np.allclose(found["saturation"]["over_noise"], [low, high], rtol=1e-12)
+    assert f"Saturation {low:.3f} to {high:.3f}" in table
+    assert found["diversity"]["over_noise"] is None  # of all images of a prompt
+
+
 def _saturation(file):
     rgb = np.asarray(Image.open(file), np.float64) / 255
     return np.mean(1 - rgb.min(axis=-1) / rgb.max(axis=-1))
@@ -239,9 +254,9 @@ def test_results_say_what_drew_the_images_and_nothing_that_does_not_apply(
     assert settings["unet_sha256"] == params_digest(trained(folder))
     reward = load_model(folder / "reward").params
     assert settings["metrics"]["pickscore"] == {
-        "weights": str(folder / "reward"),
+        "weights": "reward",
         "sha256": params_digest(reward),
-        "tokenizer": str(folder / "tokenizer"),
+        "tokenizer": "tokenizer",
     }
     assert len(settings["vae_and_text_sha256"]) == 64
     assert (
@@ -379,7 +394,8 @@ def test_an_evaluation_that_was_stopped_continues_to_the_same_results(
     )
 
 
-def test_a_finished_evaluation_run_again_with_more_metrics_draws_and_scores_only_what_is_new(
+@pytest.mark.case("first hour 24")
+def test_a_finished_evaluation_run_again_with_others_keeps_its_scores_and_makes_what_is_new(
     command, straight, folder, workdir, tmp_path
 ):
     out = tmp_path / "out"
@@ -393,11 +409,13 @@ def test_a_finished_evaluation_run_again_with_more_metrics_draws_and_scores_only
         "contrast 24/24" in stdout and "drawing" not in stdout and "pickscore 24/24" not in stdout
     )
     ours, before = results_of(out), results_of(straight)
-    assert list(ours["metrics"]) == ["pickscore", "contrast", "frechet"]
-    assert (
-        ours["metrics"]["pickscore"] == before["metrics"]["pickscore"]
-        and ours["cost"] == before["cost"]
-    )
+    kept = ["pickscore", "saturation", "diversity"]
+    assert list(ours["metrics"]) == [*kept, "contrast", "frechet"]
+    assert all(ours["metrics"][name] == before["metrics"][name] for name in kept)
+    assert ours["cost"] == before["cost"]
+    both, earlier = columns_of(out, samples=2), columns_of(straight, samples=2)
+    assert all(np.array_equal(both[name], earlier[name]) for name in kept)
+    assert both["contrast"].all() and "| Diversity |" in (out / "table.md").read_text()
     assert abs(ours["metrics"]["frechet"]["mean"]) < 1e-6  # of the images to themselves
     again = arguments_for(workdir, folder, out, metrics="frechet", reference=folder)
     code, _, stderr = command(*again)
@@ -643,8 +661,8 @@ def test_a_broken_image_is_listed_and_left_out_and_counts_again_once_it_is_mende
     code, stdout, stderr = command(*given, "--metrics=bright,saturation", f"--out={out}")
     assert code == 0, stderr
     found = results_of(out)
-    assert found["broken"] == [str(tmp_path / "images" / f"{i}.png") for i in (1, 4, 5)]
-    assert all(f"no readable image: {file}" in stdout for file in found["broken"])
+    assert found["broken"] == [f"{i}.png" for i in (1, 4, 5)]
+    assert all(f"no readable image: {tmp_path}/images/{i}.png (" in stdout for i in (1, 4, 5))
     assert "3 images cannot be read and are left out" in (out / "table.md").read_text()
     summary = found["metrics"]["bright"]
     assert [summary[key] for key in ("prompts", "images", "left_out")] == [2, 3, 3]
@@ -773,6 +791,174 @@ def test_the_hpsv2_benchmark_has_its_four_styles_their_average_and_the_published
     )
 
 
+# What `sample` has written.
+
+
+def write_samples(folder, levels):
+    """0000.png, ... of {prompt: levels}, the grid of all, and prompts.json."""
+    listed = {}
+    for text, of_prompt in levels.items():
+        for level in of_prompt:
+            name = f"{len(listed):04d}.png"
+            write_image(folder / name, level)
+            listed[name] = text
+    write_image(folder / "grid.png", 255)
+    (folder / "prompts.json").write_text(json.dumps(listed))
+
+
+@pytest.mark.case("first hour 17")
+def test_pictures_of_sample_bring_their_prompts_and_the_grid_is_none_of_them(
+    command, bright, tmp_path
+):
+    write_samples(tmp_path / "drawn", {"a cat": [0, 10, 20], "a dog, sleeping": [100, 110, 120]})
+    given = [f"--images={tmp_path}/drawn", "--metrics=bright", "--batch_size=8"]
+    code, _, stderr = command(*given, f"--out={tmp_path}/out")
+    assert code == 0, stderr
+    found = columns_of(tmp_path / "out", samples=3)
+    assert found["prompt"][:, 0].tolist() == ["a cat", "a dog, sleeping"]
+    levels = np.array([[0, 10, 20], [100, 110, 120]])
+    assert np.allclose(found["bright"], printed(levels), atol=1e-3)
+    assert results_of(tmp_path / "out")["settings"]["prompts"]["name"] == "prompts.json"
+    file = tmp_path / "six.txt"
+    file.write_text("".join(f"prompt {i}\n" for i in range(6)))
+    (tmp_path / "drawn" / "prompts.json").unlink()
+    code, _, stderr = command(*given, f"--prompts={file}", f"--out={tmp_path}/six")
+    assert code == 0, stderr
+    assert columns_of(tmp_path / "six", samples=1)["bright"].max() < printed(121)
+
+
+@pytest.mark.case("first hour 17")
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no --prompts; give one of parti"),
+        ("[", "prompts.json is not readable as JSON"),
+        ("7", "holds a int, expected {file: prompt}"),
+        ('["a cat"]', "lists 1 prompts for 3 images"),
+        ('{"0000.png": "a cat", "0009.png": "a cat"}', "names 0009.png, which is not there"),
+        ('{"0000.png": " "}', "has ' ' for 0000.png, expected its prompt"),
+        ('{"0000.png": "a", "0001.png": "a", "0002.png": "b"}', "has 1 or 2 images a prompt"),
+        ("{}", "has no images a prompt"),
+        ("SAMPLES", "--samples=2, but "),
+    ],
+)
+def test_a_prompts_json_that_does_not_say_the_prompts_is_refused(
+    command, bright, tmp_path, content, message
+):
+    write_samples(tmp_path / "drawn", {"a cat": [0, 10, 20]})
+    file = tmp_path / "drawn" / "prompts.json"
+    if content is None:
+        file.unlink()
+    elif content != "SAMPLES":
+        file.write_text(content)
+    given = [f"--images={tmp_path}/drawn", "--metrics=bright", f"--out={tmp_path}/out"]
+    code, _, stderr = command(*given, "--batch_size=8", "--samples=2")
+    assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
+
+
+# Paths.
+
+
+@pytest.mark.case("faults 11")
+def test_a_tilde_is_the_home_folder_in_every_path(command, bright, monkeypatch, tmp_path):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    images_and_prompts(home, [0, 100, 200])
+    images_and_prompts(home, [0, 100, 200], "real")
+    shutil.copytree(SHAPES / "reward", home / "reward")
+    shutil.copytree(SHAPES / "tokenizer", home / "tokenizer")
+    given = [
+        "--images=~/images",
+        "--prompts=~/prompts.txt",
+        "--weights=pickscore=~/reward",
+        "--tokenizer=~/tokenizer",
+        "--batch_size=8",
+    ]
+    code, _, stderr = command(*given, "--metrics=bright", "--out=~/before")
+    assert code == 0, stderr
+    code, _, stderr = command(
+        *given,
+        "--metrics=bright,frechet",
+        "--reference=~/real",
+        "--features=pickscore",
+        "--baseline=~/before",
+        "--out=~/after",
+    )
+    assert code == 0, stderr
+    assert all((home / "after" / name).is_file() for name in FILES)
+    assert os.listdir(tmp_path) == ["home"]
+    code, _, stderr = command("--checkpoint=~/none", *given[1:], "--out=~/third")
+    assert code == 2 and f"no folder {home}/none" in stderr, stderr
+
+
+@pytest.mark.case("first hour 28")
+def test_no_file_that_others_read_names_a_folder_of_this_machine(command, straight, tmp_path):
+    for name in ("results.json", "table.md", "page.html"):
+        assert str(straight.parent) not in (straight / name).read_text(), name
+        assert "/tmp" not in (straight / name).read_text(), name
+    files = columns_of(straight, samples=2)["file"]
+    assert files[0].tolist() == ["images/00000_0.png", "images/00000_1.png"]
+
+
+@pytest.mark.case("first hour 28")
+def test_given_images_are_named_by_their_place_and_found_again_by_a_later_comparison(
+    command, bright, tmp_path
+):
+    given = images_and_prompts(tmp_path, [0, 100, 200])
+    (tmp_path / "images" / "1.png").write_text("a text")
+    assert command(*given, "--metrics=bright", f"--out={tmp_path}/before")[0] == 0
+    code, _, stderr = command(
+        *given, "--metrics=bright", f"--baseline={tmp_path}/before", f"--out={tmp_path}/after"
+    )
+    assert code == 0, stderr
+    for name in ("results.json", "table.md", "page.html"):
+        assert str(tmp_path) not in (tmp_path / "after" / name).read_text(), name
+    assert columns_of(tmp_path / "before", 1)["file"][0, 0] == "../images/0.png"
+    page = (tmp_path / "after" / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+
+
+@pytest.mark.case("first hour 24")
+def test_all_that_is_missing_is_said_at_once_and_before_the_images_are_read(
+    command, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(sys.modules, "cleanfid", None)
+    given = images_and_prompts(tmp_path, [0, 100, 200])
+    given[0] = f"--images={tmp_path}/none"
+    given[1] = f"--prompts={tmp_path}/none.txt"
+    code, _, stderr = command(
+        *given,
+        "--metrics=hpsv2,fid,pickscore",
+        f"--weights=pickscore={tmp_path}/reward",
+        f"--reference={SHAPES}/unet",
+        f"--baseline={tmp_path}/before",
+        f"--out={tmp_path}/out",
+    )
+    assert code == 2 and stderr.count("\n") == 1
+    assert "holds 0 images" in stderr, stderr  # what does not go together, before all
+    code, _, stderr = command(
+        *given,
+        "--metrics=hpsv2,fid,pickscore",
+        f"--weights=pickscore={tmp_path}/reward",
+        "--reference=cleanfid:coco",
+        f"--baseline={tmp_path}/before",
+        f"--out={tmp_path}/out",
+    )
+    assert code == 2 and stderr.count("\n") == 1
+    for part in (
+        "5 inputs are missing",
+        "no results.json in",
+        "none is no folder",
+        "no prompt file",
+        "fid needs clean-fid",
+        "weights/hpsv2.0 for hpsv2",
+        f"no folder {tmp_path}/reward for pickscore",
+    ):
+        assert part in stderr, part
+    assert not (tmp_path / "out").exists()
+
+
 # Two evaluations.
 
 
@@ -895,6 +1081,29 @@ def test_clean_fid_takes_its_own_statistics_by_name_and_says_which_it_does_not_h
     assert "against its statistics coco" in results_of(tmp_path / "out")["metrics"]["fid"]["note"]
     code, _, stderr = command(*given, "--metrics=clip_fid", f"--out={tmp_path}/other")
     assert code == 2 and "clean-fid has no statistics 'coco' for clip_fid; make them" in stderr
+
+
+@pytest.mark.case("faults 9")
+def test_clean_fid_is_given_8_bits_for_16_and_no_reference_of_16(command, cleanfid, tmp_path):
+    given = images_and_prompts(tmp_path, range(0, 30, 10))
+    deep = Image.fromarray(np.full((16, 16), 100 * 257, np.uint16))
+    deep.save(tmp_path / "images" / "1.png")
+    opened = []
+    fid = sys.modules["cleanfid"].fid
+    compute_fid = fid.compute_fid
+
+    def compute(ours, *others, **named):
+        opened.extend(np.asarray(Image.open(file).convert("RGB")) for file in os.scandir(ours))
+        return compute_fid(ours, *others, **named)
+
+    fid.compute_fid = compute
+    given.append("--metrics=fid")
+    code, _, stderr = command(*given, "--reference=cleanfid:coco", f"--out={tmp_path}/out")
+    assert code == 0, stderr
+    assert sorted(int(image.max()) for image in opened) == [0, 20, 100]
+    reference = f"--reference={tmp_path}/images"
+    code, _, stderr = command(*given, reference, f"--out={tmp_path}/other")
+    assert code == 2 and "1.png of --reference=" in stderr and "save it with 8 bits" in stderr
 
 
 def test_clip_fid_without_the_package_that_clean_fid_needs_is_refused_at_once(
@@ -1134,7 +1343,7 @@ def test_an_error_as_a_user_meets_it_is_one_line_without_traceback(tmp_path):
             sys.executable,
             "-m",
             "di_star_jax.evaluate",
-            "--images=x",
+            f"--images={tmp_path}",
             "--prompts=parti",
             f"--out={tmp_path}/out",
         ],

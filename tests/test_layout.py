@@ -116,3 +116,26 @@ def test_objectives_know_nothing_of_networks():
 def test_configs_import_the_package_for_its_folder_and_its_errors_only():
     for path in (PACKAGE.parent / "configs").glob("*.py"):
         assert ours(path) <= {"errors"}, path
+
+
+def opens_text_by_locale(call):
+    """Whether a call reads or writes text in the encoding that the locale names."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    said = {keyword.arg for keyword in call.keywords}
+    if name in ("read_text", "write_text"):
+        is_ours = isinstance(call.func, ast.Name)  # storage.files.write_text
+        return not is_ours and "encoding" not in said
+    owner = getattr(getattr(call.func, "value", None), "id", "")
+    if name not in ("open", "fdopen") or owner in ("Image", "tarfile", "zipfile", "webbrowser"):
+        return False
+    modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+    modes += call.args[0 if isinstance(call.func, ast.Attribute) and owner != "os" else 1 :][:1]
+    is_binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+    return not is_binary and "encoding" not in said
+
+
+@pytest.mark.case("faults 26")
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_text_files_are_utf_8_in_every_locale(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if opens_text_by_locale(call)]

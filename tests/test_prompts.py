@@ -3,6 +3,7 @@ import collections
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,97 @@ def test_unusable_files_are_refused_in_one_line(tmp_path, name, content, message
     with pytest.raises(UserError, match=message) as error:
         load(tmp_path / name, tmp_path / "data")
     assert "\n" not in str(error.value)
+
+
+DAMAGED = {
+    "commas unquoted": ("a.csv", "prompt\na cat, on a mat, 4k\n", "row 0 has 3 cells, .*quote a"),
+    "commas before a nameless column": ("a.csv", "prompt,\na cat, on a mat\n", "row 0 has 2 cells"),
+    "a cell missing": ("a.csv", "prompt,style\na dog,ink\na cat\n", "row 1 has 1 cells"),
+    "a cell of a .tsv missing": ("a.tsv", "style\tprompt\nink\n", "row 0 has 1 cells"),
+    "a cell of a .tsv too many": ("a.tsv", "prompt\na cat\ton a mat\n", "row 0 has 2 cells, .*tab"),
+    "a quote left open": ("a.csv", 'prompt\n"a cat\na dog\n', "line 3: unexpected end of data"),
+    "a quote that swallows": ("a.csv", 'prompt\n"a cat\n"a dog"\n', "line 3: ',' expected after"),
+    "two columns of a name": (
+        "a.csv",
+        "prompt,prompt\na,b\n",
+        "two columns 'prompt', expected one",
+    ),
+    "two keys of a name": ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "line 1.*is there twice"),
+    "another column in a row": ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "row 1 has the col"),
+    "no text in a row": ("a.jsonl", '{"prompt": "a"}\n{"prompt": null}\n', "row 1 holds None"),
+    "a line cut": ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b', "line 2, is not JSONL"),
+    "NUL in another column": ("a.csv", "prompt,style\na cat,\0ink\n", "row 0 holds a NUL"),
+    "ends of lines of old Macs": ("a.txt", "a cat\ra dog\r", "line 1 holds a carriage return"),
+}
+
+
+@pytest.mark.case("faults 8")
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_row_is_refused_and_not_a_shorter_or_a_missing_prompt(tmp_path, name):
+    file, content, message = DAMAGED[name]
+    path = write(tmp_path / file, content)
+    with pytest.raises(UserError, match=message) as error:
+        prompt_source.load(path, tmp_path / "data")
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_column_of_row_numbers_without_a_name_and_quoted_lines_are_no_damage(tmp_path):
+    path = write(tmp_path / "a.csv", ',prompt\n0,"a cat,\non a mat"\n\n1,a dog\n')
+    found = [
+        (prompt.row, prompt.text, prompt.categories) for prompt in read(path, Layout(keep=None))
+    ]
+    assert found == [(0, "a cat,\non a mat", {}), (2, "a dog", {})]
+
+
+@pytest.mark.case("faults 20")
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", "[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("a.jsonl", '{"prompt":' * 100_000, "line 1, is nested too deeply"),
+        ("a.jsonl", '"a dog"\n"a cat \\ud83d"\n', "row 1 holds half of a surrogate pair"),
+        ("a.jsonl", '{"prompt": "a", "style": "\\ud83d"}', "row 0 holds half of a surrogate pair"),
+    ],
+)
+def test_json_that_no_text_comes_of_is_refused_in_one_line(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=message) as error:
+        prompt_source.load(path, tmp_path / "data")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+@pytest.mark.case("faults 20")
+def test_many_prompts_are_indexed_in_a_tenth_of_the_time_that_tfds_takes_for_each(tmp_path):
+    path = write(tmp_path / "a.txt", "".join(f"prompt number {i} of many\n" for i in range(60_000)))
+    load(write(tmp_path / "one.txt", "one\n"), tmp_path / "data")  # the imports
+    began = time.process_time()
+    source = load(path, tmp_path / "data")
+    assert time.process_time() - began < 1.0  # 1.6 s with a record a prompt, here 0.15 s
+    assert len(source) == 60_000 and len(source.records) == 938
+    for i in (0, 63, 64, 59_999):
+        assert source[i] == (i, f"prompt number {i} of many", {})
+    with pytest.raises(IndexError):
+        source[60_000]
+
+
+@pytest.mark.case("faults 20")
+@pytest.mark.parametrize("damage", ["cut", "changed", "lost", "unfinished"])
+def test_a_data_source_damaged_by_a_stop_is_written_anew(tmp_path, damage):
+    path = write(tmp_path / "a.txt", "".join(f"prompt {i}\n" for i in range(500)))
+    expected = list(load(path, tmp_path / "data"))
+    (seal,) = (tmp_path / "data").rglob("whole.json")
+    (records,) = seal.parent.rglob("*.array_record*")
+    whole = records.read_bytes()
+    if damage == "cut":
+        records.write_bytes(whole[: len(whole) // 2])
+    elif damage == "changed":
+        records.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    elif damage == "lost":
+        records.unlink()
+    else:
+        seal.unlink()
+        records.write_bytes(b"")
+    assert list(load(path, tmp_path / "data")) == expected and records.read_bytes() == whole
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -6,7 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 from di_star_jax.errors import UserError
-from di_star_jax.evaluation.images import broken_among, images_in
+from di_star_jax.evaluation.images import broken_among, images_in, is_16_bit, read_image
+from di_star_jax.pictures import save_png
+from di_star_jax.storage.files import shown
 
 # {metric: (clean-fid's model, what it does to an image)}
 MODELS = {
@@ -16,12 +18,10 @@ MODELS = {
 STATISTICS = "cleanfid:"  # --reference=cleanfid:NAME, of cleanfid.fid.make_custom_stats(NAME, ...)
 
 
-def check(names: list[str], reference: str) -> None:
-    """Raises: UserError where a package is missing, or the reference cannot serve.
-
-    Args: names, of MODELS; reference, as of `distance`.
-    """
-    fid = _package()
+def check_packages(names: list[str]) -> None:
+    """Raises: UserError where a package is missing. Args: names, of MODELS."""
+    if names:
+        _package()
     if "clip_fid" in names:
         try:
             import clip  # noqa: F401  clean-fid needs it and does not say so
@@ -30,6 +30,14 @@ def check(names: list[str], reference: str) -> None:
                 f"--metrics=clip_fid needs OpenAI's CLIP package beside clean-fid ({error}); pip "
                 "install git+https://github.com/openai/CLIP, or leave clip_fid out"
             ) from None
+
+
+def check(names: list[str], reference: str) -> None:
+    """Raises: UserError where the reference cannot serve.
+
+    Args: names, of MODELS; reference, as of `distance`.
+    """
+    fid = _package()
     if reference.startswith(STATISTICS):
         _check_statistics(fid, names, reference.removeprefix(STATISTICS))
         return
@@ -39,6 +47,12 @@ def check(names: list[str], reference: str) -> None:
         raise UserError(
             f"{len(broken)} of the {len(theirs)} images of --reference={reference} cannot be read, "
             f"the first is {broken[0]}; clean-fid takes whole folders: take them out"
+        )
+    deep = next(filter(is_16_bit, theirs), None)
+    if deep is not None:
+        raise UserError(
+            f"{deep} of --reference={reference} is gray of 16 bits, which clean-fid takes for "
+            "white; save it with 8 bits"
         )
 
 
@@ -95,10 +109,14 @@ def distance(
         against = f"its statistics {known}"
     else:
         folder = reference
-        against = f"{len(images_in(Path(reference))):,} of {reference}"
+        against = f"{len(images_in(Path(reference))):,} of {shown(reference)}"
     with tempfile.TemporaryDirectory(dir=out, prefix=f"{name}_") as links:
         for i, file in enumerate(files):  # exactly the images that are scored
-            (Path(links) / f"{i:06d}{file.suffix.lower()}").symlink_to(file.absolute())
+            link = Path(links) / f"{i:06d}{file.suffix.lower()}"
+            if is_16_bit(file):
+                save_png(link, read_image(file))
+            else:
+                link.symlink_to(file.absolute())
         value = fid.compute_fid(links, folder, **named)
     kinds = ", ".join(sorted({file.suffix.lower() for file in files}))
     count = f"{len(files):,} images ({kinds})"

@@ -19,7 +19,7 @@ from di_star_jax.evaluation.store import Store
 from di_star_jax.pipelines.folder import Options, load_model
 from di_star_jax.rewards import REWARDS, resolve
 from di_star_jax.rewards.similarity import eight_bit_features
-from di_star_jax.storage.files import whole
+from di_star_jax.storage.files import shown, whole
 from di_star_jax.storage.open_clip import to_transformers
 
 
@@ -109,8 +109,8 @@ def distance_to_reference(
     count = "an unknown number of" if theirs.count is None else f"{theirs.count:,}"
     left_out = f", {theirs.left_out} more not readable" if theirs.left_out else ""
     return frechet_distance(ours, theirs), (
-        f"{ours.count:,} images against {count} of {reference}{left_out}; {model.name}; float64, "
-        "in this package"
+        f"{ours.count:,} images against {count} of {shown(reference)}{left_out}; {model.name}; "
+        "float64, in this package"
     )
 
 

@@ -103,7 +103,7 @@ def keep_before(
 ) -> None:
     """Writes what `compare` needs of the generator before training, for a resumed run."""
     np.save(folder / "before.npy", images)
-    (folder / BEFORE).write_text(json.dumps({"noise": NOISE, "scores": scores}))
+    (folder / BEFORE).write_text(json.dumps({"noise": NOISE, "scores": scores}), encoding="utf-8")
 
 
 def compare(
@@ -113,7 +113,11 @@ def compare(
     images: np.ndarray,
 ) -> str:
     """Writes `samples.png` and `before_after.json`. Returns: the table as text."""
-    kept = json.loads((folder / BEFORE).read_text()) if (folder / BEFORE).exists() else {}
+    kept = (
+        json.loads((folder / BEFORE).read_text(encoding="utf-8"))
+        if (folder / BEFORE).exists()
+        else {}
+    )
     if kept.get("noise") != NOISE:
         return (
             "no table of before and after: this run began without eval.prompts, or with an older "
@@ -124,7 +128,7 @@ def compare(
     grid = pictures.before_after_grid(np.load(folder / "before.npy"), images, texts)
     pictures.save_png(folder / "samples.png", grid)
     both = {"before": before, "after": after}
-    (folder / "before_after.json").write_text(json.dumps(both, indent=1))
+    (folder / "before_after.json").write_text(json.dumps(both, indent=1), encoding="utf-8")
     rows = []
     rises = []
     for name, value in after.items():

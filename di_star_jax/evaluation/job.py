@@ -2,6 +2,7 @@
 """What an evaluation is to do: the request as the command has it, and the job that it makes."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -9,13 +10,23 @@ import jax
 from di_star_jax import log
 from di_star_jax.drawing import Asked, is_run
 from di_star_jax.errors import UserError, suggest
-from di_star_jax.evaluation import cleanfid, metrics
-from di_star_jax.evaluation.images import Shot, find_images, images_in
+from di_star_jax.evaluation import cleanfid, metrics, results
+from di_star_jax.evaluation.images import (
+    LISTED,
+    Shot,
+    check_given,
+    find_images,
+    images_in,
+    listed_images,
+)
+from di_star_jax.prompts import sets
 from di_star_jax.prompts.files import Prompt
+from di_star_jax.prompts.sets import PROMPT_SETS
 from di_star_jax.prompts.source import Source
 from di_star_jax.prompts.source import load as load_prompts
-from di_star_jax.rewards import REWARDS
-from di_star_jax.storage import checkpoint
+from di_star_jax.rewards import REWARDS, resolve
+from di_star_jax.storage import checkpoint, folders
+from di_star_jax.storage.files import write_text
 
 STATE, PROMPTS, IMAGES = "settings.json", "prompts", "images"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -25,7 +36,8 @@ TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 class Request:
     """An evaluation as it is asked for. Fields are the flags of `evaluate`, which explain them.
 
-    One of checkpoint and images is None. sampling: of the checkpoint's images.
+    One of checkpoint and images is None. sampling: of the checkpoint's images. prompts: None takes
+    those of the prompts.json in the folder of images.
     """
 
     checkpoint: str | None
@@ -35,7 +47,7 @@ class Request:
     dtype: str
     seed: int
     images: str | None
-    prompts: str
+    prompts: str | None
     prompts_file: str | None
     num_prompts: int | None
     samples: int
@@ -47,7 +59,7 @@ class Request:
     trained_on: tuple[str, ...]
     name: str | None
     baseline: str | None
-    out: str
+    out: str | None
     batch_size: int
     fsdp: int
     max_prompts: int
@@ -101,12 +113,14 @@ def job_of(request: Request) -> Job:
     metadata = run_metadata(request.checkpoint)
     out = Path(request.out)
     _open_out(out)
-    source = load_prompts(request.prompts, out / PROMPTS, file=request.prompts_file or "")
+    listed = listed_images(Path(request.images)) if request.prompts is None else None
+    where = request.prompts or _write_prompts(out, list(listed))
+    source = load_prompts(where, out / PROMPTS, file=request.prompts_file or "")
     for note in source.notes:
         log.say(f"prompts: {note}")
     count = min(request.num_prompts or len(source), len(source))
     prompts = [source[i] for i in range(count)]
-    files = _files(request, prompts, len(source))
+    files = list(listed.values())[:count] if listed else _files(request, prompts, len(source))
     trained_on = metadata.get("trained_on", {}) if request.which != "initial" else {}
     of_run = metadata.get("weights", {}).get("reward_tokenizer")
     return Job(
@@ -123,6 +137,35 @@ def job_of(request: Request) -> Job:
         trained_on=trained_on | dict.fromkeys(request.trained_on, 1.0),
         metadata=metadata,
     )
+
+
+def completed(request: Request) -> Request:
+    """With as many samples as the prompts.json of the images has, where no prompts are given.
+
+    Raises: UserError for prompts that are nowhere, and for another number of samples.
+    """
+    if request.prompts is not None:
+        return request
+    if request.images is None or not (Path(request.images) / LISTED).is_file():
+        raise UserError(
+            f"no --prompts; give one of {', '.join(PROMPT_SETS)} or a file, or --images of a "
+            f"folder with {LISTED}, as `sample` writes it"
+        )
+    counts = [len(files) for files in listed_images(Path(request.images)).values()]
+    if request.samples not in (1, counts[0]):
+        raise UserError(
+            f"--samples={request.samples}, but {Path(request.images) / LISTED} has {counts[0]} "
+            "images a prompt; leave --samples out"
+        )
+    return dataclasses.replace(request, samples=counts[0])
+
+
+def _write_prompts(out: Path, texts: list[str]) -> Path:
+    """A prompt file of its own for prompts that came with their images."""
+    file = out / PROMPTS / LISTED
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, json.dumps(texts, indent=1) + "\n")
+    return file
 
 
 def _files(
@@ -194,6 +237,8 @@ def check(request: Request) -> None:
             "give one of --checkpoint (a run's workdir, a pipeline folder or a Hub name) and "
             "--images (a folder)"
         )
+    if request.out is None:
+        raise UserError("no --out; give a folder for the results")
     if not request.metrics:
         known = ", ".join(metrics.names())
         raise UserError(f"--metrics is empty, expected some of {known}; name at least one")
@@ -211,6 +256,92 @@ def check(request: Request) -> None:
             f"--baseline={request.baseline} is --out too; give the --out of another evaluation"
         )
     request.sampling.check()
+
+
+def check_inputs(request: Request) -> None:
+    """Looks for all that a request names on this machine, before any of it is read.
+
+    Args: request, checked. Raises: UserError that names everything which is missing.
+    """
+    missing = []
+    for look in _INPUTS:
+        try:
+            look(request)
+        except UserError as error:
+            missing.append(str(error))
+    if len(missing) > 1:
+        each = "; ".join(f"({i}) {text}" for i, text in enumerate(missing, 1))
+        raise UserError(f"{len(missing)} inputs are missing: {each}")
+    if missing:
+        raise UserError(missing[0])
+
+
+def _find_baseline(request: Request) -> None:
+    if request.baseline:
+        results.check_finished(Path(request.baseline))
+
+
+def _find_checkpoint(request: Request) -> None:
+    if request.checkpoint and _is_path(request.checkpoint):
+        folders.resolve(request.checkpoint)
+        run_metadata(request.checkpoint)
+
+
+def _find_prompts(request: Request) -> None:
+    if request.prompts is None:
+        return
+    name, where = sets.resolve(request.prompts, request.prompts_file or "")
+    if "://" not in where:
+        sets.find(PROMPT_SETS[name] if name else sets.own_file(), Path(where))
+
+
+def _find_images(request: Request) -> None:
+    if request.images:
+        check_given(Path(request.images))
+
+
+def _find_packages(request: Request) -> None:
+    cleanfid.check_packages([name for name in metrics.BY_CLEAN_FID if name in request.metrics])
+
+
+def _find_weights(request: Request) -> None:
+    """Those of the Hub are asked for later, which takes a network."""
+    try:
+        metadata = run_metadata(request.checkpoint)
+    except UserError:  # said already
+        metadata = {}
+    sources = weight_sources(request.weights, metadata)
+    names = [name for name in request.metrics if name in REWARDS]
+    if set(metrics.BY_FEATURES) & set(request.metrics):
+        names.append(request.features)
+    absent = []
+    for name in dict.fromkeys(names):
+        try:
+            if sources[name] and _is_path(sources[name]):
+                resolve(name, sources[name])
+        except UserError as error:
+            absent.append(str(error))
+    tokenizer = request.tokenizer or metadata.get("weights", {}).get("reward_tokenizer", "")
+    used = any(name in REWARDS and REWARDS[name].uses_tokenizer for name in request.metrics)
+    if used and tokenizer and _is_path(tokenizer) and not Path(tokenizer).is_dir():
+        absent.append(f"no folder {tokenizer} for --tokenizer")
+    if absent:
+        raise UserError("; ".join(absent))
+
+
+_INPUTS = (
+    _find_baseline,
+    _find_checkpoint,
+    _find_images,
+    _find_prompts,
+    _find_packages,
+    _find_weights,
+)
+
+
+def _is_path(source: str) -> bool:
+    """Whether it cannot be a name on the Hub."""
+    return Path(source).exists() or source.startswith((".", "/", "~"))
 
 
 def _check_names(

@@ -195,7 +195,7 @@ function fillHead() {
   byId("summary").replaceChildren(el("thead", {}, headRow()),
     el("tbody", {}, data.runs.map(runRow), compared ? differenceRow() : ""), publishedRows());
   byId("legend").hidden = !data.metrics.some((metric) => metric.trained_on);
-  byId("notes").replaceChildren(el("li", {}, "± is one standard error of the mean; bold is the best of our runs."),
+  byId("notes").replaceChildren(el("li", {}, "± is one standard error of the mean over prompts, in which the spread of reruns of a training is not; bold is the best of our runs."),
     ...notes());
 }
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -241,7 +242,8 @@ def _identity(data: dict) -> str:
 
 def _files(run: Evaluation, prompt: int) -> list[Path]:
     """Those of a prompt that are embedded."""
-    return [run.folder / file for file in run.files[prompt][:SAMPLES]]
+    folder = run.folder.resolve()
+    return [Path(os.path.normpath(folder / file)) for file in run.files[prompt][:SAMPLES]]
 
 
 def data_uris(files: list[Path]) -> list[str | None]:

@@ -14,7 +14,7 @@ from di_star_jax.errors import UserError
 from di_star_jax.evaluation.metrics import Metric, metric_of
 from di_star_jax.evaluation.statistics import Summary, by_group, paired
 from di_star_jax.prompts.files import Prompt
-from di_star_jax.storage.files import whole, write_text
+from di_star_jax.storage.files import shown, whole, write_text
 
 FILE, SCORES = "results.json", "scores.parquet"
 
@@ -25,10 +25,11 @@ class Evaluation:
 
     results: what results.json holds:
       name, settings, made, cost, broken (files);
-      metrics: {metric: {mean, stderr, prompts, images, left_out, label, trained_on, note}};
+      metrics: {metric: {mean, stderr, prompts, images, left_out, label, trained_on, note,
+        over_noise}}, the last None or [low, high], as of `statistics.over_noise`;
       groups: {column: {category: {metric: {mean, stderr, prompts, images, left_out}}}};
       comparison: None, or {baseline, folder, same_noise, metrics: {metric: as of `compare`}}.
-    prompts: P. files: [P][K], relative to `folder` where they are in it.
+    prompts: P. files: [P][K], relative to `folder`.
     values: by metric as printed, float64 [P, K], or [P, 1] where there is one number a prompt; NaN
       where there is none.
     """
@@ -88,6 +89,29 @@ def by_categories(
     return tables
 
 
+def with_earlier(evaluation: Evaluation, earlier: Evaluation) -> Evaluation:
+    """An evaluation with what an earlier one of the same images has beside it.
+
+    Args: earlier, of the same prompts and images, whose metrics come first.
+    """
+    found = evaluation.results
+    before = earlier.results
+    of_metrics = before["settings"]["metrics"] | found["settings"]["metrics"]
+    merged = found | {
+        "metrics": before["metrics"] | found["metrics"],
+        "settings": found["settings"] | {"metrics": of_metrics},
+        "groups": {
+            column: {
+                name: before["groups"].get(column, {}).get(name, {}) | summaries
+                for name, summaries in categories.items()
+            }
+            for column, categories in found["groups"].items()
+        },
+    }
+    values = earlier.values | evaluation.values
+    return dataclasses.replace(evaluation, results=merged, values=values)
+
+
 def compare(ours: Evaluation, baseline: Evaluation) -> dict:
     """Two comparable evaluations, as results.json holds it: paired, metric by metric of both."""
     found = {}
@@ -98,7 +122,7 @@ def compare(ours: Evaluation, baseline: Evaluation) -> dict:
     noise = ours.settings["noise"]
     return {
         "baseline": baseline.name,
-        "folder": str(baseline.folder),
+        "folder": shown(baseline.folder),
         # Drawn by this project, both.
         "same_noise": noise is not None and noise == baseline.settings["noise"],
         "metrics": found,
@@ -128,13 +152,18 @@ def write_scores(evaluation: Evaluation) -> None:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
 
-def read(folder: Path) -> Evaluation:
-    """A finished evaluation. Raises: UserError for a folder that is none."""
+def check_finished(folder: Path) -> None:
+    """Raises: UserError for a folder without a finished evaluation."""
     if not (folder / FILE).is_file():
         raise UserError(
             f"no {FILE} in {folder}; give the --out folder of an evaluation that has come to its "
             "end"
         )
+
+
+def read(folder: Path) -> Evaluation:
+    """A finished evaluation. Raises: UserError for a folder that is none."""
+    check_finished(folder)
     try:
         return _read(folder)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
@@ -143,7 +172,7 @@ def read(folder: Path) -> Evaluation:
 
 
 def _read(folder: Path) -> Evaluation:
-    results = json.loads((folder / FILE).read_text())
+    results = json.loads((folder / FILE).read_text(encoding="utf-8"))
     table = pyarrow.parquet.read_table(folder / SCORES).to_pydict()
     samples = results["settings"]["samples"]
     firsts = range(0, len(table["row"]), samples)

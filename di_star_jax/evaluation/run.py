@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from di_star_jax import sharding
+from di_star_jax.errors import UserError
 from di_star_jax.evaluation import cleanfid, drawn, features, measures, page, results, scores, table
 from di_star_jax.evaluation.dependencies import check_metrics
-from di_star_jax.evaluation.job import Job, Request, check, job_of
+from di_star_jax.evaluation.job import Job, Request, check, check_inputs, completed, job_of
 from di_star_jax.evaluation.metrics import BY_CLEAN_FID, BY_FEATURES, metric_of
 from di_star_jax.evaluation.results import Evaluation
 from di_star_jax.evaluation.settings import (
@@ -25,7 +26,7 @@ from di_star_jax.evaluation.settings import (
     keep_metrics,
     settings_of,
 )
-from di_star_jax.evaluation.statistics import summary
+from di_star_jax.evaluation.statistics import over_noise, summary
 from di_star_jax.evaluation.store import Store
 from di_star_jax.prompts.sets import PROMPT_SETS
 from di_star_jax.rewards import REWARDS, resolve
@@ -37,9 +38,13 @@ STORE = "scores.sqlite"
 def evaluate(request: Request) -> Evaluation:
     """Draws what is to be drawn, scores it, compares it, writes it.
 
-    Stopped, the same request continues. Raises: UserError.
+    Stopped, the same request continues. Finished, one with other metrics adds them.
+
+    Raises: UserError.
     """
+    request = completed(request)
     check(request)
+    check_inputs(request)
     baseline = results.read(Path(request.baseline)) if request.baseline else None
     job = job_of(request)
     given = asked(job)
@@ -63,10 +68,12 @@ def _evaluate(
     keep_asked(job.out, given, started)
     if not started:
         store.clear()
+    earlier = _finished(job.out) if started else None
     broken = scores.find_broken(job, store) if job.request.images else []
     of_metrics = check_metrics(job, mesh)
     if baseline:
-        check_same_scores(of_metrics, baseline.settings["metrics"], baseline.folder)
+        of_all = (earlier.settings["metrics"] if earlier else {}) | of_metrics
+        check_same_scores(of_all, baseline.settings["metrics"], baseline.folder)
     keep_metrics(job.out, of_metrics)
     record = {}
     if job.request.checkpoint:
@@ -75,9 +82,21 @@ def _evaluate(
     settings = settings_of(job, given, of_metrics, record)
     evaluation = measure(job, store, mesh, settings, broken)
     evaluation.results["cost"] = drawn.cost_of(record)
+    if earlier:
+        evaluation = results.with_earlier(evaluation, earlier)
+        for name, found in evaluation.results["metrics"].items():
+            found["trained_on"] = job.was_trained_on(name)
     if baseline:
         evaluation.results["comparison"] = results.compare(evaluation, baseline)
     return evaluation
+
+
+def _finished(out: Path) -> Evaluation | None:
+    """What a folder holds of a finished evaluation, or None."""
+    try:
+        return results.read(out)
+    except UserError:
+        return None
 
 
 def write(
@@ -138,7 +157,7 @@ def measure(
             for name in job.metrics
         },
         "groups": results.by_categories(job.prompts, numbers.values, groups),
-        "broken": [str(file) for file in broken],
+        "broken": [_below(file, job) for file in broken],
     }
     return Evaluation(job.out, found, job.prompts, _files(job), numbers.values)
 
@@ -154,7 +173,8 @@ def _summary(
     if name in numbers.distances:
         mean = results.number(numbers.distances[name])
         return {"mean": mean, "stderr": None, "prompts": len(job.prompts), **counts}
-    found = results.plain(summary(numbers.values[name]))
+    values = numbers.values[name]
+    found = results.plain(summary(values)) | {"over_noise": over_noise(values)}
     # Of diversity, which has one number a prompt, all its images are counted.
     return found if metric_of(name).per_image else found | counts
 
@@ -215,12 +235,20 @@ def _own_groups(job: Job) -> tuple[str, ...]:
     return tuple(name for name, found in categories.items() if len(found) <= most)
 
 
+def _below(file: Path, job: Job) -> str:
+    """A file's place in the folder of images."""
+    given = Path(job.request.images or job.out)
+    base = given if given.is_dir() else given.parent
+    return str(file.relative_to(base)) if file.is_relative_to(base) else file.name
+
+
 def _files(job: Job) -> list[list[Path]]:
-    """[P][K], relative to the evaluation's folder where they are in it."""
-    files = []
-    for shot in job.shots:
-        inside = shot.file.is_relative_to(job.out)
-        files.append(shot.file.relative_to(job.out) if inside else shot.file.absolute())
+    """[P][K], relative to the evaluation's folder."""
+    out = job.out.resolve()
+    folders = {folder: folder.resolve() for folder in {shot.file.parent for shot in job.shots}}
+    files = [
+        Path(os.path.relpath(folders[shot.file.parent] / shot.file.name, out)) for shot in job.shots
+    ]
     samples = job.request.samples
     return [files[i : i + samples] for i in range(0, len(files), samples)]
 
@@ -242,7 +270,4 @@ def _label(name: str, job: Job) -> str:
 def _note_of_weights(of_metric: dict) -> str:
     if "weights" not in of_metric:
         return ""
-    weights = Path(of_metric["weights"])
-    if weights.absolute().is_relative_to(Path.cwd()) and weights.exists():
-        weights = os.path.relpath(weights)
-    return f"weights {weights} (sha256 {of_metric['sha256'][:8]})"
+    return f"weights {of_metric['weights']} (sha256 {of_metric['sha256'][:8]})"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from di_star_jax import log, sharding
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures
-from di_star_jax.evaluation.images import Shot, counted_batches, missing_from, to_unit
+from di_star_jax.evaluation.images import Shot, counted_batches, fault_of, missing_from, to_unit
 from di_star_jax.evaluation.job import Job
 from di_star_jax.evaluation.metrics import metric_of
 from di_star_jax.evaluation.store import Store
@@ -144,11 +144,11 @@ def find_broken(job: Job, store: Store) -> list[Path]:
     broken = list(dict.fromkeys(shot.file for shot in missing_from(readable, job.shots)))
     if np.isnan(readable).all():
         raise UserError(
-            f"none of the {len(job.shots)} images can be read, the first is {broken[0]}; give PNG, "
-            "JPEG or WebP files"
+            f"none of the {len(job.shots)} images can be read, the first is {broken[0]} "
+            f"({fault_of(broken[0])}); give PNG, JPEG or WebP files"
         )
     for file in broken:
-        log.say(f"no readable image: {file}; it is left out")
+        log.say(f"no readable image: {file} ({fault_of(file)}); it is left out")
     return broken
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation.images import listing_digest
 from di_star_jax.evaluation.job import STATE, Job
-from di_star_jax.storage.files import read_json, write_text
+from di_star_jax.storage.files import read_json, shown, write_text
 
 # As asked; what has drawn the images says it as it is.
 _OF_SAMPLING = ("sampler", "steps", "guidance_scale", "timestep", "resolution")
@@ -106,7 +106,15 @@ def settings_of(
         used = {name: value for name, value in used.items() if name not in _OF_SAMPLING}
         used |= drawn["how"]
         noise = {"seed": given["seed"], "latent_shape": drawn["how"]["latent_shape"]}
+    used |= {name: shown(used[name]) for name in ("checkpoint", "images") if used.get(name)}
+    of_metrics = {name: _without_paths(of_metric) for name, of_metric in of_metrics.items()}
     return used | {"noise": noise, "metrics": of_metrics, "trained_on": job.trained_on}
+
+
+def _without_paths(of_metric: dict) -> dict:
+    """What a metric depends on, as others may read it."""
+    paths = ("weights", "tokenizer", "reference")
+    return of_metric | {name: shown(of_metric[name]) for name in paths if of_metric.get(name)}
 
 
 def check_comparable(

@@ -54,6 +54,15 @@ def summary(values: np.ndarray) -> Summary:
     return Summary(mean, stderr, len(used), images, int(np.size(values) - images))
 
 
+def over_noise(values: np.ndarray) -> tuple[float, float] | None:
+    """Least and largest mean of one image of each prompt; None for one image a prompt.
+
+    Args: values [P, K], NaN where left out; a sample without any image does not count.
+    """
+    means = [column[~np.isnan(column)].mean() for column in values.T if np.isfinite(column).any()]
+    return (float(min(means)), float(max(means))) if len(means) > 1 else None
+
+
 def by_group(values: np.ndarray, groups: Sequence[str]) -> dict[str, Summary]:
     """The summary of each category, in order of appearance.
 

@@ -94,8 +94,17 @@ def _notes(
     prompts = runs[0].settings["prompts"]
     notes = [
         f"{prompts['name']}: {prompts['count']:,} prompts, {runs[0].settings['samples']} images of "
-        "each; mean ± standard error over prompts."
+        "each; mean ± standard error over prompts, in which the spread of reruns of a training is "
+        "not."
     ]
+    spread = [
+        f"{metric.label} {low:.{metric.digits}f} to {high:.{metric.digits}f}"
+        for metric in metrics
+        for low, high in [results["metrics"][metric.name].get("over_noise") or (None, None)]
+        if low is not None
+    ]
+    if spread:
+        notes.append(f"Means of one image of each prompt, over noise: {', '.join(spread)}.")
     notes += [f"{note}." for note in prompts["notes"]]
     broken = results["broken"]
     if broken:

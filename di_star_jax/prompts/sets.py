@@ -12,6 +12,7 @@ from pathlib import Path
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.prompts import files
 from di_star_jax.prompts.files import Layout, Prompt
+from di_star_jax.storage.files import shown
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth")
 
@@ -292,7 +293,7 @@ def differences(
     """A line for each way in which a source of `count` prompts differs from what is published."""
     known, where = spec.digests.get(path.suffix, (digest, ""))
     if digest != known:
-        yield f"{path} is not, byte for byte, the file of {where}"
+        yield f"{shown(path)} is not, byte for byte, the file of {where}"
     if spec.counts and count not in spec.counts:
         published = " or ".join(f"{n:,}" for n in spec.counts)
-        yield f"{path} holds {count:,} prompts, {spec.title} {published}"
+        yield f"{shown(path)} holds {count:,} prompts, {spec.title} {published}"

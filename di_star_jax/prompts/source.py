@@ -6,27 +6,31 @@ The data source is ArrayRecord, read without TensorFlow.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import shutil
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from di_star_jax import log
 from di_star_jax.errors import UserError
 from di_star_jax.prompts import sets
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.sets import PROMPT_SETS, PromptSet
-from di_star_jax.storage.files import whole
+from di_star_jax.storage.files import digest_of, read_json, whole, write_text
 
 TIMEOUT = 60.0  # seconds without an answer
+BLOCK = 64  # prompts in a record: tfds takes 30 us for each record, whatever is in it
+SEAL = "whole.json"  # written last: {file of the data source: its sha256}
+LARGE = 20_000_000  # bytes of a file that takes seconds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ class Source(Sequence):
     """Prompts by index.
 
     Args:
-      records: the tfds data source.
+      records: the tfds data source, whose records have BLOCK prompts each.
       name: of the set, or of the user's own file.
       digest: sha256 of what was read.
       verified: whether that is a published file, byte for byte; None where no checksum is known.
@@ -47,15 +51,24 @@ class Source(Sequence):
     verified: bool | None
     notes: tuple[str, ...]
 
+    @functools.cached_property
+    def _count(self) -> int:
+        last = len(self.records) - 1
+        return last * BLOCK + len(self._block(last))
+
+    @functools.cached_property
+    def _block(self) -> Callable[[int], list]:
+        """Prompts of a record, the last ones kept, for those who take prompts in their order."""
+        return functools.lru_cache(4)(lambda number: json.loads(self.records[number]["prompts"]))
+
     def __len__(self) -> int:
-        return len(self.records)
+        return self._count
 
     def __getitem__(self, index: int) -> Prompt:
         if not 0 <= index < len(self):  # what ends an iteration; the data source raises ValueError
             raise IndexError(f"prompt {index} of {len(self)}")
-        record = self.records[int(index)]
-        categories = json.loads(record["categories"])
-        return Prompt(int(record["row"]), record["prompt"].decode("utf-8"), categories)
+        block, place = divmod(int(index), BLOCK)
+        return Prompt(*self._block(block)[place])
 
 
 def load(
@@ -84,13 +97,15 @@ def load(
     digest = sets.digest_of(spec, path)
     records = _build(spec, path, folder / _key(digest, name, path.suffix, spec.forms))
     known = spec.digests.get(path.suffix)
-    return Source(
+    source = Source(
         records,
         name=name or path.name,
         digest=digest,
         verified=digest == known[0] if known else None,
-        notes=tuple(sets.differences(spec, path, digest, len(records))),
+        notes=(),
     )
+    notes = sets.differences(spec, path, digest, len(source))
+    return dataclasses.replace(source, notes=tuple(notes))
 
 
 def _key(
@@ -100,17 +115,18 @@ def _key(
     forms: dict,
 ) -> str:
     """A folder's name, after all that the prompts depend on."""
-    key = f"{digest}\0{name}\0{suffix}\0{forms.get(suffix)}"
+    key = f"{digest}\0{name}\0{suffix}\0{forms.get(suffix)}\0blocks of {BLOCK}"
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _records(spec: PromptSet, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(spec: PromptSet, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Numbered records of the data source. Raises: UserError where there is none."""
-    prompt = None
-    for prompt in sets.read(spec, path):
-        categories = json.dumps(prompt.categories)
-        yield prompt.row, {"row": prompt.row, "prompt": prompt.text, "categories": categories}
-    if prompt is None:
+    prompts = sets.read(spec, path)
+    number = 0
+    while block := list(itertools.islice(prompts, BLOCK)):
+        yield number, {"prompts": json.dumps(block)}
+        number += 1
+    if number == 0:
         raise UserError(f"{path} holds no prompts, expected at least one; give another file")
 
 
@@ -119,7 +135,10 @@ def _build(
     path: Path,
     folder: Path,
 ) -> Sequence[dict[str, Any]]:
-    """The records in a folder of their own, written by the first call, found by later ones."""
+    """The records in a folder of their own, written by the first call, found by later ones.
+
+    What a stop has left half written, and what has changed since, is written anew.
+    """
     import tensorflow_datasets as tfds
 
     # tfds knows a builder by its name; here the folder tells them apart.
@@ -128,14 +147,12 @@ def _build(
         class Prompts(tfds.core.GeneratorBasedBuilder):
             """Prompts of one source, in its order."""
 
-            VERSION = tfds.core.Version("1.0.0")
+            VERSION = tfds.core.Version("2.0.0")
 
             def _info(self) -> tfds.core.DatasetInfo:
-                text = tfds.features.Text()
-                features = {"row": np.int64, "prompt": text, "categories": text}
                 return tfds.core.DatasetInfo(
                     builder=self,
-                    features=tfds.features.FeaturesDict(features),
+                    features=tfds.features.FeaturesDict({"prompts": tfds.features.Text()}),
                     disable_shuffling=True,
                 )
 
@@ -143,14 +160,35 @@ def _build(
                 del dl_manager
                 return {"train": self._generate_examples()}
 
-            def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+            def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
                 return _records(spec, path)
 
+    sealed = _is_sealed(folder)
+    if not sealed:
+        shutil.rmtree(folder, ignore_errors=True)
+        if path.is_file() and path.stat().st_size > LARGE:
+            log.say(f"reading the prompts of {path}, {path.stat().st_size / 1e6:.0f} MB")
     builder = Prompts(data_dir=str(folder), file_format="array_record")
-    quiet = io.StringIO()  # tfds's own bars
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        builder.download_and_prepare()
+    if not sealed:
+        quiet = io.StringIO()  # tfds's own bars
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            builder.download_and_prepare()
+        write_text(folder / SEAL, json.dumps(_digests(folder), indent=1) + "\n")
     return builder.as_data_source(split="train")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 of the files below a folder, but for its seal."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SEAL)
+    return {str(file.relative_to(folder)): digest_of(file) for file in files}
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether a data source is there, as it was when it was finished."""
+    try:
+        return (folder / SEAL).is_file() and read_json(folder / SEAL) == _digests(folder)
+    except ValueError:
+        return False
 
 
 class PromptStream:

@@ -35,8 +35,10 @@ def render_dataset(folder: Path, count: int) -> tuple[np.ndarray, list[str]]:
             if i % 5000 == 0:
                 print(f"data: {i} of {count} scenes", flush=True)
         np.save(images_file, images)
-        captions_file.write_text(json.dumps(captions))
-    return np.load(images_file, mmap_mode="r"), json.loads(captions_file.read_text())
+        captions_file.write_text(json.dumps(captions), encoding="utf-8")
+    return np.load(images_file, mmap_mode="r"), json.loads(
+        captions_file.read_text(encoding="utf-8")
+    )
 
 
 def render_pairs(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -58,9 +60,9 @@ def render_pairs(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list
             images[i] = np.round(255.0 * np.stack(pair))
             captions.append(scene.caption)
         np.savez(pairs_file, images=images, prob=prob)
-        captions_file.write_text(json.dumps(captions))
+        captions_file.write_text(json.dumps(captions), encoding="utf-8")
     stored = np.load(pairs_file)
-    return stored["images"], stored["prob"], json.loads(captions_file.read_text())
+    return stored["images"], stored["prob"], json.loads(captions_file.read_text(encoding="utf-8"))
 
 
 def encode(
@@ -99,4 +101,4 @@ def _write(
     rng = np.random.default_rng(8)
     drawn = [scenes.sample_scene(rng, held_out=held_out).caption for _ in range(2 * count)]
     captions = list(dict.fromkeys(drawn))[:count]
-    file.write_text("".join(f"{caption}\n" for caption in captions))
+    file.write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")

@@ -593,7 +593,7 @@ def accuracy(
 
 def report(folder: Path) -> dict[str, float]:
     """Attributes right on 500 held-out captions, by teacher and generator of a checkpoint."""
-    captions = (folder / "prompts_held_out.txt").read_text().splitlines()
+    captions = (folder / "prompts_held_out.txt").read_text(encoding="utf-8").splitlines()
     loaded = pipeline.load_pipeline(folder)
     guided = drawing.Sampling("euler", samplers.leading_timesteps(50), DISTIL_OMEGA, LATENT_SHAPE)
     teacher = drawing.draw_prompts(loaded, guided)
@@ -683,8 +683,10 @@ def run(workdir: Path, sizes: Sizes) -> None:
     weights.save(out / "generator", generator, config=networks.UNET, **HALF_DIFFUSERS)
     (out / "scheduler").mkdir(exist_ok=True)
     scheduler = json.dumps(networks.SCHEDULER, indent=2)
-    (out / "scheduler" / "scheduler_config.json").write_text(scheduler + "\n")
-    (out / "model_index.json").write_text(json.dumps(networks.MODEL_INDEX, indent=2) + "\n")
+    (out / "scheduler" / "scheduler_config.json").write_text(scheduler + "\n", encoding="utf-8")
+    (out / "model_index.json").write_text(
+        json.dumps(networks.MODEL_INDEX, indent=2) + "\n", encoding="utf-8"
+    )
     datasets.write_captions(out)
 
 

@@ -15,6 +15,17 @@ def expand(path: str | os.PathLike) -> Path:
     return Path(path).expanduser()
 
 
+def shown(path: str | os.PathLike) -> str:
+    """A path as pages and tables name it, which others read: below the current folder, else its
+    name alone. Names on the Hub and relative paths stay as they are.
+    """
+    path = Path(path)
+    if not path.is_absolute():
+        return str(path)
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+
 def _partial(path: Path) -> Path:
     """A hidden name beside `path`, of this process alone."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -49,7 +60,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def read_json(file: Path) -> dict:
     """{} where there is no file."""
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def write_text(file: Path, text: str) -> None:

@@ -108,8 +108,10 @@ class World:
     def __init__(self, workdir: pathlib.Path, config):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
         self.parts = assembly.load_parts(config, mesh)
-        self.captions = pathlib.Path(config.eval.prompts).read_text().splitlines()
-        reward_config = pathlib.Path(config.weights.pickscore, "config.json").read_text()
+        self.captions = pathlib.Path(config.eval.prompts).read_text(encoding="utf-8").splitlines()
+        reward_config = pathlib.Path(config.weights.pickscore, "config.json").read_text(
+            encoding="utf-8"
+        )
         tokenizer = pathlib.Path(config.weights.reward_tokenizer)
         self.judge = Judge(workdir, json.loads(reward_config), tokenizer)
         timesteps = np.array(generator_timesteps(config.generator, SDXL.one_step))
@@ -241,7 +243,7 @@ def run_row(
     store.close()
     result = _measure(world, folder, averages) | {"seconds": time.time() - began}
     shutil.rmtree(folder / "run")
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def run_init(
@@ -253,7 +255,7 @@ def run_init(
     folder.mkdir(parents=True, exist_ok=True)
     params = load_model(pathlib.Path(generator)).params
     result = _measure(world, folder, [params]) | {"seconds": 0.0}
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 def _measure(
@@ -274,7 +276,7 @@ def results_of(workdir: pathlib.Path) -> dict[str, list[dict]]:
     for name in (INIT, *ROWS):
         files = sorted((workdir / "rows" / name).glob("*/result.json"))
         if files:
-            found[name] = [json.loads(file.read_text()) for file in files]
+            found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return found
 
 
@@ -387,7 +389,7 @@ row trains on; the Frechet distance is to the teacher's 50-step pictures in that
 ![reward against pixel distance while training](ablation_curves.png)
 
 {conclusion_of(path)}"""
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     draw_grid(workdir, results, out / "ablation.png")
     draw_curves(results, out / "ablation_curves.png")
 

@@ -37,7 +37,7 @@ def comments(source: str) -> dict[str, str]:
 
 def page(config_file: Path) -> str:
     """The page's text."""
-    said = comments(config_file.read_text())
+    said = comments(config_file.read_text(encoding="utf-8"))
     rows = [
         [f"`{name}`", f"`{value!r}`", said[name]]
         for name, value in sorted(fields(load_config(str(config_file))).items())
@@ -46,7 +46,7 @@ def page(config_file: Path) -> str:
 
 
 def main() -> None:
-    Path(flags.FLAGS.out).write_text(page(Path(flags.FLAGS.config)))
+    Path(flags.FLAGS.out).write_text(page(Path(flags.FLAGS.config)), encoding="utf-8")
 
 
 if __name__ == "__main__":

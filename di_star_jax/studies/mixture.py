@@ -309,7 +309,7 @@ their weights are {weights}.
 
 """
     picture = "![samples of every objective](mixture.png)"
-    path.write_text(f"{text}{table(results)}\n{picture}\n\n{conclusion_of(path)}")
+    path.write_text(f"{text}{table(results)}\n{picture}\n\n{conclusion_of(path)}", encoding="utf-8")
 
 
 def main() -> None:

@@ -8,6 +8,6 @@ _HEADING = "## Conclusion"
 
 def conclusion_of(page: Path) -> str:
     """What people wrote on a page, from '## Conclusion' on, which a new table must not lose."""
-    text = page.read_text() if page.exists() else ""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     _, found, conclusion = text.partition(_HEADING)
     return _HEADING + conclusion if found else f"{_HEADING}\n\nNot drawn yet.\n"
