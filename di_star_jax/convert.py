@@ -17,7 +17,7 @@ from absl import flags
 from di_star_jax.errors import UserError, run
 from di_star_jax.models.unet import UNet2DConditionModel
 from di_star_jax.pipelines.export import export_pipeline, generator_scheduler
-from di_star_jax.pipelines.folder import abstract_model, model_class
+from di_star_jax.pipelines.folder import abstract_model, model_class, read_config
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.storage import checkpoint, folders, weights
 
@@ -30,7 +30,7 @@ def _model_folders(folder: Path) -> dict[str, Path]:
     """{name: folder} of the models of a pipeline, or of a single one."""
     if _is_pipeline(folder):
         return {name: folder / name for name in folders.components(folder) if name in SDXL.parts}
-    cls, _ = model_class(folders.read_config(folder))
+    cls, _ = model_class(read_config(folder))
     return {"unet" if cls is UNet2DConditionModel else "model": folder}
 
 
@@ -44,7 +44,7 @@ def to_orbax(folder: Path, output: Path) -> None:
             f"{output} exists and is not empty, so it is not overwritten; give another output"
         )
     parts = _model_folders(folder)
-    configs = {name: folders.read_config(part) for name, part in parts.items()}
+    configs = {name: read_config(part) for name, part in parts.items()}
     trees = {name: abstract_model(config).params for name, config in configs.items()}
     state = {name: weights.load(parts[name], tree) for name, tree in trees.items()}
     reference = str(folder.absolute()) if _is_pipeline(folder) else None

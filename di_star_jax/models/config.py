@@ -109,13 +109,15 @@ def check_others(
 ) -> None:
     """Raises: UserError for a field that is neither followed nor fixed nor harmless.
 
-    Names with an underscore first are notes of the library that wrote the file. A name that nobody
-    knows is of a newer library: null and false are taken as 'not in use'.
+    Other names with an underscore first are notes of the library that wrote the file. A name that
+    nobody knows is of a newer library: null and false are taken as 'not in use'.
     """
     for name, value in config.items():
-        if name in followed or name in fields.harmless or name.startswith("_"):
+        if name in followed or name in fields.harmless:
             continue
         only = fields.fixed.get(name)
+        if only is None and name.startswith("_"):
+            continue
         if only is None and (value is None or value is False):
             continue
         if only is None:
