@@ -26,7 +26,7 @@ from di_star_jax.pipelines.export import (
     export_pipeline,
     weights_name,
 )
-from di_star_jax.pipelines.folder import abstract_model, load_unet, model_class
+from di_star_jax.pipelines.folder import abstract_model, load_unet, model_class, read_config
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.storage import checkpoint, folders, weights
 from di_star_jax.storage.files import expand
@@ -36,7 +36,7 @@ def _model_folders(folder: Path) -> dict[str, Path]:
     """{name: folder} of the models of a pipeline, or of a single one."""
     if folders.is_pipeline(folder):
         return {name: folder / name for name in folders.components(folder) if name in SDXL.parts}
-    cls, _ = model_class(folders.read_config(folder))
+    cls, _ = model_class(read_config(folder))
     return {"unet" if cls is UNet2DConditionModel else "model": folder}
 
 
@@ -53,7 +53,7 @@ def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
         )
     folder = folders.resolve(str(source))
     parts = _model_folders(folder)
-    configs = {name: folders.read_config(part) for name, part in parts.items()}
+    configs = {name: read_config(part) for name, part in parts.items()}
     trees = {name: abstract_model(config).params for name, config in configs.items()}
     state = {name: weights.load(parts[name], tree) for name, tree in trees.items()}
     reference = str(source) if folders.is_pipeline(folder) else None

@@ -49,21 +49,6 @@ def make_schedule(
     )
 
 
-def schedule_from_json(config: dict) -> Schedule:
-    """Args: a parsed scheduler_config.json.
-
-    Raises: UserError for an unsupported prediction type or beta schedule.
-    """
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise UserError(
-            f"scheduler_config.json has prediction_type={config['prediction_type']!r}, expected "
-            "'epsilon'"
-        )
-    return make_schedule(
-        **{k: config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
-    )
-
-
 def per_sample(v: jax.Array, like: jax.Array) -> jax.Array:
     """[B] -> [B, 1, ..., 1] with as many axes as `like`: where [B] meets [B, H, W, C]."""
     return v.reshape(v.shape + (1,) * (like.ndim - 1))

@@ -3,13 +3,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -17,6 +19,7 @@ from di_star_jax import samplers, sharding
 from di_star_jax.diffusion import guide
 from di_star_jax.errors import UserError
 from di_star_jax.models.unet import Condition
+from di_star_jax.pipelines import scheduler
 from di_star_jax.pipelines.folder import (
     Model,
     Options,
@@ -41,12 +44,14 @@ class Sampling(NamedTuple):
     timesteps: int, falling.
     guidance_scale: omega; 0 or 1 is no guidance (diffusers' convention), and saves a pass.
     latent_shape: of one sample [h, w, C].
+    settings: the sampler's keyword arguments.
     """
 
     sampler: str
     timesteps: np.ndarray
     guidance_scale: float
     latent_shape: tuple[int, int, int]
+    settings: Mapping[str, Any] = types.MappingProxyType({})
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -111,7 +116,9 @@ class Drawer:
         conditions = self.pipeline.family.encode_text(graphdefs, params, token_ids, resolution)
         eps_fn = self.eps_fn(nnx.merge(graphdefs["unet"], params["unet"]), conditions)
         sampler = samplers.SAMPLERS[self.sampling.sampler]
-        x0 = sampler(eps_fn, z, self.sampling.timesteps, self.pipeline.schedule)
+        x0 = sampler(
+            eps_fn, z, self.sampling.timesteps, self.pipeline.schedule, **self.sampling.settings
+        )
         return jnp.clip(nnx.merge(graphdefs["vae"], params["vae"]).decode(x0), -1.0, 1.0)
 
     def eps_fn(self, unet: Callable, conditions: tuple[Condition, Condition]) -> EpsFn:
@@ -332,24 +339,27 @@ class Asked(NamedTuple):
 def sampling_of(asked: Asked, loaded: Pipeline) -> Sampling:
     """What is asked for, of a pipeline. Raises: UserError for a setting that would not be used."""
     times = asked.timesteps or loaded.timesteps
-    sampler = asked.sampler or ("few_step" if times else "euler")
+    sampler = asked.sampler or ("few_step" if times else _own_sampler(loaded.scheduler))
     _, unet = model_class(loaded.models["unet"].config)
+    if not asked.resolution and unet.sample_size is None:
+        raise UserError(
+            f"{loaded.folder / 'unet' / 'config.json'} has no sample_size; give --resolution"
+        )
     size = asked.resolution // loaded.vae_scale if asked.resolution else unet.sample_size
     shape = (size, size, unet.in_channels)
     if sampler == "few_step":
         times = times or (loaded.family.one_step,)
         _check_few_step(asked, times)
+        scheduler.check(loaded.scheduler, sampler)
         return Sampling(sampler, np.array(times), 1.0, shape)
     if asked.timesteps:
         raise UserError(
             f"--timestep={asked.timesteps[0]} with --sampler={sampler}, which takes --steps; leave "
             "one of the two out"
         )
-    spaced = samplers.leading_timesteps
-    if sampler == "dpm_solver_pp":
-        spaced = samplers.dpm_solver_timesteps
+    times, settings = scheduler.spacing(loaded.scheduler, sampler, asked.steps or 50)
     guidance_scale = 5.0 if asked.guidance_scale is None else asked.guidance_scale
-    return Sampling(sampler, spaced(asked.steps or 50), guidance_scale, shape)
+    return Sampling(sampler, times, guidance_scale, shape, settings)
 
 
 def _check_few_step(asked: Asked, times: Sequence[int]) -> None:
@@ -364,3 +374,13 @@ def _check_few_step(asked: Asked, times: Sequence[int]) -> None:
             f"--guidance_scale={asked.guidance_scale:g}, but few_step has no guidance; leave it "
             "out, or give another --sampler"
         )
+
+
+def _own_sampler(file: scheduler.SchedulerFile) -> str:
+    """The sampler that scheduler_config.json names, or euler where it is not ported."""
+    name = file.config.get("_class_name")
+    if name not in scheduler.OWN:
+        logging.warning(
+            "%s names %s, which is not ported: drawing with --sampler=euler", file.file, name
+        )
+    return scheduler.OWN.get(name, "euler")

@@ -91,28 +91,43 @@ class _Steps(NamedTuple):
     sigma_next: jax.Array
 
 
+def _levels(times: np.ndarray, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
+    """alpha and sigma of times, [N] each; of -1 they are 1 and 0.
+
+    Between two times of the schedule sigma / alpha is linear, as in diffusers' Euler.
+    """
+    if np.issubdtype(times.dtype, np.integer):
+        clean = times < 0
+        at = np.maximum(times, 0)
+        alpha = jnp.where(clean, 1.0, schedule.alpha[at])
+        return alpha, jnp.where(clean, 0.0, schedule.sigma[at])
+    steps = jnp.arange(len(schedule.alpha), dtype=schedule.alpha.dtype)
+    ratio = jnp.interp(jnp.asarray(times), steps, schedule.sigma / schedule.alpha)
+    ratio = jnp.where(times < 0, 0.0, ratio)
+    alpha = 1.0 / jnp.sqrt(1.0 + ratio**2)
+    return alpha, ratio * alpha
+
+
 def _steps(
     timesteps: np.ndarray,
     schedule: Schedule,
-    last_alpha: jax.Array,
-    last_sigma: jax.Array,
+    to: np.ndarray,
 ) -> _Steps:
-    """The steps between falling times, and from the last of them to an end."""
-    alpha = schedule.alpha[timesteps]
-    sigma = schedule.sigma[timesteps]
-    return _Steps(
-        t=jnp.asarray(timesteps),
-        alpha=alpha,
-        sigma=sigma,
-        alpha_next=jnp.append(alpha[1:], last_alpha),
-        sigma_next=jnp.append(sigma[1:], last_sigma),
-    )
+    """The steps from falling times, each to the time in `to`, where -1 has no noise."""
+    return _Steps(jnp.asarray(timesteps), *_levels(timesteps, schedule), *_levels(to, schedule))
+
+
+def _onwards(timesteps: np.ndarray, end: int) -> np.ndarray:
+    """The time that each step leads to: the next step's, and an end."""
+    timesteps = np.asarray(timesteps)
+    return np.append(timesteps[1:], np.array(end, timesteps.dtype))
 
 
 def _deterministic(
     eps_fn: EpsFn,
     z: jax.Array,
     steps: _Steps,
+    clip: float | None = None,
 ) -> jax.Array:
     """x_t / alpha_t moves along eps by the change of sigma_t / alpha_t.
 
@@ -120,8 +135,9 @@ def _deterministic(
     """
 
     def body(x_t, step):
-        eps = eps_fn(x_t, jnp.full(z.shape[:1], step.t, jnp.int32))
+        eps = eps_fn(x_t, jnp.full(z.shape[:1], step.t))
         x0 = (x_t - step.sigma * eps) / step.alpha
+        x0 = x0 if clip is None else jnp.clip(x0, -clip, clip)
         return step.alpha_next * x0 + step.sigma_next * eps, None
 
     x_t, _ = jax.lax.scan(body, z, steps)
@@ -133,13 +149,22 @@ def ddim(
     z: jax.Array,
     timesteps: np.ndarray,
     schedule: Schedule,
+    *,
+    to: np.ndarray | None = None,
+    clip: float | None = None,
 ) -> jax.Array:
-    """DDIM with eta 0, ending at alpha_0. Args and result as `one_step`, timesteps falling, [N].
+    """DDIM with eta 0. Args and result as `one_step`, timesteps falling, [N].
 
-    Source: diffusers `DDIMScheduler` with `set_alpha_to_one=False`.
+    Args:
+      to: [N] int, the time that each step leads to, -1 for no noise; the next one's if None, and 0
+        at the end, as with `set_alpha_to_one=False`.
+      clip: bound of x_0, or None.
+
+    Source: diffusers `DDIMScheduler`.
     """
-    steps = _steps(timesteps, schedule, schedule.alpha[0], schedule.sigma[0])
-    return _deterministic(eps_fn, z, steps)
+    timesteps = np.asarray(timesteps)
+    to = _onwards(timesteps, 0) if to is None else to
+    return _deterministic(eps_fn, z, _steps(timesteps, schedule, to), clip)
 
 
 def euler(
@@ -147,14 +172,23 @@ def euler(
     z: jax.Array,
     timesteps: np.ndarray,
     schedule: Schedule,
+    *,
+    end: int = -1,
+    pure_noise: bool = False,
 ) -> jax.Array:
-    """Euler steps of the probability-flow ODE, ending at sigma 0. Args and result as `ddim`.
+    """Euler steps of the probability-flow ODE. Args and result as `ddim`.
 
-    Source: diffusers `EulerDiscreteScheduler`; its x is x_t / alpha_t, and its first one is z /
-      alpha_t.
+    Args:
+      timesteps: also float, for times between two of the schedule.
+      end: the time that the last step leads to, -1 for no noise.
+      pure_noise: begin at sigma_t z, as diffusers does where its times are not 'leading', and not
+        at z.
+
+    Source: diffusers `EulerDiscreteScheduler`; its x is x_t / alpha_t.
     """
-    steps = _steps(timesteps, schedule, jnp.ones(()), jnp.zeros(()))
-    return _deterministic(eps_fn, z, steps)
+    timesteps = np.asarray(timesteps)
+    steps = _steps(timesteps, schedule, _onwards(timesteps, end))
+    return _deterministic(eps_fn, steps.sigma[0] * z if pure_noise else z, steps)
 
 
 def dpm_solver_pp(
@@ -175,7 +209,8 @@ def dpm_solver_pp(
     timestep_spacing="leading" and steps_offset=1 are `dpm_solver_timesteps`; other falling times do
     as well.
     """
-    steps = _steps(timesteps, schedule, jnp.ones(()), jnp.zeros(()))
+    timesteps = np.asarray(timesteps)
+    steps = _steps(timesteps, schedule, _onwards(timesteps, -1))
     h = jnp.diff(jnp.log(steps.alpha / steps.sigma))  # [N - 1], lambda's step
     # 1 / (2 r) of each step, 0 where it is of first order.
     half = jnp.pad(h[1:] / (2.0 * h[:-1]), 1)[: len(timesteps)]  # [N]

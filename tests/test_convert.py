@@ -18,10 +18,11 @@ import torch
 import transformers
 from flax import nnx
 
-from di_star_jax import convert, diffusion, drawing, samplers
+from di_star_jax import convert, drawing, samplers
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines import sdxl
+from di_star_jax.pipelines.scheduler import schedule_from_json
 from di_star_jax.storage import checkpoint, folders, weights
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -210,7 +211,7 @@ def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_p
         )
         for name in ("tokenizer", "tokenizer_2")
     }
-    schedule = diffusion.schedule_from_json(
+    schedule = schedule_from_json(
         folders.read_config(tmp_path / "out", "scheduler", "scheduler_config.json")
     )
     graphs = {name: part.graphdef for name, part in parts.items()}

@@ -6,6 +6,7 @@ import pytest
 
 from di_star_jax import diffusion
 from di_star_jax.errors import UserError
+from di_star_jax.pipelines.scheduler import schedule_from_json
 
 SDXL = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -58,4 +59,4 @@ def test_unsupported_schedules_are_refused_in_one_line():
     with pytest.raises(UserError, match="beta_schedule='squaredcos_cap_v2'"):
         diffusion.make_schedule(**{**SDXL, "beta_schedule": "squaredcos_cap_v2"})
     with pytest.raises(UserError, match="prediction_type='v_prediction'"):
-        diffusion.schedule_from_json({**SDXL, "prediction_type": "v_prediction"})
+        schedule_from_json({**SDXL, "prediction_type": "v_prediction"})

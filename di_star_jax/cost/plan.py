@@ -17,7 +17,6 @@ from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS
-from di_star_jax.storage import folders
 
 SDXL_WIDTH = 320  # channels of its UNet's first level
 
@@ -123,8 +122,8 @@ def model_configs(config) -> tuple[dict[str, dict], list[str]]:
 
 
 def _local(folder: Path) -> dict[str, dict]:
-    optional = [part for part in SDXL.parts[1:] if (folder / part).is_dir()]
-    return {part: folders.read_config(folder, part) for part in ["unet", *optional]}
+    there = [part for part in SDXL.parts if part == "unet" or (folder / part).is_dir()]
+    return {part: pipeline.read_config(folder, part) for part in there}
 
 
 def abstract_params(configs: dict[str, dict]) -> dict:

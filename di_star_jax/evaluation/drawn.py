@@ -120,6 +120,7 @@ def _how(loaded: Pipeline, sampling: drawing.Sampling) -> dict:
         "vae_and_text_sha256": params_digest(others),
         "sampler": sampling.sampler,
         "timesteps": sampling.timesteps.tolist(),
+        **{name: np.asarray(value).tolist() for name, value in sampling.settings.items()},
         "guidance_scale": sampling.guidance_scale,
         "resolution": sampling.latent_shape[0] * loaded.vae_scale,
         "latent_shape": list(sampling.latent_shape),

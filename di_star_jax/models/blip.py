@@ -16,14 +16,32 @@ from di_star_jax import sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.attention import attention
-from di_star_jax.models.config import check_divides, from_json
+from di_star_jax.models.config import TRANSFORMERS, Fields, check_divides, from_json, shown
 from di_star_jax.models.heads import ScoreHead
 
 # Of the head's output, which the score is normalised by.
 MEAN = 0.16717362830052426
 STD = 1.0333394966054072
-# Fields of med_config.json whose other values the port does not implement.
-_FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+# What is made of the fields of med_config.json that the classes below do not have.
+FIELDS = Fields(
+    fixed={
+        "model_type": ("bert",),
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute",),
+        "pruned_heads": ({},),
+    },
+    harmless=TRANSFORMERS - {"model_type"}
+    | {
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "encoder_width",  # ImageReward takes the image encoder's width
+        "hidden_dropout_prob",
+        "type_vocab_size",  # BLIP has no token types
+    },
+    file="med_config.json",
+    advice="; take med_config.json of THUDM/ImageReward",
+)
+VISION_FIELDS = Fields({}, frozenset(), "vision_config of med_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +57,13 @@ class BLIPVisionConfig:
     layer_norm_eps: float = 1e-6
 
     @classmethod
-    def from_json(cls, config: dict) -> "BLIPVisionConfig":
-        """Args: the parsed dict. Raises: UserError for sizes that do not divide."""
-        file = "vision_config of med_config.json"
-        built = from_json(cls, config, {}, file=file)
+    def from_json(cls, config: dict, file: str | None = None) -> "BLIPVisionConfig":
+        """Args: the parsed dict; what to call it in errors.
+
+        Raises: UserError for sizes that do not divide, or a field that is not known.
+        """
+        file = file or VISION_FIELDS.file
+        built = from_json(cls, config, VISION_FIELDS, file)
         check_divides(built, "hidden_size", "num_attention_heads", file)
         check_divides(built, "image_size", "patch_size", file)
         return built
@@ -62,7 +83,7 @@ class BLIPConfig:
     vision_config: BLIPVisionConfig = BLIPVisionConfig()
 
     @classmethod
-    def from_json(cls, config: dict) -> "BLIPConfig":
+    def from_json(cls, config: dict, file: str | None = None) -> "BLIPConfig":
         """From the parsed med_config.json.
 
         Args:
@@ -70,12 +91,15 @@ class BLIPConfig:
             of the image encoder, which ImageReward's code fixes; an object `vision_config` in it
             may, with the fields of `BLIPVisionConfig`. `encoder_width` is ignored as it is by
             ImageReward: the image encoder's width counts.
+          file: its path, for errors.
         Raises: UserError for a setting that the port does not implement.
         """
-        vision = BLIPVisionConfig.from_json(config.get("vision_config", {}))
-        file = "med_config.json"
-        advice = "; take med_config.json of THUDM/ImageReward"
-        built = from_json(cls, config | {"vision_config": vision}, _FIXED, file=file, advice=advice)
+        file = file or FIELDS.file
+        vision = config.get("vision_config", {})
+        if not isinstance(vision, dict):
+            raise UserError(f"{file} has vision_config={shown(vision)}, expected an object")
+        tower = BLIPVisionConfig.from_json(vision, f"vision_config of {file}")
+        built = from_json(cls, config | {"vision_config": tower}, FIELDS, file)
         check_divides(built, "hidden_size", "num_attention_heads", file)
         return built
 

@@ -17,7 +17,7 @@ from di_star_jax import sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.attention import attention
-from di_star_jax.models.config import check_divides, from_json
+from di_star_jax.models.config import TRANSFORMERS, Fields, check_divides, from_json, shown
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -28,23 +28,37 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 _ACTIVATIONS = {"gelu": layers.gelu, "quick_gelu": quick_gelu}
 
 
-def _check_model_type(config: dict, expected: str) -> None:
+# What is made of the fields of config.json that the classes below do not have.
+FIELDS = Fields(fixed={"pruned_heads": ({},)}, harmless=TRANSFORMERS, file="CLIP config.json")
+# The vision tower's own is not that of the joint space, which the whole model's config has.
+VISION_FIELDS = dataclasses.replace(FIELDS, harmless=TRANSFORMERS | {"projection_dim"})
+# Read by `CLIPConfig.from_json`, see `_sub_config`.
+JOINT_FIELDS = dataclasses.replace(
+    FIELDS, harmless=TRANSFORMERS | {"text_config_dict", "vision_config_dict"}
+)
+
+
+def _check_model_type(
+    config: dict,
+    expected: str,
+    file: str,
+) -> None:
     found = config.get("model_type", expected)
     if found != expected:
         raise UserError(
-            f"wrong architecture: config.json has model_type={found!r}, expected {expected!r}; "
+            f"wrong architecture: {file} has model_type={shown(found)}, expected {expected!r}; "
             "give the folder of a CLIP model"
         )
 
 
-def _check_tower(config: "CLIPTextConfig | CLIPVisionConfig") -> None:
+def _check_tower(config: "CLIPTextConfig | CLIPVisionConfig", file: str) -> None:
     """Raises: UserError for a tower that the port does not have."""
     if config.hidden_act not in _ACTIVATIONS:
         raise UserError(
-            f"CLIP config.json has hidden_act={config.hidden_act!r}, the port implements "
+            f"{file} has hidden_act={config.hidden_act!r}, the port implements "
             f"{list(_ACTIVATIONS)} only"
         )
-    check_divides(config, "hidden_size", "num_attention_heads", "CLIP config.json")
+    check_divides(config, "hidden_size", "num_attention_heads", file)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +79,15 @@ class CLIPTextConfig:
     eos_token_id: int = 49407
 
     @classmethod
-    def from_json(cls, config: dict) -> "CLIPTextConfig":
-        """Args: the parsed config.json.
+    def from_json(cls, config: dict, file: str | None = None) -> "CLIPTextConfig":
+        """Args: the parsed config.json; its path, for errors.
 
         Raises: UserError for a setting that the port does not implement.
         """
-        _check_model_type(config, "clip_text_model")
-        built = from_json(cls, config, {}, file="CLIP config.json")
-        _check_tower(built)
+        file = file or FIELDS.file
+        _check_model_type(config, "clip_text_model", file)
+        built = from_json(cls, config, FIELDS, file)
+        _check_tower(built, file)
         return built
 
 
@@ -93,28 +108,45 @@ class CLIPVisionConfig:
     layer_norm_eps: float = 1e-5
 
     @classmethod
-    def from_json(cls, config: dict) -> "CLIPVisionConfig":
-        """Args: the parsed dict.
+    def from_json(cls, config: dict, file: str | None = None) -> "CLIPVisionConfig":
+        """Args: the parsed dict; its file's path, for errors.
 
         Raises: UserError for a setting that the port does not implement.
         """
+        file = file or FIELDS.file
         for field in ("image_size", "patch_size"):
-            if not isinstance(config.get(field, 1), int):
+            sides = config.get(field)
+            if isinstance(sides, list) and len(set(map(str, sides))) > 1:
                 raise UserError(
-                    f"CLIP config.json has {field}={config[field]!r}, the port implements squares "
-                    "only; give one integer"
+                    f"{file} has {field}={shown(sides)}, the port implements squares only; "
+                    "give one integer"
                 )
-        _check_model_type(config, "clip_vision_model")
-        built = from_json(cls, config, {}, file="CLIP config.json")
-        _check_tower(built)
+        _check_model_type(config, "clip_vision_model", file)
+        built = from_json(cls, config, VISION_FIELDS, file)
+        _check_tower(built, file)
+        if built.patch_size > built.image_size:
+            raise UserError(
+                f"{file} has patch_size={built.patch_size}, expected at most "
+                f"image_size={built.image_size}"
+            )
         return built
 
 
-def _sub_config(config: dict, name: str) -> dict:
+def _sub_config(
+    config: dict,
+    name: str,
+    file: str,
+) -> dict:
     """`text_config` or `vision_config`; where an old file also has a `*_dict`, transformers lets
     that one win.
     """
-    return config.get(name + "_dict") or config.get(name) or {}
+    field = name + "_dict" if config.get(name + "_dict") else name
+    found = config.get(field)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UserError(f"{file} has {field}={shown(found)}, expected an object")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +161,21 @@ class CLIPConfig:
     logit_scale_init_value: float = 2.6592
 
     @classmethod
-    def from_json(cls, config: dict) -> "CLIPConfig":
-        """Args: the parsed config.json.
+    def from_json(cls, config: dict, file: str | None = None) -> "CLIPConfig":
+        """Args: the parsed config.json; its path, for errors.
 
         Raises: UserError for a setting that the port does not implement.
         """
+        file = file or FIELDS.file
+        _check_model_type(config, "clip", file)
+        text, vision = (
+            _sub_config(config, name, file) for name in ("text_config", "vision_config")
+        )
         towers = {
-            "text_config": CLIPTextConfig.from_json(_sub_config(config, "text_config")),
-            "vision_config": CLIPVisionConfig.from_json(_sub_config(config, "vision_config")),
+            "text_config": CLIPTextConfig.from_json(text, f"text_config of {file}"),
+            "vision_config": CLIPVisionConfig.from_json(vision, f"vision_config of {file}"),
         }
-        _check_model_type(config, "clip")
-        return from_json(cls, config | towers, {}, file="CLIP config.json")
+        return from_json(cls, config | towers, JOINT_FIELDS, file)
 
 
 class TextOutput(NamedTuple):

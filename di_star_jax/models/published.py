@@ -49,6 +49,8 @@ VAE_SDXL = {
     "latent_channels": 4,
     "act_fn": "silu",
     "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 2,
     "norm_num_groups": 32,
     "scaling_factor": 0.13025,

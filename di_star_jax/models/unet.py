@@ -5,7 +5,7 @@ Dims: B batch, H and W latent height and width, C channels, M text tokens, K tex
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from flax import nnx
 from di_star_jax import sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models import layers
-from di_star_jax.models.config import check_class, from_json
+from di_star_jax.models.config import Fields, check_class, from_json, shown
 
 
 class Condition(NamedTuple):
@@ -31,36 +31,46 @@ class Condition(NamedTuple):
     time_ids: jax.Array | None
 
 
-# config.json fields whose other values the port does not implement.
-_FIXED = {
-    "act_fn": "silu",
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "cross_attention_norm": None,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "resnet_out_scale_factor": 1.0,
-    "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default",
-    "reverse_transformer_layers_per_block": None,
-    "time_cond_proj_dim": None,
-    "time_embedding_act_fn": None,
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "timestep_post_act": None,
-}
-
-
-_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D")
+# What is made of the fields of config.json that `UNetConfig` does not have.
+FIELDS = Fields(
+    fixed={
+        "act_fn": ("silu",),
+        "attention_type": ("default",),
+        "center_input_sample": (False,),
+        "class_embed_type": (None,),
+        "class_embeddings_concat": (False,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "cross_attention_norm": (None,),
+        "downsample_padding": (1,),
+        "dual_cross_attention": (False,),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "mid_block_only_cross_attention": (None, False),
+        "mid_block_scale_factor": (1,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "num_class_embeds": (None,),
+        "only_cross_attention": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "resnet_skip_time_act": (False,),
+        "resnet_time_scale_shift": ("default",),
+        "reverse_transformer_layers_per_block": (None,),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "time_embedding_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "timestep_post_act": (None,),
+    },
+    harmless=frozenset(
+        {
+            "addition_embed_type_num_heads",  # of embeddings that are not ported
+            "dropout",  # nothing is dropped, as in diffusers outside of its own training
+            "num_attention_heads",  # read by `from_json` as `attention_head_dim`
+            "upcast_attention",  # of half precision; softmax is float32 here
+        }
+    ),
+    file="UNet config.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,35 +101,108 @@ class UNetConfig:
     freq_shift: float = 0
 
     @classmethod
-    def from_json(cls, config: dict) -> "UNetConfig":
-        """Args: the parsed config.json.
+    def from_json(cls, config: dict, file: str | None = None) -> "UNetConfig":
+        """Args: the parsed config.json; its path, for errors.
 
         Raises: UserError for a setting that the port does not implement.
         """
-        check_class(config, "UNet2DConditionModel", "give the folder of an SDXL or SD 1.5 UNet")
-        count = len(config.get("block_out_channels", cls.block_out_channels))
+        file = file or FIELDS.file
+        advice = "give the folder of an SDXL or SD 1.5 UNet"
+        check_class(config, "UNet2DConditionModel", file, advice)
+        widths = config.get("block_out_channels", cls.block_out_channels)
+        count = len(widths) if isinstance(widths, list | tuple) else 1
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
         depths = config.get("transformer_layers_per_block", 1)
         per_block = {
             "attention_head_dim": _per_block(heads, count),
             "transformer_layers_per_block": _per_block(depths, count),
         }
-        built = from_json(cls, config | per_block, _FIXED, file="UNet config.json")
-        if built.addition_embed_type not in (None, "text_time"):
-            raise UserError(
-                f"UNet config.json has addition_embed_type={built.addition_embed_type!r}, "
-                "the port implements null and 'text_time' only"
-            )
-        for block in built.down_block_types + built.up_block_types:
-            if block not in _BLOCKS:
-                raise UserError(
-                    f"UNet config.json has a block {block!r}, the port implements {list(_BLOCKS)}"
-                )
+        built = from_json(cls, config | per_block, FIELDS, file)
+        _check_blocks(built, file)
+        _check_widths(built, file)
         return built
 
 
-def _per_block(value: int | list[int], count: int) -> list[int]:
+def _per_block(value: Any, count: int) -> Any:
     return [value] * count if isinstance(value, int) else value
+
+
+def _check_blocks(config: UNetConfig, file: str) -> None:
+    """Raises: UserError for a block that the port does not have, or not as many as widths."""
+    count = len(config.block_out_channels)
+    for field, known in (
+        ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
+        ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
+        ("attention_head_dim", None),
+        ("transformer_layers_per_block", None),
+    ):
+        values = getattr(config, field)
+        if len(values) != count:
+            raise UserError(
+                f"{file} has {len(values)} {field} for {count} block_out_channels; "
+                "give as many of both"
+            )
+        for value in values:
+            if known and value not in known:
+                raise UserError(
+                    f"{file} has {field} with {shown(value)}, the port implements "
+                    f"{' and '.join(map(repr, known))} only"
+                )
+
+
+def _check_widths(config: UNetConfig, file: str) -> None:
+    """Raises: UserError for sizes that do not divide, or an embedding without its sizes."""
+    groups = config.norm_num_groups
+    levels = zip(
+        config.block_out_channels,
+        config.attention_head_dim,
+        config.down_block_types,
+        config.up_block_types[::-1],
+    )
+    last = len(config.block_out_channels) - 1
+    for i, (width, heads, *blocks) in enumerate(levels):
+        if width % groups:
+            raise UserError(
+                f"{file} has block_out_channels with {width}, which is not divisible by "
+                f"norm_num_groups={groups}; change one of them"
+            )
+        # The block in the middle has attention at the last level's width.
+        attends = i == last or any(block.startswith("CrossAttn") for block in blocks)
+        if attends and width % heads:
+            raise UserError(
+                f"{file} has block_out_channels with {width}, which is not divisible by "
+                f"attention_head_dim={heads}, its number of heads; change one of them"
+            )
+    _check_embedded(config, "block_out_channels", config.block_out_channels[0], file)
+    if config.addition_embed_type is None:
+        return
+    if config.addition_embed_type != "text_time":
+        raise UserError(
+            f"{file} has addition_embed_type={shown(config.addition_embed_type)}, "
+            "the port implements null and 'text_time' only"
+        )
+    sizes = config.addition_time_embed_dim
+    _check_embedded(config, "addition_time_embed_dim", sizes, file)
+    total = config.projection_class_embeddings_input_dim
+    if total is None or total <= 6 * sizes:
+        raise UserError(
+            f"{file} has projection_class_embeddings_input_dim={total}, expected more than six "
+            f"times addition_time_embed_dim={sizes}, for the pooled text"
+        )
+
+
+def _check_embedded(
+    config: UNetConfig,
+    field: str,
+    width: int | None,
+    file: str,
+) -> None:
+    """Raises: UserError for a width that no sines and cosines fill."""
+    if width is None or width % 2 or width // 2 <= config.freq_shift:
+        raise UserError(
+            f"{file} has {field}={width} and freq_shift={config.freq_shift}, expected an even "
+            "width above twice the shift"
+        )
 
 
 def _resnet(

@@ -11,19 +11,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax import sharding
+from di_star_jax.errors import UserError
 from di_star_jax.models import layers
-from di_star_jax.models.config import check_class, from_json
+from di_star_jax.models.config import Fields, check_class, from_json, shown
 
-# config.json fields whose other values the port does not implement.
-_FIXED = {
-    "act_fn": "silu",
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
+# What is made of the fields of config.json that `VAEConfig` does not have.
+FIELDS = Fields(
+    fixed={
+        "act_fn": ("silu",),
+        "shift_factor": (None, 0),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "use_quant_conv": (True,),
+        "use_post_quant_conv": (True,),
+        "mid_block_add_attention": (True,),
+    },
+    harmless=frozenset(
+        {
+            "force_upcast",  # of half precision
+            "sample_size",  # of diffusers' tiling, which is off unless asked for
+        }
+    ),
+    file="VAE config.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +46,49 @@ class VAEConfig:
     out_channels: int = 3
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (64,)
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
     layers_per_block: int = 1
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
 
     @classmethod
-    def from_json(cls, config: dict) -> "VAEConfig":
-        """Args: the parsed config.json.
+    def from_json(cls, config: dict, file: str | None = None) -> "VAEConfig":
+        """Args: the parsed config.json; its path, for errors.
 
         Raises: UserError for a setting that the port does not implement.
         """
-        check_class(config, "AutoencoderKL", "give a VAE folder")
-        return from_json(cls, config, _FIXED, file="VAE config.json")
+        file = file or FIELDS.file
+        check_class(config, "AutoencoderKL", file, "give a VAE folder")
+        built = from_json(cls, config, FIELDS, file)
+        _check_blocks(built, file)
+        return built
 
     @property
     def scale(self) -> int:
         """f: image pixels per latent pixel, along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _check_blocks(config: VAEConfig, file: str) -> None:
+    """Raises: UserError for blocks that the port does not have, or widths that do not divide."""
+    count, groups = len(config.block_out_channels), config.norm_num_groups
+    for field, only in (
+        ("down_block_types", "DownEncoderBlock2D"),
+        ("up_block_types", "UpDecoderBlock2D"),
+    ):
+        found = getattr(config, field)
+        if found != (only,) * count:
+            raise UserError(
+                f"{file} has {field}={shown(list(found))}, the port implements {only!r} only, once "
+                f"for each of the {count} block_out_channels"
+            )
+    for width in config.block_out_channels:
+        if width % groups:
+            raise UserError(
+                f"{file} has block_out_channels with {width}, which is not divisible by "
+                f"norm_num_groups={groups}; change one of them"
+            )
 
 
 def _resnet(

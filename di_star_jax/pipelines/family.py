@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from di_star_jax.models.config import Fields
 from di_star_jax.models.unet import Condition
 
 # (graphdefs, parameters, token ids, all by component; pixels) -> (condition, null condition).
@@ -25,13 +26,18 @@ EncodeText = Callable[
 class Family:
     """What a pipeline folder holds, and what its networks are told of a prompt.
 
-    parts: names of the networks' folders; a pipeline may lack some, never the UNet.
+    parts: names of the networks' folders, each with the network's class.
+    index: what is made of the fields of model_index.json that are no components.
     tokenizers: name of the text encoder that reads a tokenizer's token ids, by the tokenizer's.
     encode_text: a batch of prompts as the UNet's condition, with what stands for 'no prompt'.
     one_step: time of the one-step generator's step, in [0, 999].
+    check: (config.json of each part, the pipeline's folder), raises UserError where the parts do
+      not go together.
     """
 
-    parts: tuple[str, ...]
+    parts: dict[str, str]
+    index: Fields
     tokenizers: dict[str, str]
     encode_text: EncodeText
     one_step: int
+    check: Callable[[dict[str, dict], str], None]

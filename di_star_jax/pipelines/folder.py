@@ -2,6 +2,7 @@
 """A diffusers folder as models: configs, graphs, parameters, tokenizers and schedule."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax import models, sharding
-from di_star_jax.diffusion import Schedule, schedule_from_json
+from di_star_jax.diffusion import Schedule
 from di_star_jax.errors import UserError
 from di_star_jax.models.clip import (
     CLIPConfig,
@@ -20,10 +21,12 @@ from di_star_jax.models.clip import (
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
 )
+from di_star_jax.models.config import check_others, shown
 from di_star_jax.models.unet import UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines.export import timesteps_of
 from di_star_jax.pipelines.family import Family
+from di_star_jax.pipelines.scheduler import SchedulerFile, schedule_from_json
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.storage import folders, weights
@@ -92,6 +95,7 @@ class Pipeline(NamedTuple):
 
     models, tokenizers: those of the family's that are there, by name.
     timesteps: of its UNet's steps, falling, if that is a generator, else ().
+    scheduler: its scheduler_config.json, which the times of samplers are from.
     """
 
     folder: Path
@@ -100,6 +104,7 @@ class Pipeline(NamedTuple):
     tokenizers: dict[str, Tokenizer]
     schedule: Schedule
     timesteps: tuple[int, ...]
+    scheduler: SchedulerFile = SchedulerFile()
 
     @property
     def vae_scale(self) -> int:
@@ -112,20 +117,42 @@ def vae_scale(config: dict) -> int:
     return VAEConfig.from_json(config).scale
 
 
-def _port(config: dict) -> Port:
-    name = config.get("_class_name") or (config.get("architectures") or ["nothing"])[0]
-    if name not in _PORTS:
-        raise UserError(f"config.json describes {name}, expected one of {', '.join(_PORTS)}")
+def _class_name(config: dict) -> Any:
+    """What a config.json says it is of: a name of `_PORTS`, another one, or nothing of use."""
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return config.get("_class_name") or first
+
+
+def _port(config: dict, file: str) -> Port:
+    name = _class_name(config)
+    if not isinstance(name, str) or name not in _PORTS:
+        what = "nothing" if name is None else shown(name)
+        raise UserError(
+            f"{file} describes {what} (_class_name or architectures), expected one of "
+            f"{', '.join(_PORTS)}"
+        )
     return _PORTS[name]
 
 
-def model_class(config: dict) -> tuple[type[nnx.Module], Any]:
+def model_class(config: dict, file: str = "config.json") -> tuple[type[nnx.Module], Any]:
     """The module's class and its frozen settings.
 
-    Args: a parsed config.json. Raises: UserError for what is not ported.
+    Args: a parsed config.json; its path, for errors. Raises: UserError for what is not ported.
     """
-    port = _port(config)
-    return port.module, port.settings.from_json(config)
+    port = _port(config, file)
+    return port.module, port.settings.from_json(config, file)
+
+
+def read_config(folder: str | os.PathLike, part: str = "") -> dict:
+    """config.json of a model's folder, or of a pipeline's part, whose class and settings are
+    ported.
+
+    Raises: UserError that names the file where they are not.
+    """
+    config = folders.read_config(folder, part)
+    model_class(config, str(Path(folder) / part / "config.json"))
+    return config
 
 
 def abstract_model(config: dict, options: Options = PLAIN) -> Model:
@@ -136,7 +163,7 @@ def abstract_model(config: dict, options: Options = PLAIN) -> Model:
       options: their dtype and shardings are those of params.
     Raises: UserError for a class or a setting that is not ported.
     """
-    return abstract_port(_port(config), config, options)
+    return abstract_port(_port(config, "config.json"), config, options)
 
 
 def abstract_port(
@@ -167,7 +194,7 @@ def load_model(
       arrange: of the stored tensors, as in `weights.load`.
     Raises: UserError for whatever is wrong with the folder.
     """
-    model = abstract_model(folders.read_config(folder) if config is None else config, options)
+    model = abstract_model(read_config(folder) if config is None else config, options)
     return model._replace(params=weights.load(folder, model.params, arrange=arrange))
 
 
@@ -185,18 +212,60 @@ def load_pipeline(folder: Path, options: Mapping[str, Options] | None = None) ->
     Raises: UserError for whatever is wrong with the folder.
     """
     family, options = SDXL, options or {}
-    index = folders.read_config(folder, name="model_index.json")
-    there = {name for name in (*family.parts, *family.tokenizers) if index.get(name, [None])[0]}
-    scheduler = folders.read_config(folder, *folders.SCHEDULER)
+    scheduler = check_pipeline(folder, family)
     return Pipeline(
         folder,
         family,
-        {
-            part: load_model(folder / part, options.get(part, PLAIN))
-            for part in family.parts
-            if part in there
-        },
-        {name: Tokenizer(folder / name) for name in family.tokenizers if name in there},
-        schedule_from_json(scheduler),
-        timesteps_of(scheduler, family.one_step),
+        {part: load_model(folder / part, options.get(part, PLAIN)) for part in family.parts},
+        _tokenizers(folder, family),
+        schedule_from_json(*scheduler),
+        timesteps_of(scheduler.config, family.one_step),
+        scheduler,
     )
+
+
+def check_pipeline(folder: Path, family: Family) -> SchedulerFile:
+    """Looks at all settings of a pipeline folder, before any weights are read.
+
+    Returns: those of the scheduler.
+    Raises: UserError, naming file and field, for a part that is missing or of another class, for a
+      field that is not followed, and for parts that do not go together.
+    """
+    file = str(folder / "model_index.json")
+    index = folders.read_config(folder, name="model_index.json")
+    needed = (*family.parts, *family.tokenizers, folders.SCHEDULER[0])
+    for name in needed:
+        kind = index.get(name)
+        if (
+            not isinstance(kind, list)
+            or len(kind) != 2
+            or not all(isinstance(k, str) for k in kind)
+        ):
+            raise UserError(
+                f"{file} has {name}={shown(kind)}, expected the library and the class of a "
+                "component that SDXL needs; give the folder of a whole SDXL pipeline"
+            )
+    check_others(family.index, index, file, needed)
+    configs = {part: read_config(folder, part) for part in family.parts}
+    for part, name in family.parts.items():
+        found = _class_name(configs[part])
+        if found != name:
+            raise UserError(
+                f"{folder / part / 'config.json'} is of a {found}, expected a {name}; give the "
+                "folder of a whole SDXL pipeline"
+            )
+    family.check(configs, str(folder))
+    scheduler = folders.read_config(folder, *folders.SCHEDULER)
+    scheduler_file = SchedulerFile(scheduler, str(folder.joinpath(*folders.SCHEDULER)))
+    schedule_from_json(*scheduler_file)
+    return scheduler_file
+
+
+def _tokenizers(folder: Path, family: Family) -> dict[str, Tokenizer]:
+    """Raises: UserError for one that its text encoder has no tables for."""
+    found = {}
+    for name, part in family.tokenizers.items():
+        found[name] = Tokenizer(folder / name)
+        _, settings = model_class(folders.read_config(folder, part))
+        found[name].check_fits(settings.vocab_size, settings.max_position_embeddings, part)
+    return found

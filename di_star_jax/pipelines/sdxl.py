@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from di_star_jax.models.unet import Condition
+from di_star_jax.errors import UserError
+from di_star_jax.models.clip import CLIPTextConfig
+from di_star_jax.models.config import Fields
+from di_star_jax.models.unet import Condition, UNetConfig
+from di_star_jax.models.vae import VAEConfig
 from di_star_jax.pipelines.family import Family
 
 
@@ -51,9 +55,65 @@ def null_of(condition: Condition) -> Condition:
     )
 
 
+def check(configs: dict[str, dict], folder: str) -> None:
+    """As `Family.check`."""
+    unet = UNetConfig.from_json(configs["unet"])
+    vae = VAEConfig.from_json(configs["vae"])
+    first = CLIPTextConfig.from_json(configs["text_encoder"])
+    second = CLIPTextConfig.from_json(configs["text_encoder_2"])
+    latents = vae.latent_channels
+    context = first.hidden_size + second.hidden_size
+    added = 6 * (unet.addition_time_embed_dim or 0) + second.projection_dim
+    for field, found, expected, of in (
+        ("addition_embed_type", unet.addition_embed_type, "text_time", "SDXL"),
+        ("in_channels", unet.in_channels, latents, "the VAE's latent_channels"),
+        ("out_channels", unet.out_channels, latents, "the VAE's latent_channels"),
+        ("cross_attention_dim", unet.cross_attention_dim, context, "both text encoders' widths"),
+        (
+            "projection_class_embeddings_input_dim",
+            unet.projection_class_embeddings_input_dim,
+            added,
+            "six times addition_time_embed_dim and text_encoder_2's projection_dim",
+        ),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{folder}/unet/config.json has {field}={found!r}, expected {expected!r} as "
+                f"{of}; give the parts of one SDXL pipeline"
+            )
+
+
 SDXL = Family(
-    parts=("unet", "vae", "text_encoder", "text_encoder_2"),
+    parts={
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+    },
+    index=Fields(
+        fixed={
+            "_class_name": (
+                "StableDiffusionXLPipeline",
+                "StableDiffusionXLImg2ImgPipeline",
+                "StableDiffusionXLInpaintPipeline",
+            ),
+            "force_zeros_for_empty_prompt": (True,),  # see `null_of`
+            "requires_aesthetics_score": (False,),
+        },
+        harmless=frozenset(
+            {
+                "add_watermarker",  # which cannot be seen
+                "feature_extractor",  # of image prompts, as the next
+                "image_encoder",
+                "requires_safety_checker",
+                "safety_checker",
+                "watermark",
+            }
+        ),
+        file="model_index.json",
+    ),
     tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     encode_text=encode_text,
     one_step=399,  # DMD2's, whose generator the paper begins with
+    check=check,
 )

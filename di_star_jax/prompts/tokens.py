@@ -9,35 +9,111 @@ from typing import Any
 import numpy as np
 
 from di_star_jax.errors import UserError
+from di_star_jax.storage.folders import read_object
+
+CONFIG = "tokenizer_config.json"
+_FILES = (CONFIG, "tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
+_CLASSES = (None, "CLIPTokenizer", "CLIPTokenizerFast")
+_ADVICE = "take the files of a CLIP tokenizer, such as openai/clip-vit-large-patch14's"
 
 
 class Tokenizer:
     """CLIP's tokenizer from a folder, padded and cut to its `model_max_length`.
 
-    Source: transformers `CLIPTokenizer`.
+    Source: transformers `CLIPTokenizer`, which reads the files and follows all of their fields.
 
     Args: folder with tokenizer.json, or vocab.json and merges.txt.
-    Raises: UserError where they are missing.
+    Raises: UserError where they are missing or cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        from transformers import CLIPTokenizer
-
         folder = Path(folder)
         if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
             raise UserError(
                 f"no tokenizer in {folder}, expected tokenizer.json, or vocab.json and merges.txt; "
                 "give a tokenizer's folder"
             )
-        self._tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.max_length = min(self._tokenizer.model_max_length, 77)  # old files say 10^30
+        file = folder / CONFIG
+        config = read_object(file) if file.exists() else {}
+        if config.get("tokenizer_class") not in _CLASSES:
+            raise UserError(
+                f"{file} has tokenizer_class={config['tokenizer_class']!r}, the port implements "
+                f"CLIPTokenizer only; {_ADVICE}"
+            )
+        self.max_length = _max_length(config, file)
+        self._tokenizer = read_tokenizer("CLIPTokenizer", folder, self._ids)
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        """Token ids, int32 [B, max_length]."""
-        encoded = self._tokenizer(
+    def _ids(self, tokenizer: Any, texts: list[str]) -> np.ndarray:
+        encoded = tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.max_length
         )
         return np.array(encoded["input_ids"], np.int32)
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Token ids, int32 [B, max_length]."""
+        return self._ids(self._tokenizer, texts)
+
+    def check_fits(
+        self,
+        vocab_size: int,
+        positions: int,
+        encoder: str,
+    ) -> None:
+        """Raises: UserError for ids or lengths that a text encoder's tables do not have.
+
+        Args: the encoder's vocab_size and max_position_embeddings; its name, for the error.
+        """
+        if len(self._tokenizer) > vocab_size or self.max_length > positions:
+            raise UserError(
+                f"the tokenizer {self._tokenizer.name_or_path} has {len(self._tokenizer)} tokens "
+                f"and a model_max_length of {self.max_length}, but {encoder} has "
+                f"vocab_size={vocab_size} and max_position_embeddings={positions}; "
+                "give files of one model"
+            )
+
+
+def _max_length(config: dict, file: Path) -> int:
+    """Tokens of a prompt. Absent or null, as 10^30 in old files, is no limit: CLIP's is 77."""
+    given = config.get("model_max_length")
+    length = 77 if given is None else given
+    # A prompt of two tokens has a beginning and an end.
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 3:
+        raise UserError(
+            f"{file} has model_max_length={given!r}, expected a number from 3 on; 77 is CLIP's"
+        )
+    return int(min(length, 77))
+
+
+def read_tokenizer(
+    class_name: str,
+    folder: Path,
+    ids: Callable[[Any, list[str]], np.ndarray],
+    **settings: Any,
+) -> Any:
+    """A tokenizer of transformers from a folder, tried once.
+
+    Args:
+      class_name: of transformers.
+      ids: (tokenizer, texts) -> token ids [B, L] is how it will be called.
+      settings: of the class.
+    Raises: UserError where transformers cannot read its files, or it cannot be called.
+    """
+    import transformers
+
+    for name in _FILES:
+        if (folder / name).exists():
+            read_object(folder / name)
+    try:
+        tokenizer = getattr(transformers, class_name).from_pretrained(folder, **settings)
+        tried = ids(tokenizer, ["a cat", ""])
+        assert tried.ndim == 2, f"token ids of shape {tried.shape}"
+    except Exception as error:  # tokenizers has no class of its own for its errors
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"transformers cannot read the tokenizer in {folder} ({type(error).__name__}: "
+            f"{reason}); {_ADVICE if class_name == 'CLIPTokenizer' else 'download it again'}"
+        ) from None
+    return tokenizer
 
 
 def token_batch(texts: list[str], tokenizers: dict[str, Callable]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Normalised, about -2 to 2. Source: THUDM/ImageReward.
 import functools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flax import nnx
 from di_star_jax.errors import UserError
 from di_star_jax.models.blip import BLIPConfig, ImageReward
 from di_star_jax.pipelines.folder import Options, Port, abstract_port
+from di_star_jax.prompts.tokens import read_tokenizer
 from di_star_jax.rewards.pixels import Pixels, torchvision_pixels, torchvision_pixels_rounded
 from di_star_jax.rewards.reward import Entry, Reward, listed
 from di_star_jax.storage import folders, weights
@@ -48,6 +50,14 @@ NEEDED = {
 }
 
 
+def _encoded(tokenizer: Any, prompts: list[str]) -> Any:
+    return tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH)
+
+
+def _ids(tokenizer: Any, prompts: list[str]) -> np.ndarray:
+    return np.array(_encoded(tokenizer, prompts)["input_ids"], np.int32)
+
+
 class BertTokenizer:
     """BERT's uncased WordPiece tokenizer, padded and cut to 35 tokens.
 
@@ -61,21 +71,24 @@ class BertTokenizer:
     """
 
     def __init__(self, folder: Path, vocab_size: int):
-        from transformers import BertTokenizer as Tokenizer
-
         file = folder / "vocab.txt"
-        with file.open(encoding="utf-8") as lines:
-            tokens = [line.rstrip("\n") for line in lines]
+        try:
+            with file.open(encoding="utf-8") as lines:
+                tokens = [line.rstrip("\n") for line in lines]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read {file} ({error}); take vocab.txt {NEEDED['vocab.txt']}"
+            ) from None
         if len(tokens) != vocab_size - 2 or "[CLS]" not in tokens:
             raise UserError(
                 f"{file} has {len(tokens)} tokens, expected the model's {vocab_size - 2} with "
                 f"[CLS] among them; take vocab.txt {NEEDED['vocab.txt']}"
             )
-        self._tokenizer = Tokenizer.from_pretrained(folder, do_lower_case=True)
+        self._tokenizer = read_tokenizer("BertTokenizer", folder, _ids, do_lower_case=True)
 
     def __call__(self, prompts: list[str]) -> dict[str, np.ndarray]:
         """Token ids and where they are no padding: int32 [B, 35] under token_ids and mask."""
-        encoded = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH)
+        encoded = _encoded(self._tokenizer, prompts)
         return {
             "token_ids": np.array(encoded["input_ids"], np.int32),
             "mask": np.array(encoded["attention_mask"], np.int32),
@@ -135,7 +148,9 @@ def _check_files(folder: Path, names: Iterable[str]) -> None:
 def read_config(folder: Path) -> dict:
     """The folder's med_config.json. Raises: UserError where it is missing or broken."""
     _check_files(folder, ["med_config.json"])
-    return folders.read_config(folder, name="med_config.json")
+    config = folders.read_config(folder, name="med_config.json")
+    BLIPConfig.from_json(config, str(folder / "med_config.json"))
+    return config
 
 
 def load(

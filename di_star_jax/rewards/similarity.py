@@ -102,7 +102,7 @@ def read_config(folder: Path) -> dict:
     Raises: UserError where it is missing, broken, or of another model.
     """
     config = folders.read_config(folder)
-    found = model_class(config)[0]
+    found = model_class(config, str(folder / "config.json"))[0]
     if found is not CLIPModel:
         raise UserError(
             f"{folder} holds a {found.__name__}, expected a CLIPModel, with both towers; give the "

@@ -16,6 +16,8 @@ SCHEDULER = {
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
     "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
 }
 MODEL_INDEX = {
     "_class_name": "StableDiffusionXLPipeline",

@@ -41,6 +41,7 @@ from di_star_jax import (
 )
 from di_star_jax.errors import run as run_command
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.scheduler import schedule_from_json
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import similarity
@@ -377,7 +378,7 @@ def eps_loss(
       scalar.
     """
     of_latents, of_dropped, of_times, of_noise = jax.random.split(key, 4)
-    schedule = diffusion.schedule_from_json(networks.SCHEDULER)
+    schedule = schedule_from_json(networks.SCHEDULER)
     x0 = batch["mean"] + batch["std"] * jax.random.normal(of_latents, batch["mean"].shape)
     condition = _sometimes_null(
         of_dropped, *SDXL.encode_text(graphdefs, params, batch["ids"], RESOLUTION)
@@ -518,7 +519,7 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
         latent_shape=LATENT_SHAPE,
         ema_decay=0.98,
     )
-    schedule = diffusion.schedule_from_json(networks.SCHEDULER)
+    schedule = schedule_from_json(networks.SCHEDULER)
     unet = functools.partial(nnx.merge, graphdefs["unet"])
     method = gradients.Method(unet, encode_text, no_reward, schedule, settings)
     train_step = step.make_train_step(method, optimizers, drawing.one_device())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.constants
 import safetensors
 from absl import logging
 
@@ -25,6 +26,7 @@ MARKER = "di_star_jax.json"  # lists what was written into a folder: that alone 
 _STEMS = (DIFFUSERS, TRANSFORMERS, "pytorch_model")
 _TEXT = ["*.json", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LARGEST, _DEEPEST = 10**8, 64  # bytes of a JSON file, and its objects inside each other
 
 
 def read_config(
@@ -40,16 +42,39 @@ def read_config(
 
 def read_object(path: Path) -> dict:
     """A JSON file that holds an object. Raises: UserError where it is missing or broken."""
+    if not path.is_file():  # a pipe would be waited for, a device read without end
+        raise UserError(f"no file {path}; give a folder in the layout of diffusers")
     try:
+        if path.stat().st_size > _LARGEST:
+            raise UserError(f"{path} has over {_LARGEST // 10**6} MB, expected a file of settings")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"no file {path}; give a folder in the layout of diffusers") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); make it readable, or download it again"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); download it again") from None
+    except RecursionError:
+        content = None
+    if content is None or _is_deep(content):
+        raise UserError(f"{path} has over {_DEEPEST} objects inside each other; download it again")
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(f"{path} holds {kind}, expected a JSON object; download it again")
     return content
+
+
+def _is_deep(content: Any) -> bool:
+    """Whether lists and objects stand inside each other beyond _DEEPEST."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for parent in level
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(item, dict | list)
+        ]
+    return bool(level)
 
 
 def write_object(path: Path, content: dict) -> None:
@@ -76,9 +101,18 @@ def resolve(name: str) -> Path:
     if (folder / "model_index.json").is_file():
         patterns = [f"{part}/*.safetensors" for part in components(folder)]
     _fetch(name, patterns, ignore="*.fp16*")
-    if not any(folder.rglob("*.safetensors")):
-        _fetch(name, patterns)
+    # Half precision of what there is in no other: of all, or of single components.
+    lacking = [pattern for pattern in patterns if _lacks_weights(folder, pattern)]
+    if lacking:
+        _fetch(name, lacking)
     return folder
+
+
+def _lacks_weights(folder: Path, pattern: str) -> bool:
+    """Whether a model has no file of a pattern; a folder without config.json is none."""
+    part = (folder / pattern).parent
+    is_model = not part.is_dir() or part == folder or (part / "config.json").is_file()
+    return is_model and not any(folder.glob(pattern))
 
 
 def resolve_tokenizer(name: str) -> Path:
@@ -108,12 +142,19 @@ def _fetch(
     patterns: list[str],
     ignore: str | None = None,
 ) -> Path:
+    endpoint = huggingface_hub.constants.ENDPOINT
+    if not endpoint.startswith(("https://", "http://")):
+        raise UserError(
+            f"the environment has HF_ENDPOINT={endpoint}, expected an address that begins with "
+            f"https://; set HF_ENDPOINT=https://{endpoint}, or unset it"
+        )
     try:
         return Path(
             huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore)
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The Hub's own sentence, on access to a gated repository, stands below the first line.
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{name} is no local folder and could not be had from the Hub ({reason}); "
             f"check the name and the network, or run `hf download {name}` where there is one "
@@ -197,11 +238,16 @@ def weight_files(folder: Path) -> tuple[list[Path], Path | None]:
     )
 
 
-def _shards(index: Path) -> list[Path]:
+def weight_map(index: Path) -> dict[str, str]:
+    """An index's {tensor: file beside it}. Raises: UserError where there is none."""
     try:
-        names = sorted({str(name) for name in read_object(index)["weight_map"].values()})
+        return {key: str(name) for key, name in read_object(index)["weight_map"].items()}
     except (KeyError, AttributeError):
         raise UserError(f"{index} has no table 'weight_map'; download the folder again") from None
+
+
+def _shards(index: Path) -> list[Path]:
+    names = sorted(set(weight_map(index).values()))
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):  # nothing that leaves the folder
             raise UserError(

@@ -131,12 +131,32 @@ def _matched(
     ]
     if missing or extra or wrong:
         first = (wrong + missing + extra)[:10]
+        own = _own_names([key for key in found if key not in expected], expected)
         raise UserError(
             f"{where} does not fit the model: {len(missing)} tensors missing, {len(extra)} extra, "
             f"{len(wrong)} of the wrong shape; first {len(first)}: {'; '.join(first)}; "
-            "give weights and config.json of the same model"
+            f"{own}give weights and config.json of the same model"
         )
     return found
+
+
+def _own_names(strange: list[str], expected: Mapping[str, Any]) -> str:
+    """What an error says of the names in a file that the model does not have, if any."""
+    if not strange:
+        return ""
+    # What stands before a name of the model's, for the first that ends in one.
+    prefix = next(
+        (
+            ".".join(parts[:i]) + "."
+            for parts in (name.split(".") for name in strange)
+            for i in range(1, len(parts))
+            if ".".join(parts[i:]) in expected
+        ),
+        "",
+    )
+    if prefix and all(name.startswith(prefix) for name in strange):
+        return f"the file's names begin with {prefix!r}: save its tensors without that, or "
+    return f"the file has {', '.join(sorted(strange)[:3])}; "
 
 
 def _read_leaf(
@@ -203,8 +223,16 @@ def load(
     params = []
     with contextlib.ExitStack() as stack:
         stored = {}
-        for file in [path] if path.is_file() else folders.weight_files(path)[0]:
-            stored |= _stored(stack.enter_context(folders.open_weights(file)))
+        files, index = ([path], None) if path.is_file() else folders.weight_files(path)
+        file_of = {} if index is None else folders.weight_map(index)
+        for file in files:
+            tensors = _stored(stack.enter_context(folders.open_weights(file)))
+            # A tensor may lie in two shards: the index says in which it counts.
+            stored |= {
+                key: tensor
+                for key, tensor in tensors.items()
+                if file_of.get(key, file.name) == file.name
+            }
         found = _matched(where, leaves, arrange(stored))
         _check_floats(where, found)
         for rows, leaf in leaves:
