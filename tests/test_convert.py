@@ -280,8 +280,8 @@ def test_an_export_that_does_not_say_its_times_is_drawn_in_one_step(workdir, tmp
     assert scheduler.pop("_generator_timesteps") == [999, 749, 499, 249]
     file.write_text(json.dumps(scheduler))
     assert drawing.load(str(tmp_path / "out"), "ema").timesteps == (399,)
-    _export(workdir, "assistant", tmp_path / "out")
-    assert drawing.load(str(tmp_path / "out"), "ema").timesteps == ()
+    _export(workdir, "assistant", tmp_path / "teacher")
+    assert drawing.load(str(tmp_path / "teacher"), "ema").timesteps == ()
 
 
 def test_a_reference_in_half_precision_files_gives_its_numbers_as_a_variant_or_without(
