@@ -96,8 +96,13 @@ class Writer:
         if self._events is not None:
             self._events.add_text(tag, text, step)
 
+    def flush(self) -> None:
+        """Writes what is left, for a process that may be ended."""
+        if self._events is not None:
+            self._events.flush()
+
     def close(self) -> None:
-        """Writes what is left."""
+        """As `flush`, and nothing after it."""
         if self._events is not None:
             self._events.close()
             self._lines.close()
@@ -229,7 +234,7 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
         elif now - self._said > 10 or done >= self._total:
-            say(f"{self._unit} {done}/{self._total}, {text}")
+            say(", ".join(part for part in (f"{self._unit} {done}/{self._total}", text) if part))
             self._said = now
 
     def close(self) -> None:

@@ -18,9 +18,9 @@ errors
 config diffusion sharding hosts pictures xla_flags storage/
 log
 prompts/ models/
-objectives samplers pipelines/
+objectives samplers stop pipelines/
 rewards/ gradients
-schemes checks
+schemes checks record
 step
 assembly
 drawing

@@ -33,7 +33,7 @@ def test_writer_appends_after_a_restart_and_drops_what_was_beyond_the_checkpoint
     assert any(path.name.startswith("events") for path in tmp_path.iterdir())
 
 
-@pytest.mark.case("faults 4", "faults 30")
+@pytest.mark.case("faults 4")
 def test_a_damaged_metrics_file_never_stops_a_resume_and_what_is_dropped_is_said(tmp_path, capsys):
     file = tmp_path / "metrics.jsonl"
     broken = [

@@ -16,6 +16,7 @@ from di_star_jax.errors import UserError
 
 FOLDER = "checkpoints"  # of a run, in its workdir
 _METADATA = "metadata"
+_PATTERN = "[]*?\\"  # Orbax and TensorStore take these for a pattern: what is saved is not found
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -26,10 +27,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     Args:
       folder: one run's own; no other job may write there.
       keep: how many of the newest to keep, or None for all.
-    Raises: UserError where the folder cannot be made.
+    Raises: UserError where the folder cannot be made, or not read back.
     """
 
     def __init__(self, folder: str | os.PathLike, keep: int | None):
+        check_path(folder)
         self.folder = _absolute(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._item_folder(step, _METADATA)
         return self._read(step, _METADATA, ocp.args.JsonRestore())
 
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits until all that was saved is on disk, then frees what the manager holds."""
         self._manager.close()
@@ -153,6 +159,17 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"{len(extra)} extra, {len(wrong)} of the wrong shape; first {len(first)}: "
                 f"{'; '.join(first)}; give the config it was saved with"
             )
+
+
+def check_path(folder: str | os.PathLike) -> None:
+    """Raises: UserError for a folder whose checkpoints could not be read back."""
+    path = str(_absolute(folder))
+    found = sorted(set(_PATTERN) & set(path))
+    if found:
+        raise UserError(
+            f"{path} has {' '.join(found)} in it, which checkpoints cannot be read back from; "
+            "give a folder without [ ] * ? or a backslash"
+        )
 
 
 def existing(folder: str | os.PathLike) -> Checkpoints:
