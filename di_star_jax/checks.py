@@ -6,6 +6,10 @@ Each function raises a UserError for the first thing that is wrong.
 
 import math
 import os
+import tempfile
+from pathlib import Path
+
+import jax
 
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError, suggest
@@ -15,6 +19,7 @@ from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, listed, rewards_used
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
+from di_star_jax.storage.checkpoint import check_path
 
 _CHOICES = {
     "objective.name": OBJECTIVES,
@@ -86,6 +91,28 @@ def check_workdir(workdir: str | None) -> None:
         raise UserError(
             f"workdir={workdir}: {parent} may not be written; give a folder of your own"
         )
+    check_path(workdir)
+
+
+def make_workdir(workdir: str) -> Path:
+    """The folder of a run, made where it is missing and tried. Raises: UserError."""
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A folder that is filled and then gets its name is how all is saved that must be whole.
+        with tempfile.TemporaryDirectory(prefix=".try", dir=folder) as tried:
+            (Path(tried) / "a").mkdir()
+            (Path(tried) / "a" / "file").write_text("tried")
+            (Path(tried) / "a").rename(Path(tried) / "b")
+    except OSError as error:
+        raise UserError(
+            f"workdir={_short(workdir)} cannot be written ({error.strerror}); give another folder"
+        ) from None
+    return folder
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 100 else f"{path[:60]}...{path[-30:]}"
 
 
 def check(config, device_count: int) -> None:
@@ -96,6 +123,7 @@ def check(config, device_count: int) -> None:
       device_count: devices there are, over all hosts, or will be (dry run).
     Raises: UserError for the first thing that is wrong.
     """
+    _check_environment()
     _check_values(config)
     _check_sharing(config)
     _check_pixels(config)
@@ -118,6 +146,14 @@ def one_of(
         choices = ", ".join(map(repr, known))
         near = suggest(value, list(known))
         raise UserError(f"{name}={value!r}, expected one of {choices}{near}")
+
+
+def _check_environment() -> None:
+    if jax.config.jax_enable_x64:
+        raise UserError(
+            "JAX_ENABLE_X64=1 makes 64-bit numbers of what is computed in 32 bits here; unset "
+            "JAX_ENABLE_X64"
+        )
 
 
 def _check_values(config) -> None:
@@ -202,6 +238,11 @@ def _check_rewards(config) -> None:
             )
     for name in config.eval.metrics:
         one_of("eval.metrics", name, list(config.reward))
+    if config.objective.name == "reward_only" and not any(config.reward.values()):
+        raise UserError(
+            "objective.name='reward_only' with all scales in reward 0 trains nothing; set e.g. "
+            "reward.pickscore=100, or another objective"
+        )
 
 
 def _check_generator(generator) -> None:
@@ -295,39 +336,49 @@ def _check_rows(config, context: int) -> None:
 
 
 def _check_sources(config) -> None:
-    """Files and folders that must be there."""
+    """Files and folders that must be there: all that are not, in one line."""
+    wrong = []
     for section in ("data", "eval"):
         if config[section].prompts:
-            _check_prompts(f"{section}.prompts", config[section])
+            wrong += _without_prompts(f"{section}.prompts", config[section])
     for name in ("reference", "generator", "assistant", "reward_tokenizer"):
-        _check_weights(f"weights.{name}", config.weights[name], _FOLDER)
+        wrong += _without_weights(f"weights.{name}", config.weights[name], _FOLDER)
     for name in rewards_used(config.reward, config.eval.metrics):
         if name in config.weights:
             advice = f"it must hold {listed(REWARDS[name].needed)}"
-            _check_weights(f"weights.{name}", config.weights[name], advice)
+            wrong += _without_weights(f"weights.{name}", config.weights[name], advice)
+    if wrong:
+        advices = list(dict.fromkeys(advice for _, advice in wrong))
+        missing = "; ".join(what for what, _ in wrong)
+        raise UserError("; ".join([missing, *advices]))
 
 
-def _check_prompts(option: str, section) -> None:
-    """Refuses a file that is not there. Args: section, of the config."""
+Missing = list[tuple[str, str]]  # (what is not there, what to do), one or none
+
+
+def _without_prompts(option: str, section) -> Missing:
+    """A file that is not there. Args: section, of the config."""
     name, path = resolve(section.prompts, section.prompts_file, option)
     there = os.path.exists(path) if name else os.path.isfile(path)
-    if "://" not in path and not there:
-        option = f"{option}_file" if name else option
-        raise UserError(
-            f"{option}={path}: no such file; give a .txt, .tsv, .csv, .jsonl or .parquet of prompts"
-        )
+    if "://" in path or there:
+        return []
+    option = f"{option}_file" if name else option
+    return [
+        (f"{option}={path}: no such file", "give a .txt, .tsv, .csv, .jsonl or .parquet of prompts")
+    ]
 
 
-def _check_weights(
+def _without_weights(
     name: str,
     value: str,
     advice: str,
-) -> None:
-    """Refuses a path that is not there; names on the Hub are looked up when they are loaded."""
+) -> Missing:
+    """A path that is not there; names on the Hub are looked up when they are loaded."""
     looks_local = (
         value.startswith((".", "/", "~"))
         or value.count("/") != 1
         or os.path.exists(value.split("/")[0])
     )
     if value and looks_local and not os.path.isdir(value):
-        raise UserError(f"{name}={value}: no such folder; {advice}")
+        return [(f"{name}={value}: no such folder", advice)]
+    return []

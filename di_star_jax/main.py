@@ -2,6 +2,7 @@
 """Trains: `python -m di_star_jax.main --config=configs/shapes.py --workdir=runs/shapes`."""
 
 import os
+import sys
 
 import jax
 from absl import flags
@@ -38,7 +39,7 @@ def main() -> None:
     # After distributed start-up, before which no device may be touched.
     from di_star_jax import train
 
-    train.run(config, _WORKDIR.value)
+    train.run(config, _WORKDIR.value, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -63,9 +63,7 @@ def adamw(learning_rate: float, settings: AdamW) -> optax.GradientTransformation
     two networks.
     """
     s = settings
-    schedule = optax.linear_schedule(
-        learning_rate / (s.lr_warmup_steps + 1), learning_rate, s.lr_warmup_steps
-    )
+    schedule = rate_schedule(learning_rate, s.lr_warmup_steps)
     adam = optax.scale_by_adam(b1=s.b1, b2=s.b2, eps=s.eps)
     if s.b1 == 0.0:
         adam = optax.scale_by_rms(decay=s.b2, eps=s.eps, eps_in_sqrt=False, bias_correction=True)
@@ -75,6 +73,12 @@ def adamw(learning_rate: float, settings: AdamW) -> optax.GradientTransformation
         optax.add_decayed_weights(s.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def rate_schedule(learning_rate: float, lr_warmup_steps: int) -> optax.Schedule:
+    """updates done -> the rate of the next one: a linear rise, then constant."""
+    first = learning_rate / (lr_warmup_steps + 1)
+    return optax.linear_schedule(first, learning_rate, lr_warmup_steps)
 
 
 def init_state(

@@ -2,8 +2,11 @@
 """A run from weights to weights: build, restore, loop, log, save, export."""
 
 import contextlib
-import time
-from collections.abc import Callable
+import errno
+import functools
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from di_star_jax import assembly, drawing, log, pictures, sharding, step
+from di_star_jax import assembly, drawing, log, pictures, record, sharding, step
 from di_star_jax.assembly import Parts
-from di_star_jax.cost import plan
+from di_star_jax.checks import make_workdir
+from di_star_jax.config import fields
+from di_star_jax.cost import flops, plan
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import held_out
 from di_star_jax.evaluation.held_out import HeldOut
@@ -23,93 +28,167 @@ from di_star_jax.models import attention
 from di_star_jax.pipelines.card import PICTURE, About
 from di_star_jax.pipelines.export import FOLDER, Unet, check_export, export_pipeline
 from di_star_jax.prompts import source as prompt_source
+from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.source import PromptStream, Source
+from di_star_jax.rewards import rewards_used
+from di_star_jax.stop import Stop
 from di_star_jax.storage import checkpoint, folders, weights
 from di_star_jax.storage.checkpoint import Checkpoints
 
+COMPILING = "a minute for the shapes world, many for SDXL"
 
-def run(config, workdir: str) -> None:
+
+def run(
+    config,
+    workdir: str,
+    arguments: Sequence[str] = (),
+) -> None:
     """Trains as `config` says, continuing what is in `workdir`, and leaves the results there.
 
     The way to a network: `run` > `step.train_step` > `step.per_device` > a scheme > its evaluation.
 
     Args:
       config: checked ml_collections.ConfigDict, as configs/sdxl.py.
-      workdir: gets checkpoints/, TensorBoard events, metrics.jsonl, and at the end diffusers/ (a
-        pipeline folder) and, with eval.prompts, samples.png and before_after.json.
-    Raises: UserError for unusable inputs, and for a gradient that is not finite.
+      workdir: gets config.json, checkpoints/, TensorBoard events, metrics.jsonl, and at the end
+        diffusers/ (a pipeline folder) and, with eval.prompts, samples.png and before_after.json.
+      arguments: of the command line, to say what they change.
+    Raises: UserError for unusable inputs, a workdir of another run, a full disk, and a gradient
+      that is not finite. SystemExit after Ctrl-C or SIGTERM, when the state is saved.
     """
-    checkpoint.check_path(workdir)
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_workdir(workdir)
+    with Stop() as stop, full_disk_in_one_line(folder):
+        follow(config, folder, arguments, stop)
+
+
+def follow(
+    config,
+    folder: Path,
+    arguments: Sequence[str],
+    stop: Stop,
+) -> None:
+    """`run`, in a folder that is there and with signals listened to."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     introduce(config, mesh)
     check_export(folders.resolve(config.weights.reference), folder / FOLDER)
-    parts = assembly.load_parts(config, mesh)
-    method = assembly.method_of(config, parts)
-    optimizers = assembly.optimizers_of(config)
-    frozen = parts.frozen()
+    warmup = config.assistant.warmup_steps
+    total = warmup + config.train.steps
     with contextlib.ExitStack() as stack:
+        # What is asked for and what is there, before any weights.
+        with stop.free(), log.waiting("reading prompts"):
+            prompts = {s: load_prompts(config, s, folder) for s in prompt_sections(config)}
         checkpoints = stack.enter_context(
             Checkpoints(folder / checkpoint.FOLDER, keep=config.train.keep)
         )
-        state = load_state(config, parts, mesh, checkpoints, optimizers)
+        latest = checkpoints.latest_step()
+        record.agree(config, folder, arguments, prompts["data"].digest, latest)
+        check_steps(config, latest)
+        log.say(record.sentence(config, arguments))
+        settings = eval_settings(config, prompts)
+        done = record.finished(folder)
+        exported = done.get("step") == total == latest and is_exported(folder)
+        scored = done == {"step": total, "scored": settings} and is_scored(folder, settings)
+        if exported and scored:
+            log.say(f"finished: all {total} steps are done, in {folder}")
+            log.say(f"{held_out.table(folder)}" if settings else f"exported {folder / FOLDER}")
+            return
+        if latest is not None:
+            stop.goes_on = f"stopped at step {latest}; the same command goes on"
+
+        # Weights.
+        with (
+            stop.free(),
+            log.waiting("loading weights", "seconds for the shapes, minutes for SDXL"),
+        ):
+            parts = assembly.load_parts(config, mesh)
+            method = assembly.method_of(config, parts)
+            optimizers = assembly.optimizers_of(config)
+            frozen = parts.frozen()
+            state = load_state(config, parts, mesh, checkpoints, optimizers)
         first = int(state.step)
-        metadata = metadata_of(config, parts, method.settings)
-        batch_at = batches(config, parts, mesh, folder)
+        scorer = scorer_of(config, parts, method.settings, mesh, prompts)
+        batch_at = batches(config, parts, mesh, prompts["data"])
 
         # Before: scores and pictures of the generator as it came.
-        scorer = scorer_of(config, parts, method.settings, mesh, folder)
-        if scorer and first == 0:
-            log.say(f"scoring the initial generator on {len(scorer.prompts)} held-out prompts")
-            before = scorer.measure(state.generator)
+        before = None
+        if scorer and not scored and (first == 0 or not held_out.has_before(folder, settings)):
+            with stop.free():
+                before = score_initial(config, parts, state, scorer)
             if jax.process_index() == 0:
-                held_out.keep_before(folder, *before)
+                held_out.keep_before(folder, settings, before)
 
-        # The steps, compiled at their first call.
-        warmup = config.assistant.warmup_steps
-        total = warmup + config.train.steps
-        train_step = step.make_train_step(method, optimizers, mesh)
-        warmup_step = step.make_warmup_step(method, optimizers, mesh)
-        train_step = assembly.jit_step(train_step, state, mesh)
-        warmup_step = assembly.jit_step(warmup_step, state, mesh)
-        log.say("compiling the step: a minute for the shapes world, many for SDXL")
-        writer = stack.enter_context(log.Writer(folder, first_step=first))
-        progress = stack.enter_context(log.Progress(total, first))
-        report = Report(config, writer, progress, first, total)
-
-        # Step k's metrics are fetched after step k + 1 is dispatched, so that the devices never
-        # wait for the host.
+        # Compiled ahead, so that no step waits for it.
         key = jax.random.key(config.seed)
+        steps = {}
+        costs = {}
+        for name, make, until in (
+            ("warm-up step", step.make_warmup_step, warmup),
+            ("training step", step.make_train_step, total),
+        ):
+            if first < until:
+                jitted = assembly.jit_step(make(method, optimizers, mesh), state, mesh)
+                with stop.free(), log.waiting(f"compiling the {name}", COMPILING):
+                    traced = jitted.trace(state, frozen, batch_at(first), key)
+                    steps[name] = traced.lower().compile()
+                costs[name] = flops.count_traced(traced.jaxpr)
+
+        # The steps. Step k's metrics are fetched after step k + 1 is dispatched, so that the
+        # devices never wait for the host.
+        writer = stack.enter_context(log.Writer(folder, first_step=first))
+        report = Report(config, writer, progress_of(config, first, costs, scorer), first)
+        stack.enter_context(report.progress)
+        report.begin(arguments, scorer, before)
         pending = None
+        stopping = False
         for k in range(first, total):
-            update = warmup_step if k < warmup else train_step
+            stop.doing = f"step {k + 1} and its checkpoint"
+            update = steps["warm-up step" if k < warmup else "training step"]
             state, metrics = update(state, frozen, batch_at(k), key)
             if pending is not None:
                 report.step(*pending)
             pending = (k + 1, metrics)
-            if (k + 1) % config.train.save_every == 0 or k + 1 == total:
+            stopping = stop.reached(mesh)
+            if stopping or (k + 1) % config.train.save_every == 0 or k + 1 == total:
                 report.step(*pending)  # a state that is not finite is never saved
                 pending = None
-                checkpoints.save(k + 1, state, metadata)
+                with report.progress.paused("saving"):
+                    checkpoints.save(k + 1, state, metadata_of(config, parts, method.settings))
+            if stopping:
+                break
             if scorer and config.eval_every and (k + 1) % config.eval_every == 0:
-                few = scorer.first(config.eval.batch_size, samples=2)
-                scores, images = few.measure(state.ema)
-                writer.scalars(k + 1, {f"eval/{name}": value for name, value in scores.items()})
-                writer.image(k + 1, "samples", pictures.image_grid(images, 8))
+                few = scorer.first()
+                with (
+                    report.progress.paused("scoring"),
+                    log.waiting(f"scoring {few.batches} batches"),
+                ):
+                    report.scores(k + 1, few.measure(state.ema))
+        if first < total:
+            stop.doing = "the checkpoint"
+            with log.waiting("saving the last checkpoint"):
+                checkpoints.wait()
+            stop.goes_on = f"stopped at step {int(state.step)}; the same command goes on"
+        stop.leave_if_asked()
 
-    # After.
-    if scorer:
-        after = scorer.measure(state.ema)
-        if jax.process_index() == 0:
-            log.say(held_out.compare(folder, scorer.prompts, *after))
-    export(parts, state.ema, total, metadata, folder)
+        # After.
+        if scorer and not scored:
+            writer.flush()
+            with stop.free():
+                after = scorer.measure(state.ema, "scoring the trained generator")
+            report.scores(total, after)
+            if jax.process_index() == 0:
+                held_out.compare(folder, scorer.prompts, after)
+        if scorer and jax.process_index() == 0:
+            log.say(held_out.table(folder))
+        if not exported:
+            stop.doing = "the export"
+            with log.waiting("exporting the generator"):
+                export(parts, state.ema, total, metadata_of(config, parts, method.settings), folder)
+        record.finish(folder, {"step": total, "scored": settings})
 
 
 class Report:
     """What a run says of its steps.
 
-    Args: writer, progress; first, the step it starts from; total, steps in all.
+    Args: writer, progress; first, the step it starts from.
     """
 
     def __init__(
@@ -118,15 +197,34 @@ class Report:
         writer: log.Writer,
         progress: log.Progress,
         first: int,
-        total: int,
     ):
+        self.progress = progress
+        self._config = config
         self._writer = writer
-        self._progress = progress
         self._first = first
-        self._total = total
-        self._batch_size = config.data.batch_size
-        self._log_every = config.train.log_every
-        self._began = None  # when the first step was done: its compilation is no part of the rate
+        self._total = config.assistant.warmup_steps + config.train.steps
+        self._rates = rates_of(config)
+        self._scored = set()  # steps
+        self._batches = 0  # of the scoring at the end
+
+    def begin(
+        self,
+        arguments: Sequence[str],
+        scorer: HeldOut | None,
+        before: held_out.Measured | None,
+    ) -> None:
+        """What is known before the first step: the run in words, its config, the first scores."""
+        first = self._first
+        rows = [[name, str(value)] for name, value in fields(self._config).items()]
+        self._writer.text(first, "run", record.sentence(self._config, arguments))
+        self._writer.text(first, "config", log.markdown_table(["field", "value"], rows))
+        if scorer is None:
+            return
+        self._batches = scorer.batches
+        captions = [f"{i + 1}. {p.text}" for i, p in enumerate(scorer.prompts[: held_out.PICTURED])]
+        self._writer.text(first, "samples/prompts", "\n".join(captions))
+        if before is not None:
+            self.scores(0, before)
 
     def step(self, k: int, metrics: step.Metrics) -> None:
         """Raises: UserError for a gradient that is not finite. Args: k, steps done."""
@@ -135,19 +233,165 @@ class Report:
             raise UserError(
                 f"step {k}: a gradient is not finite (assistant/grad_norm="
                 f"{values['assistant/grad_norm']}); the newest checkpoint is from before it: lower "
-                "optim.generator_lr or the scales in reward, or set compute.dtype=float32"
+                "optim.generator_lr or optim.clip_norm, or set compute.dtype=float32, and run "
+                "again; lower scales in reward are another run, in another workdir"
             )
-        if k % self._log_every == 0 or k == self._total:
-            self._writer.scalars(k, values)
-        self._began = self._began or time.time()
-        seconds = max(time.time() - self._began, 1e-9)
-        rewards = [
-            f"{name.removeprefix('reward/')} {value:.4f}"
-            for name, value in values.items()
-            if name.startswith("reward/") and name.count("/") == 1 and name != "reward/total"
-        ]
-        rate = (k - self._first - 1) * self._batch_size / seconds
-        self._progress.update(k, f"{', '.join(rewards) or 'warm-up'}, {rate:.1f} images/s")
+        if k % self._config.train.log_every == 0 or k == self._total:
+            self._writer.scalars(k, values | self._rates(k))
+        each = self.progress.step_seconds()
+        rate = f"{self._config.data.batch_size / each:.1f} images/s" if each else ""
+        warming = "warm-up" if k <= self._config.assistant.warmup_steps else ""
+        parts = [warming, shown(values), rate]
+        self.progress.update(k, ", ".join(part for part in parts if part))
+
+    def scores(self, k: int, measured: held_out.Measured) -> None:
+        """Writes scores of the first batch and its pictures, once for a step."""
+        if k in self._scored:
+            return
+        self._scored.add(k)
+        self._writer.scalars(k, {f"eval/{name}": v for name, v in measured.first.items()})
+        self._writer.image(k, "samples", pictures.image_grid(measured.images, 8))
+        self.progress.expect("final", measured.seconds * self._batches)
+
+
+@contextlib.contextmanager
+def full_disk_in_one_line(folder: Path) -> Iterator[None]:
+    """Raises: UserError for whatever a full disk makes of a run."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        raise UserError(
+            f"disk full at {folder}: {shutil.disk_usage(folder).free / 1e9:.2f} GB are free; make "
+            "room, or lower train.keep, and run the same command again: it goes on from the newest "
+            "checkpoint that is whole"
+        ) from None
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Orbax's threads and TensorStore say it in the text of other errors."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if re.search(r"No space left on device|Disk quota exceeded", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def shown(values: dict[str, float]) -> str:
+    """Of a step's metrics, what a line has room for: its rewards, or else its losses."""
+    rewards = [
+        f"{name.removeprefix('reward/')} {value:.4f}"
+        for name, value in values.items()
+        if name.startswith("reward/") and name.count("/") == 1 and name != "reward/total"
+    ]
+    losses = ("assistant/loss", "regulariser/loss")
+    return ", ".join(rewards or [f"{name} {values[name]:.4g}" for name in losses if name in values])
+
+
+def rates_of(config) -> Callable[[int], dict[str, float]]:
+    """steps done -> the learning rates of the last one's updates, by the metric's name."""
+    optim = config.optim
+    warmup = config.assistant.warmup_steps
+    generator = step.rate_schedule(optim.generator_lr, optim.lr_warmup_steps)
+    assistant = step.rate_schedule(optim.assistant_lr, optim.lr_warmup_steps)
+
+    def rates(k) -> dict[str, float]:
+        of_assistant = float(assistant(k * config.assistant.updates - 1))
+        if k <= warmup:
+            return {"assistant/lr": of_assistant}
+        return {"generator/lr": float(generator(k - warmup - 1)), "assistant/lr": of_assistant}
+
+    return rates
+
+
+def progress_of(
+    config,
+    first: int,
+    costs: dict[str, int],
+    scorer: HeldOut | None,
+) -> log.Progress:
+    """The run's progress, which knows its phases and pauses. Args: costs, FLOPs by kind of step."""
+    warmup = config.assistant.warmup_steps
+    total = warmup + config.train.steps
+    each = config.eval_every if scorer else 0
+    training = costs.get("training step", 1)
+    return log.Progress(
+        total,
+        first,
+        phases=[
+            log.Phase(warmup, costs.get("warm-up step", training)),
+            log.Phase(total, training),
+        ],
+        pauses={
+            "saving": lambda k: total // config.train.save_every - k // config.train.save_every,
+            "scoring": lambda k: total // each - k // each if each else 0,
+            "final": lambda k: 1 if scorer else 0,
+        },
+    )
+
+
+def prompt_sections(config) -> list[str]:
+    """The config's sections whose prompts a run reads."""
+    return ["data", "eval"] if config.eval.prompts else ["data"]
+
+
+def check_steps(config, latest: int | None) -> None:
+    """Raises: UserError where a run has gone beyond the steps that are asked for."""
+    warmup = config.assistant.warmup_steps
+    total = warmup + config.train.steps
+    if latest is not None and latest > total:
+        raise UserError(
+            f"train.steps={config.train.steps} after {warmup} of warm-up end at step {total}, but "
+            f"this run is at step {latest}; give train.steps={latest - warmup} or more, or another "
+            "--workdir"
+        )
+
+
+def eval_settings(config, prompts: dict[str, Source]) -> dict[str, Any] | None:
+    """What a run's scores depend on beside the generator; None without eval.prompts."""
+    if "eval" not in prompts:
+        return None
+    return held_out.settings_of(
+        eval_prompts(config, prompts["eval"]),
+        config.eval.samples,
+        config.seed,
+        metrics=rewards_used(config.reward, config.eval.metrics),
+        oracle=config.eval.oracle,
+    )
+
+
+def eval_prompts(config, source: Source) -> list[Prompt]:
+    """The first of the held-out prompts."""
+    return [source[i] for i in range(min(config.eval.num_prompts, len(source)))]
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a run's workdir has an export."""
+    return (folder / FOLDER / "model_index.json").is_file()
+
+
+def is_scored(folder: Path, settings: dict[str, Any] | None) -> bool:
+    """Whether a finished run's scores are there, where there are to be any."""
+    return settings is None or (folder / held_out.AFTER).is_file()
+
+
+def score_initial(
+    config,
+    parts: Parts,
+    state: step.TrainState,
+    scorer: HeldOut,
+) -> held_out.Measured:
+    """Scores of the generator before training, also where the run has gone on since."""
+    generator = state.generator
+    if int(state.step):
+        log.say("the initial generator's scores are not there; it is loaded and scored anew")
+        abstract = sharding.abstract(generator, jax.tree.map(lambda x: x.sharding, generator))
+        generator = weights.load(folders.resolve(config.weights.generator), abstract)
+    log.say(f"scoring the initial generator on {len(scorer.prompts)} held-out prompts")
+    return scorer.measure(generator, "scoring the initial generator")
 
 
 def introduce(config, mesh: Mesh) -> None:
@@ -232,14 +476,14 @@ def batches(
     config,
     parts: Parts,
     mesh: Mesh,
-    folder: Path,
+    source: Source,
 ) -> Callable[[int], dict]:
     """k -> token ids of step k, over all devices: the same on any number of hosts."""
     size = config.data.batch_size
-    source = load_prompts(config, "data", folder)
     stream = PromptStream(source, seed=config.seed, batch_size=size)
     rows = sharding.local_rows(mesh, size)
 
+    @functools.lru_cache(1)  # the first step's is asked for when it is compiled, too
     def batch_at(k) -> dict[str, Any]:
         texts = [prompt.text for prompt in stream.at(k, rows)]
         return sharding.place_batch(parts.tokenize(texts), mesh, size)
@@ -252,13 +496,12 @@ def scorer_of(
     parts: Parts,
     settings: Settings,
     mesh: Mesh,
-    folder: Path,
+    prompts: dict[str, Source],
 ) -> HeldOut | None:
     """What scores the generator on eval.prompts; None without."""
-    if not config.eval.prompts:
+    if "eval" not in prompts:
         return None
-    source = load_prompts(config, "eval", folder)
-    prompts = [source[i] for i in range(min(config.eval.num_prompts, len(source)))]
+    held = eval_prompts(config, prompts["eval"])
     sampling = drawing.Sampling(
         "few_step", np.array(settings.generator_timesteps), 1.0, settings.latent_shape
     )
@@ -273,8 +516,8 @@ def scorer_of(
     return HeldOut(
         draw=draw,
         sampling=sampling,
-        prompts=prompts,
-        token_ids=parts.tokenize([prompt.text for prompt in prompts]),
+        prompts=held,
+        token_ids=parts.tokenize([prompt.text for prompt in held]),
         samples=config.eval.samples,
         batch_size=config.eval.batch_size,
         seed=config.seed,

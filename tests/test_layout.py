@@ -15,11 +15,12 @@ PACKAGE = Path(di_star_jax.__file__).parent
 # ending in / is a folder; models/attention stands above what the rest of models/ needs.
 ORDER = """
 errors
-config diffusion sharding hosts log pictures xla_flags storage/
+config diffusion sharding hosts pictures xla_flags storage/
+log
 prompts/ models/
-objectives samplers pipelines/
+objectives samplers stop pipelines/
 rewards/ gradients
-schemes checks
+schemes checks record
 step
 assembly
 drawing

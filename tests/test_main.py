@@ -113,7 +113,7 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
 
 def test_a_run_starts_only_after_the_check(command, monkeypatch, tmp_path):
     started = []
-    monkeypatch.setattr("di_star_jax.train.run", lambda c, workdir: started.append(workdir))
+    monkeypatch.setattr("di_star_jax.train.run", lambda c, workdir, given: started.append(workdir))
     (tmp_path / "weights").mkdir()
     (tmp_path / "prompts.txt").write_text("a cat\n")
     arguments = [

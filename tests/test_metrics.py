@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import os
+import pty
+import subprocess
+import sys
+import time
 
 import numpy as np
+import pytest
 from PIL import Image
+from test_config import ROOT
 
 from di_star_jax import log as metrics
 from di_star_jax import pictures
@@ -26,11 +33,126 @@ def test_writer_appends_after_a_restart_and_drops_what_was_beyond_the_checkpoint
     assert any(path.name.startswith("events") for path in tmp_path.iterdir())
 
 
-def test_progress_prints_step_reward_rate_and_time_left(capsys):
+@pytest.mark.case("faults 4")
+def test_a_damaged_metrics_file_never_stops_a_resume_and_what_is_dropped_is_said(tmp_path, capsys):
+    file = tmp_path / "metrics.jsonl"
+    broken = [
+        b'{"loss": 1.0}',
+        bytes(7),
+        b"",
+        b"[1]",
+        b'{"step": "x"}',
+        b"\xff\xfe",
+        b'{"step": 2, "l',
+    ]
+    file.write_bytes(b'{"step": 1, "loss": 2.0}\n' + b"\n".join(broken))
+    with metrics.Writer(tmp_path, first_step=2) as writer:
+        writer.scalars(3, {"loss": 1.5})
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.5}]
+    assert "metrics.jsonl: 6 damaged lines dropped" in capsys.readouterr().out
+
+
+@pytest.mark.case("first hour 26")
+def test_tensorboard_has_names_as_given_pictures_and_text(tmp_path):
+    with metrics.Writer(tmp_path) as writer:
+        writer.scalars(0, {"eval/pickscore, std": 0.25})
+        writer.text(0, "run", "| a table |")
+    (events,) = tmp_path.glob("events*")
+    content = events.read_bytes()
+    assert b"eval/pickscore, std" in content and b"| a table |" in content
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_progress_prints_step_and_text_without_time_at_the_end(capsys):
     progress = metrics.Progress(total=10, start=4)
     progress.update(10, "pickscore 0.2500, 12.5 images/s")
     progress.close()
-    assert "step 10/10, pickscore 0.2500, 12.5 images/s, 0.0 min left" in capsys.readouterr().out
+    assert capsys.readouterr().out == "step 10/10, pickscore 0.2500, 12.5 images/s\n"
+
+
+@pytest.mark.case("faults 13", "first hour 9")
+def test_the_time_left_is_right_within_a_fifth_after_ten_steps(capsys):
+    clock = Clock()
+    warmup, total, scoring, final, compiling = 40, 240, 7.0, 60.0, 90.0
+    scorings = range(50, total + 1, 50)
+    progress = metrics.Progress(
+        total,
+        0,
+        phases=[metrics.Phase(warmup, cost=1.0), metrics.Phase(total, cost=2.0)],
+        pauses={"scoring": lambda k: sum(s > k for s in scorings), "final": lambda k: 1},
+        clock=clock,
+    )
+    progress.expect("scoring", scoring)
+    progress.expect("final", final)
+    told = []
+    for k in range(1, total + 1):
+        clock.now += compiling if k in (1, warmup + 1) else 0  # each program's first call
+        clock.now += 1.0 if k <= warmup else 2.0
+        progress.update(k, "")
+        told.append((k, clock.now, progress.seconds_left()))
+        if k in scorings:
+            with progress.paused("scoring"):
+                clock.now += scoring
+    end = clock.now + final
+    assert [left for k, _, left in told if k <= 2] == [None, None]
+    for k, now, left in told[10:]:
+        compiles = compiling if k <= warmup else 0.0  # in a run it comes before the first step
+        assert left == pytest.approx(end - now - compiles, rel=0.2), k
+    assert capsys.readouterr().out.startswith("step 1/240, no estimate of the time yet\n")
+
+
+@pytest.mark.case("faults 13", "first hour 9")
+def test_the_rate_is_that_of_the_last_ten_steps_and_unknown_right_after_a_resume():
+    clock = Clock()
+    progress = metrics.Progress(100, 60, clock=clock)
+    for k in range(61, 81):
+        clock.now += 30.0 if k < 64 else 1.0  # slow at first, as caches are filled
+        progress.update(k, "")
+        if k < 63:
+            assert progress.step_seconds() is None
+    assert progress.step_seconds() == pytest.approx(1.0)
+    assert progress.seconds_left() == pytest.approx(20.0)
+
+
+@pytest.mark.case("first hour 10")
+def test_a_wait_is_announced_said_to_go_on_and_timed(capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "HEARTBEAT", 0.2)
+    with metrics.waiting("compiling the step", "about a minute"):
+        time.sleep(1.1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "compiling the step, about a minute"
+    assert lines[1].startswith("still compiling the step, ") and len(lines) >= 4
+    assert lines[-1] == "compiling the step took 1 s"
+    with pytest.raises(ZeroDivisionError), metrics.waiting("dividing"):
+        raise ZeroDivisionError
+    assert capsys.readouterr().out == "dividing\n"
+
+
+@pytest.mark.case("first hour 10")
+def test_the_bar_of_a_terminal_swallows_no_line():
+    script = """
+from di_star_jax import log
+with log.Progress(4, 0) as progress:
+    for k in range(1, 5):
+        progress.update(k, "loss 1.0")
+        log.say(f"line {k}")
+"""
+    terminal, end = pty.openpty()
+    subprocess.run([sys.executable, "-c", script], stdout=end, stderr=end, cwd=ROOT, check=True)
+    os.close(end)
+    shown = os.read(terminal, 100_000).decode()
+    lines = shown.replace("\r", "\n").split("\n")
+    assert [line for line in lines if line.startswith("line")] == [f"line {k}" for k in range(1, 5)]
 
 
 def test_uint8_covers_the_range_and_clips():

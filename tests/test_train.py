@@ -143,7 +143,7 @@ def test_a_run_leaves_pictures_scores_scalars_and_a_diffusers_folder(straight):
         -2
     ].keys()
     measured = [line for line in lines if "eval/pickscore" in line]
-    assert [line["step"] for line in measured] == [2, 4] and "eval/diversity" in measured[0]
+    assert [line["step"] for line in measured] == [0, 2, 4] and "eval/diversity" in measured[0]
     index = json.loads((straight / "diffusers" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "EulerDiscreteScheduler"]
     exported = pipeline.load_model(straight / "diffusers" / "unet").params

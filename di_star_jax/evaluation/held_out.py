@@ -4,12 +4,15 @@
 Rewards, diversity and, on the shapes world, attributes, on the same noise before and after.
 """
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,10 +20,27 @@ import numpy as np
 from di_star_jax import drawing, log, pictures
 from di_star_jax.evaluation.measures import attributes_right, diversity
 from di_star_jax.prompts.files import Prompt
+from di_star_jax.storage import files
 
 PICTURED = 16  # prompts in samples.png
+FEW = 2  # images of each prompt that are scored in the course of a run
 BEFORE = "before.json"  # scores of the initial generator, beside its pictures in before.npy
+AFTER = "before_after.json"  # those and the trained one's
 NOISE = "by seed, row and sample"  # what makes two generators' scores comparable
+
+
+class Measured(NamedTuple):
+    """What `HeldOut.measure` finds.
+
+    scores: by name, of all prompts. first: of the first batch alone, FEW images of each, as in the
+    course of a run. images: [PICTURED, H, W, 3] of the first prompts. seconds: of a batch; 0 where
+    only one was drawn, for the first may wait for the compiler.
+    """
+
+    scores: dict[str, float]
+    first: dict[str, float]
+    images: np.ndarray
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,29 +62,49 @@ class HeldOut:
     seed: int
     reads_attributes: bool
 
-    def first(self, count: int, samples: int) -> "HeldOut":
-        """The first prompts alone, with so many images of each."""
-        ids = jax.tree.map(lambda ids: ids[:count], self.token_ids)
+    @property
+    def batches(self) -> int:
+        """That `measure` draws."""
+        return self.samples * -(-len(self.prompts) // self.batch_size)
+
+    def first(self) -> "HeldOut":
+        """The first batch of prompts alone, with FEW images of each."""
+        ids = jax.tree.map(lambda ids: ids[: self.batch_size], self.token_ids)
         return dataclasses.replace(
-            self, prompts=self.prompts[:count], token_ids=ids, samples=samples
+            self, prompts=self.prompts[: self.batch_size], token_ids=ids, samples=FEW
         )
 
-    def measure(self, generator: Any) -> tuple[dict[str, float], np.ndarray]:
-        """Scores, and the images [PICTURED, H, W, 3] of the first prompts."""
+    def measure(self, generator: Any, what: str = "") -> Measured:
+        """Draws and scores. Args: what is scored, for the lines of progress; "" for none."""
+        starts = range(0, len(self.prompts), self.batch_size)
         pictured = []
         parts = []
-        for start in range(0, len(self.prompts), self.batch_size):
-            drawn = [self._batch(generator, start, k) for k in range(self.samples)]
-            parts.append(self._scores(self.prompts[start : start + self.batch_size], drawn))
-            pictured.append(drawn[0].images)
+        first = {}
+        with contextlib.ExitStack() as stack:
+            progress = None
+            if what:
+                total = len(self.prompts) * self.samples
+                progress = stack.enter_context(log.Progress(total, 0, f"{what}: image"))
+            began = time.monotonic()
+            timed = []
+            for start in starts:
+                drawn = []
+                prompts = self.prompts[start : start + self.batch_size]
+                for k in range(self.samples):
+                    drawn.append(self._batch(generator, start, k))
+                    timed.append(time.monotonic() - began)
+                    began = time.monotonic()
+                    if progress is not None:
+                        done = start * self.samples + len(prompts) * (k + 1)
+                        progress.update(done, "")
+                parts.append(self._scores(prompts, drawn))
+                if start == 0:
+                    first = self._scores(prompts, drawn[:FEW])
+                pictured.append(drawn[0].images)
         values = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
-        scores = {}
-        for name, each in values["rewards"].items():
-            scores[name] = float(each.mean())
-            scores[f"{name}, std"] = float(each.std())
-        for name, each in values["others"].items():
-            scores[name] = float(each.mean())
-        return scores, np.concatenate(pictured)[:PICTURED]
+        images = np.concatenate(pictured)[:PICTURED]
+        seconds = sum(timed[1:]) / max(len(timed) - 1, 1)
+        return Measured(_means(values), _means(first), images, seconds)
 
     def _batch(
         self,
@@ -96,51 +136,77 @@ class HeldOut:
         return {"rewards": rewards, "others": others}
 
 
+def settings_of(
+    prompts: list[Prompt],
+    samples: int,
+    seed: int,
+    **others: Any,
+) -> dict[str, Any]:
+    """What two scores must share to be compared. Args: others, such as metrics and times."""
+    texts = json.dumps([[prompt.row, prompt.text] for prompt in prompts])
+    digest = hashlib.sha256(texts.encode()).hexdigest()
+    return {"noise": NOISE, "prompts": digest, "samples": samples, "seed": seed} | others
+
+
 def keep_before(
     folder: Path,
-    scores: dict[str, float],
-    images: np.ndarray,
+    settings: dict[str, Any],
+    measured: Measured,
 ) -> None:
     """Writes what `compare` needs of the generator before training, for a resumed run."""
-    np.save(folder / "before.npy", images)
-    (folder / BEFORE).write_text(json.dumps({"noise": NOISE, "scores": scores}), encoding="utf-8")
+    np.save(folder / "before.npy", measured.images)
+    content = {"settings": settings, "scores": measured.scores}
+    files.write_text(folder / BEFORE, json.dumps(content))
+
+
+def has_before(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the initial generator's scores are there, comparable with those of `settings`."""
+    try:
+        kept = files.read_json(folder / BEFORE)
+        np.load(folder / "before.npy")
+    except (OSError, ValueError, EOFError):
+        return False
+    return kept.get("settings") == settings
 
 
 def compare(
     folder: Path,
     prompts: list[Prompt],
-    after: dict[str, float],
-    images: np.ndarray,
-) -> str:
-    """Writes `samples.png` and `before_after.json`. Returns: the table as text."""
-    kept = (
-        json.loads((folder / BEFORE).read_text(encoding="utf-8"))
-        if (folder / BEFORE).exists()
-        else {}
-    )
-    if kept.get("noise") != NOISE:
-        return (
-            "no table of before and after: this run began without eval.prompts, or with an older "
-            "version, which drew with other noise"
-        )
-    before = kept["scores"]
+    after: Measured,
+) -> None:
+    """Writes `samples.png` and `before_after.json`."""
+    before = files.read_json(folder / BEFORE)["scores"]
     texts = [prompt.text for prompt in prompts[:PICTURED]]
-    grid = pictures.before_after_grid(np.load(folder / "before.npy"), images, texts)
+    grid = pictures.before_after_grid(np.load(folder / "before.npy"), after.images, texts)
     pictures.save_png(folder / "samples.png", grid)
-    both = {"before": before, "after": after}
-    (folder / "before_after.json").write_text(json.dumps(both, indent=1), encoding="utf-8")
+    both = {"before": before, "after": after.scores}
+    files.write_text(folder / AFTER, json.dumps(both, indent=1))
+
+
+def table(folder: Path) -> str:
+    """What `compare` has written, as text."""
+    both = files.read_json(folder / AFTER)
+    before, after = both["before"], both["after"]
     rows = []
     rises = []
     for name, value in after.items():
-        if name not in before:  # measured since the run was resumed
-            continue
         change = value - before[name]
         rows.append([name, f"{before[name]:.4f}", f"{value:.4f}", f"{change:+.4f}"])
         spread = before.get(f"{name}, std")
-        if spread is not None:
+        if spread:
             rises.append(
                 f"{name} rose by {change / spread:+.2f} standard deviations of the initial ones"
             )
-    table = log.markdown_table(["", "before", "after", "change"], rows)
     shown = f"pictures of the same noise before and after: {folder / 'samples.png'}"
-    return "\n".join([table, *rises, shown])
+    return "\n".join([log.markdown_table(["", "before", "after", "change"], rows), *rises, shown])
+
+
+def _means(values: dict) -> dict[str, float]:
+    """Means by name, and of rewards the standard deviation too. Args: as of `HeldOut._scores`."""
+    scores = {}
+    for name, each in values["rewards"].items():
+        scores[name] = float(each.mean())
+        scores[f"{name}, std"] = float(each.std())
+    for name, each in values["others"].items():
+        scores[name] = float(each.mean())
+    return scores

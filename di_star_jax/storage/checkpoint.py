@@ -106,6 +106,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._item_folder(step, _METADATA)
         return self._read(step, _METADATA, ocp.args.JsonRestore())
 
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits until all that was saved is on disk, then frees what the manager holds."""
         self._manager.close()

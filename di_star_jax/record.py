@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is: in words, and in a file of its workdir that a later start must agree with."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from di_star_jax import log
+from di_star_jax.config import fields
+from di_star_jax.errors import UserError
+from di_star_jax.objectives import OUTSIDE
+from di_star_jax.rewards import rewards_used
+from di_star_jax.storage import files
+
+FILE = "config.json"  # in the workdir
+
+# A later start may change these: where and how fast it runs, how often it says and saves, how long
+# it goes on, what is measured beside it, and the first remedies for a gradient that is not finite.
+# A name ending in . stands for a section.
+RESUMABLE = (
+    "mesh.",
+    "compute.",
+    "train.",
+    "eval.",
+    "eval_every",
+    "decode.slice",
+    "dry_run",
+    "optim.generator_lr",
+    "optim.assistant_lr",
+    "optim.clip_norm",
+)
+# Compared by content, not by name.
+_BY_CONTENT = ("data.prompts", "data.prompts_file")
+
+_DIVERGENCES = {
+    "di_star": "pseudo-Huber score divergence",
+    "di_star_l2": "squared score divergence",
+    "di_star_outside": "pseudo-Huber score divergence",
+    "sid": "SiD's score distance",
+    "kl": "integral KL divergence",
+    "dmd": "DMD's normalised KL gradient",
+    "reward_only": "no divergence",
+}
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "di_star_jax")
+
+
+def sentence(config, arguments: Sequence[str] = ()) -> str:
+    """What a run is, in one line. Args: arguments, of the command line, for what they change."""
+    rewards = [f"{scale:g} x {name}" for name, scale in config.reward.items() if scale]
+    optim = config.optim
+    parts = [
+        f"{config.objective.name}: {_DIVERGENCES[config.objective.name]}, {_guidance(config)}",
+        f"reward {' + '.join(rewards)}" if rewards else "no reward",
+        f"learning rates {optim.generator_lr:g} (generator) and {optim.assistant_lr:g} (assistant)",
+        f"batch {config.data.batch_size}, seed {config.seed}",
+        f"{config.train.steps} steps after {config.assistant.warmup_steps} of the assistant alone",
+        f"prompts {config.data.prompts}",
+    ]
+    changed = [f"{name}={value}" for name, value in changes(config, arguments).items()]
+    if changed:
+        parts.append(f"changed: {', '.join(changed)}")
+    return "; ".join(parts)
+
+
+def _guidance(config) -> str:
+    objective = config.objective
+    if objective.name == "reward_only":
+        return "no guidance"
+    if objective.name in OUTSIDE:
+        return f"guidance {objective.alpha_cfg:g} outside"
+    return "no guidance" if objective.omega == 1.0 else f"guidance {objective.omega:g} inside"
+
+
+def changes(config, arguments: Sequence[str]) -> dict[str, Any]:
+    """The config's fields that a command line sets, with their values."""
+    names = [arg.lstrip("-").partition("=")[0] for arg in arguments if arg.startswith("-")]
+    values = fields(config)
+    set_here = [name.removeprefix("config.") for name in names if name.startswith("config.")]
+    return {name: values[name] for name in set_here if name in values}
+
+
+def agree(
+    config,
+    folder: Path,
+    arguments: Sequence[str],
+    prompts: str,
+    step: int | None,
+) -> None:
+    """Checks that a workdir's run is the one of `config`, and writes what this start is.
+
+    Args:
+      folder: the workdir.
+      prompts: digest of those of data.prompts.
+      step: of the newest checkpoint; None where there is none, and nothing to agree with.
+    Raises: UserError in one line with the fields that differ.
+    """
+    now = _plain(describe(config, arguments, prompts))
+    kept = read(folder) if step is not None else {}
+    if step is not None and not kept:
+        log.say(
+            f"warning: {folder} has no {FILE}, for an older version began it: whether its config "
+            "was this one is not checked"
+        )
+    said = list(kept.get("changes", []))
+    if kept:
+        _check(folder, kept, now)
+        changed = _differences(kept["config"], now["config"])
+        if changed:
+            log.say(f"changed since the last start: {_told(changed)}")
+            said.append({"step": step} | {name: list(both) for name, both in changed.items()})
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("config read")
+    if jax.process_index() == 0:
+        content = now | {"changes": said, "finished": kept.get("finished", {})}
+        files.write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
+
+
+def describe(
+    config,
+    arguments: Sequence[str],
+    prompts: str,
+) -> dict[str, Any]:
+    """All that is written of a start. Args: prompts, their digest."""
+    device = jax.devices()[0]
+    return {
+        "config": fields(config),
+        "arguments": [arg for arg in arguments if arg.lstrip("-").startswith("config")],
+        "run": sentence(config, arguments),
+        "prompts": prompts,
+        "rewards": list(rewards_used(config.reward, config.eval.metrics)),
+        "versions": versions(),
+        "git": git_hash(),
+        "devices": {
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "processes": jax.process_count(),
+        },
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a run's numbers depend on; None for what has none."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_hash() -> str | None:
+    """The commit of this package's checkout, with -dirty where it has changes; None without."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What a workdir says of its run; {} where it says nothing.
+
+    Raises: UserError for a damaged file.
+    """
+    path = folder / FILE
+    try:
+        content = files.read_json(path)
+        if content and not isinstance(content["config"], dict):
+            raise TypeError
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{path} is not what a run wrote; delete it to go on unchecked, or give another workdir"
+        ) from None
+    return content
+
+
+def finished(folder: Path) -> dict[str, Any]:
+    """{"step", "scored"} of what a run left at its end; {} before."""
+    return read(folder).get("finished", {})
+
+
+def finish(folder: Path, what: dict[str, Any]) -> None:
+    """Notes that all results are there. Args: what, as `finished` returns it."""
+    if jax.process_index() == 0:
+        content = read(folder) | {"finished": what}
+        files.write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
+
+
+def _check(
+    folder: Path,
+    kept: dict,
+    now: dict,
+) -> None:
+    """Raises: UserError where a later start is another run."""
+    differ = _differences(kept["config"], now["config"])
+    refused = {name: both for name, both in differ.items() if not _may_change(name, both, now)}
+    if refused:
+        raise UserError(
+            f"{folder} holds another run: {_told(refused)}; give another --workdir, or the same "
+            "values"
+        )
+    if kept.get("prompts") not in (None, now["prompts"]):
+        raise UserError(
+            f"{folder} holds a run on other prompts: data.prompts={now['config']['data.prompts']} "
+            "has another content than at its start; give another --workdir, or the prompts it had"
+        )
+
+
+def _differences(old: dict, new: dict) -> dict[str, tuple[Any, Any]]:
+    """{field: (old value, new value)}; what one of two versions does not have is no difference."""
+    return {
+        name: (old[name], value)
+        for name, value in new.items()
+        if name in old and old[name] != value
+    }
+
+
+def _may_change(
+    name: str,
+    both: tuple[Any, Any],
+    now: dict,
+) -> bool:
+    if name in _BY_CONTENT:
+        return True
+    if any(name == free or (free[-1] == "." and name.startswith(free)) for free in RESUMABLE):
+        return True
+    if not name.startswith("weights."):
+        return False
+    reward = name.removeprefix("weights.")
+    unused = f"reward.{reward}" in now["config"] and reward not in now["rewards"]
+    return unused or _gone(both[0])
+
+
+def _gone(source: str) -> bool:
+    """Whether a source of weights was a folder that is not there any more: it has been moved."""
+    is_path = source.startswith((".", "/", "~")) or source.count("/") != 1
+    return bool(source) and is_path and not os.path.exists(os.path.expanduser(source))
+
+
+def _told(differ: dict[str, tuple[Any, Any]]) -> str:
+    told = [f"{name} was {old!r}, is {new!r}" for name, (old, new) in differ.items()]
+    more = f" and {len(told) - 8} more" if len(told) > 8 else ""
+    return "; ".join(told[:8]) + more
+
+
+def _plain(content: dict) -> dict:
+    """As JSON has it: lists for tuples."""
+    return json.loads(json.dumps(content))
