@@ -3,7 +3,12 @@
 `.[cuda]` (accelerators).
 """
 
+import re
+from pathlib import Path
+
 import setuptools
+
+INIT = Path(__file__).parent / "di_star_jax" / "__init__.py"
 
 # jaxlib 0.10.2 and 0.11.0 compute some fused reductions wrongly, or crash, on CPU. What is newer
 # than these bounds has not been tried.
@@ -11,11 +16,13 @@ JAX = ">=0.10.1,!=0.10.2,!=0.11.0,<0.13"
 
 setuptools.setup(
     name="di_star_jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.*)"', INIT.read_text(encoding="utf-8")).group(1),
     description="Diff-Instruct*: align one-step image generators with human preference, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=setuptools.find_packages(include=["di_star_jax*"]),
+    packages=[*setuptools.find_packages(include=["di_star_jax*"]), "di_star_jax.configs"],
+    package_dir={"di_star_jax.configs": "configs"},
+    entry_points={"console_scripts": ["di-star = di_star_jax.__main__:main"]},
     package_data={
         "di_star_jax.evaluation": ["page.html", "page.css", "page.js", "votes.js"],
         "di_star_jax.shapes": ["checkpoint/**/*"],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DI*-SDXL-1step: the paper's run (arXiv 2410.20898), 2.57B parameters at 1024 pixels.
 
-    python -m di_star_jax.main --config=configs/sdxl.py --workdir=/mnt/bucket/di_star
-    python -m di_star_jax.main --config=configs/sdxl.py --config.dry_run=True  # no weights
+    di-star train --config=sdxl --workdir=/mnt/bucket/di_star
+    di-star train --config=sdxl --config.dry_run=True  # no weights
 
 With mesh.fsdp=16 the compiled step takes 7.8 GB of a TPU v5e's 16.9 at one image a chip (128 chips
 for the batch of 128; fewer take compute.microbatches). v6e: fsdp=8, 13.2 of 33.6 GB; v5p: fsdp=4,
@@ -15,7 +15,7 @@ again.
 
 import ml_collections
 
-from di_star_jax.errors import UserError
+from di_star_jax.errors import UserError, nearest
 
 # One row per method, and per further row of the paper's Table 2, named NAME_REWARD_GUIDANCE; every
 # field named here overrides the default below. Guidance 0 in the paper is omega = 1: conditional,
@@ -140,6 +140,10 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.reward.aesthetic = 0.0
     # of ImageReward
     config.reward.imagereward = 0.0
+    # a function of your own, FILE:FUNCTION: images [B, H, W, 3] in [-1, 1] -> [B], in JAX
+    config.reward.custom = ""
+    # of that function
+    config.reward.custom_scale = 1.0
 
     config.assistant = ml_collections.ConfigDict()
     # first time of the assistant's loss, included, 0..999; DMD2's
@@ -238,6 +242,12 @@ def override(
 ) -> ml_collections.ConfigDict:
     """The config with one row of a table of presets. Raises: UserError for an unknown name."""
     if preset not in presets:
-        raise UserError(f"unknown preset {preset!r}, expected one of {', '.join(presets)}")
+        near = nearest(preset, list(presets))
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"expected one of {', '.join(presets)}"
+        )
+        raise UserError(f"unknown preset {preset!r}, {hint}")
     config.update_from_flattened_dict(presets[preset])
     return config

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DI* on the shapes world that the package ships: the same code as SDXL, for two CPU cores.
 
-    python -m di_star_jax.main --config=configs/shapes.py --workdir=runs/shapes
+    di-star train --config=shapes --workdir=runs/shapes
 
 To resume, run the same command again.
 """

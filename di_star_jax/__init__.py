@@ -1,8 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
+import glob
+import importlib.util
 import os
+import sys
 
-# On a CPU, XLA's log calls every hit of its own compilation cache an error; what fails still
-# raises. Beside an accelerator the log stays, for there NCCL and libtpu say why they fail.
-_ACCELERATORS = ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0")
-if not any(os.path.exists(device) for device in _ACCELERATORS):
+__version__ = "0.1.0"
+
+# NVIDIA, Windows' Linux with a GPU, NVIDIA's Jetson, AMD, TPUs of both kinds.
+_ACCELERATORS = (
+    "/dev/nvidia*",
+    "/dev/dxg",
+    "/dev/nvmap",
+    "/dev/kfd",
+    "/dev/accel*",
+    "/dev/vfio/*",
+)
+
+
+def _quieten() -> None:
+    """Silences lines that nobody can act on. Must come before jax and transformers."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
+    if any(glob.glob(pattern) for pattern in _ACCELERATORS):
+        return  # where NCCL and libtpu say in their log why they fail
+    # XLA's log calls every hit of its own compilation cache an error; what fails still raises.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Else libtpu, installed as a compiler, looks for a TPU and says at length that there is none.
+    if sys.platform == "linux" and importlib.util.find_spec("libtpu"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _end_in_one_line(kind, error, traceback) -> None:
+    """What ends a command before it could begin: a Python without jax, or Ctrl-C at an import."""
+    if kind is KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        os._exit(130)
+    if kind is ModuleNotFoundError and importlib.util.find_spec("jax") is None:
+        print(
+            f"error: {sys.executable} has no jax; activate the environment that this was installed "
+            "in (source .venv/bin/activate), or run pip install -e . in the folder of the project",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+    sys.__excepthook__(kind, error, traceback)
+
+
+_quieten()
+# Only where the package is the command that was started, and not in a program that imports it:
+# Python says "-m" while it looks for the module to run.
+if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "di-star":
+    sys.excepthook = _end_in_one_line

@@ -18,7 +18,7 @@ from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.folder import Model, Options, Pipeline, load_pipeline, model_class
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import token_batch
-from di_star_jax.rewards import REWARDS, load_rewards, rewards_used
+from di_star_jax.rewards import REWARDS, load_rewards, rewards_used, scales_of
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.views import VIEWS, in_slices
 from di_star_jax.samplers import generator_timesteps
@@ -73,7 +73,7 @@ def reward_sources(config) -> dict[str, str]:
     """Folder or Hub name of the weights of each reward that a run uses."""
     return {
         name: config.weights[name] if name in config.weights else REWARDS[name].weights
-        for name in rewards_used(config.reward, config.eval.metrics)
+        for name in rewards_used(scales_of(config.reward), config.eval.metrics)
     }
 
 
@@ -140,7 +140,7 @@ def reward_of_latents(config, parts: Parts) -> Callable:
     view = VIEWS[config.decode.view]
     size = config.decode.resolution // parts.pipeline.vae_scale
     rewards = parts.rewards
-    scales = {name: config.reward[name] for name in rewards if config.reward[name]}
+    scales = {name: scale for name, scale in scales_of(config.reward).items() if scale}
 
     def reward(frozen, x0, token_ids, crop):
         def score(x0, token_ids):

@@ -35,14 +35,13 @@ from ml_collections import config_flags
 
 from di_star_jax import assembly, sharding, xla_flags
 from di_star_jax.checks import check
-from di_star_jax.config import parse_flags
+from di_star_jax.command import run as run_command
 from di_star_jax.cost import compile as aot
 from di_star_jax.cost import plan
 from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError
-from di_star_jax.errors import run as run_command
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.rewards import REWARDS, rewards_used
+from di_star_jax.rewards import REWARDS, rewards_used, scales_of
 
 WARM_UP = 3
 _MOMENTS = {"opt_generator", "opt_assistant"}
@@ -377,7 +376,7 @@ def _torch_times(config, request: Request) -> list[float]:
     _check_torch(config)
     cuda = torch.cuda.is_available() and jax.devices()[0].platform == "gpu"
     configs, _ = plan.model_configs(config)
-    (reward,) = rewards_used(config.reward, config.eval.metrics)
+    (reward,) = rewards_used(scales_of(config.reward), config.eval.metrics)
     configs["reward"] = configs.pop(reward)
     side = config.data.resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     latent_shape = (side, side, configs["unet"].get("in_channels", 4))
@@ -389,7 +388,7 @@ def _torch_times(config, request: Request) -> list[float]:
         dtype=config.compute.dtype,
         device="cuda" if cuda else "cpu",
         compile=cuda,
-        reward_scale=config.reward[reward],
+        reward_scale=scales_of(config.reward)[reward],
     )
     call = peer.make(request.what, job)
     seconds = times_of(call, request.repeats)
@@ -411,7 +410,7 @@ def _check_torch(config) -> None:
             f"--vs=torch with {jax.device_count()} devices, expected one; "
             "set CUDA_VISIBLE_DEVICES=0"
         )
-    used = rewards_used(config.reward, config.eval.metrics)
+    used = rewards_used(scales_of(config.reward), config.eval.metrics)
     known = [name for name, entry in REWARDS.items() if entry.in_torch]
     if len(used) != 1 or used[0] not in known:
         raise UserError(
@@ -423,7 +422,8 @@ def _check_torch(config) -> None:
 def main() -> None:
     args = flags.FLAGS
     if args.config is None:
-        raise UserError("no --config; give e.g. --config=configs/sdxl.py")
+        raise UserError("no --config; give e.g. --config=sdxl")
+    jax.config.update("jax_enable_compilation_cache", False)  # for compilation is timed
     if args.topology and args.vs:
         raise UserError("--topology with --vs: nothing runs on a topology; give one of the two")
     if args.vs:  # or PyTorch would find no GPU memory left; JAX reads it at its first device
@@ -444,7 +444,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:PRESET.")
+    config_flags.DEFINE_config_file(
+        "config", None, "What to measure: sdxl, shapes, or the path of a file; :PRESET may follow."
+    )
     flags.DEFINE_enum("what", "train", sorted(aot.WORK), "The whole step, or a part of it.")
     flags.DEFINE_string(
         "topology",
@@ -454,7 +456,7 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "effort",
         None,
-        "Of XLA's compiler; -1 for a topology and 0 else, if not given.",
+        "Effort of XLA's compiler; -1 for a topology and 0 else, if not given.",
         lower_bound=-1.0,
         upper_bound=1.0,
     )
@@ -467,4 +469,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("vs", None, ["torch"], "Measures the same work in PyTorch too.")
     flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for the result, with every sample and setting.")
-    run_command(main, parse_flags)
+    run_command(main)

@@ -16,7 +16,7 @@ from di_star_jax.errors import UserError, suggest
 from di_star_jax.objectives import OBJECTIVES, OUTSIDE, WEIGHTINGS
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.sets import resolve
-from di_star_jax.rewards import REWARDS, listed, rewards_used
+from di_star_jax.rewards import REWARDS, add, listed, rewards_used, scales_of
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
 from di_star_jax.storage.checkpoint import check_path
@@ -63,7 +63,13 @@ _NOT_NEGATIVE = (
     "optim.weight_decay",
     "decode.slice",
 )
-_NEW = ("data.prompts_file", "eval.prompts_file", "eval.samples")  # copied configs may lack them
+_NEW = (
+    "data.prompts_file",
+    "eval.prompts_file",
+    "eval.samples",
+    "reward.custom",
+    "reward.custom_scale",
+)  # copied configs may lack them
 _FOLDER = (
     "give a folder in diffusers' layout with safetensors, or a name on the Hub such as "
     "stabilityai/stable-diffusion-xl-base-1.0"
@@ -229,7 +235,10 @@ def _check_times(config) -> None:
 
 
 def _check_rewards(config) -> None:
-    for name, scale in config.reward.items():
+    if config.reward.custom:
+        add(config.reward.custom, config.data.resolution)
+    scales = scales_of(config.reward)
+    for name, scale in scales.items():
         one_of("reward", name, REWARDS)
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise UserError(
@@ -237,8 +246,8 @@ def _check_rewards(config) -> None:
                 "is off"
             )
     for name in config.eval.metrics:
-        one_of("eval.metrics", name, list(config.reward))
-    if config.objective.name == "reward_only" and not any(config.reward.values()):
+        one_of("eval.metrics", name, list(scales))
+    if config.objective.name == "reward_only" and not any(scales.values()):
         raise UserError(
             "objective.name='reward_only' with all scales in reward 0 trains nothing; set e.g. "
             "reward.pickscore=100, or another objective"
@@ -256,8 +265,8 @@ def _check_generator(generator) -> None:
             f"generator.timesteps={times} are {len(times)}, but generator.steps={generator.steps}; "
             "give as many, or () for DMD2's"
         )
-    falling = all(a > b for a, b in zip(times, times[1:]))
-    if not falling or not all(0 <= t <= 999 for t in times):
+    known = all(isinstance(t, int) and 0 <= t <= 999 for t in times)
+    if not known or not all(a > b for a, b in zip(times, times[1:])):
         raise UserError(
             f"generator.timesteps={times}, expected falling numbers in 0..999; 399 is DMD2's for "
             "one step, 999, 749, 499, 249 for four"
@@ -343,7 +352,7 @@ def _check_sources(config) -> None:
             wrong += _without_prompts(f"{section}.prompts", config[section])
     for name in ("reference", "generator", "assistant", "reward_tokenizer"):
         wrong += _without_weights(f"weights.{name}", config.weights[name], _FOLDER)
-    for name in rewards_used(config.reward, config.eval.metrics):
+    for name in rewards_used(scales_of(config.reward), config.eval.metrics):
         if name in config.weights:
             advice = f"it must hold {listed(REWARDS[name].needed)}"
             wrong += _without_weights(f"weights.{name}", config.weights[name], advice)

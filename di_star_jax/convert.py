@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from di_star_jax.errors import UserError, run
+from di_star_jax.command import run
+from di_star_jax.errors import UserError
 from di_star_jax.models.unet import UNet2DConditionModel
 from di_star_jax.pipelines.card import About
 from di_star_jax.pipelines.export import (
@@ -183,7 +184,10 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
     )
     flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
     flags.DEFINE_enum(
-        "dtype", "float32", DTYPES, 'Of the export; float16 is diffusers\' variant "fp16".'
+        "dtype",
+        "float32",
+        DTYPES,
+        'Numbers of the export; float16 is diffusers\' variant "fp16".',
     )
     flags.DEFINE_string(
         "reference_pipeline",

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores a generator, or a folder of images, on a set of prompts.
 
-    python -m di_star_jax.evaluate --checkpoint=WORKDIR --prompts=FILE \\
+    di-star evaluate --checkpoint=WORKDIR --prompts=FILE \\
         --metrics=pickscore,saturation --out=evals/after
-    python -m di_star_jax.evaluate --images=FOLDER --name=FLUX-dev --prompts=FILE \\
+    di-star evaluate --images=FOLDER --name=FLUX-dev --prompts=FILE \\
         --metrics=pickscore,saturation --baseline=evals/after --out=evals/flux
-    python -m di_star_jax.evaluate --images=SAMPLES --metrics=pickscore --out=evals/samples
+    di-star evaluate --images=SAMPLES --metrics=pickscore --out=evals/samples
 
 Leaves results.json, scores.parquet, table.md and page.html in --out. Stopped, the same command
 continues; with other --metrics it adds them. What `sample` has written needs no --prompts.
@@ -13,12 +13,13 @@ continues; with other --metrics it adds them. What `sample` has written needs no
 
 from absl import flags
 
-from di_star_jax import sample
-from di_star_jax.errors import run as run_command
+from di_star_jax import rewards, sample
+from di_star_jax.command import run as run_command
 from di_star_jax.evaluation import metrics, page, results, table
 from di_star_jax.evaluation.job import Request
 from di_star_jax.evaluation.run import evaluate
 from di_star_jax.prompts.sets import PROMPT_SETS
+from di_star_jax.rewards.custom import is_custom
 from di_star_jax.storage.files import expand
 
 
@@ -37,7 +38,12 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         f"One of {', '.join(PROMPT_SETS)}, or a file; not needed for --images of `sample`.",
     )
     flags.DEFINE_string("prompts_file", None, "Path or URL of a named set's published file.")
-    flags.DEFINE_integer("num_prompts", None, "The first so many; all if not given.", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_prompts",
+        None,
+        "How many of the prompts; all if not given.",
+        lower_bound=1,
+    )
     flags.DEFINE_integer(
         "samples",
         1,
@@ -47,7 +53,7 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     flags.DEFINE_list(
         "metrics",
         ["pickscore", "saturation", "contrast"],
-        f"Some of {', '.join(metrics.names())}.",
+        f"Some of {', '.join(metrics.names())}; or a function of your own, FILE:FUNCTION.",
     )
     flags.DEFINE_multi_string(
         "weights", [], "METRIC=FOLDER, where they are not the run's or the published ones."
@@ -71,12 +77,17 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         [],
         "Rewards that the generator was trained on, where its run does not say so.",
     )
-    flags.DEFINE_string("name", None, "Of the generator, in table and page.")
+    flags.DEFINE_string("name", None, "Name of the generator, in table and page.")
     flags.DEFINE_string("baseline", None, "--out of an earlier evaluation to compare with.")
     flags.DEFINE_string("out", None, "Folder for the results.")
     flags.DEFINE_integer("batch_size", 16, "Images at a time, over all devices.", lower_bound=1)
     flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the parameters.", lower_bound=1)
-    flags.DEFINE_integer("max_prompts", 200, "Whose images the page shows.", lower_bound=1)
+    flags.DEFINE_integer("max_prompts", 200, "Prompts whose images the page shows.", lower_bound=1)
+
+
+def _named(metric: str) -> str:
+    """The name of a metric that may be a function of the user's own, FILE:FUNCTION."""
+    return rewards.add(metric) if is_custom(metric) else metric
 
 
 def _expanded(path: str | None) -> str | None:
@@ -105,7 +116,7 @@ def request() -> Request:
         prompts_file=_expanded(args.prompts_file),
         num_prompts=args.num_prompts,
         samples=args.samples,
-        metrics=tuple(dict.fromkeys(args.metrics)),
+        metrics=tuple(dict.fromkeys(map(_named, args.metrics))),
         weights=tuple(map(_expanded_source, args.weights)),
         tokenizer=_expanded(args.tokenizer),
         features=args.features,

@@ -2,6 +2,8 @@
 """Processes that make up one run, and what they keep compiled."""
 
 import os
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -55,11 +57,30 @@ def connect(env: Mapping[str, str]) -> None:
         )
 
 
-def keep_compiled(workdir: str) -> None:
-    """Keeps what is compiled for the next start.
+def keep_compiled(folder: Path | None = None) -> None:
+    """Keeps what is compiled for later starts of any command.
 
-    It goes to the workdir, or to the folder that JAX_COMPILATION_CACHE_DIR names.
+    It goes to the folder that JAX_COMPILATION_CACHE_DIR names, else to `folder`, else to the
+    user's cache. One that cannot be written is said in a line.
     """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "compiled"))
+    # Else XLA's own cache beside it, by its path, is part of every key.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if given and "://" in given:
+        return
+    try:
+        where = Path(given or folder or _user_cache()).absolute()
+        where.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=where).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        print(f"what is compiled is not kept for the next start: {error}", file=sys.stderr)
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if not given:
+        jax.config.update("jax_compilation_cache_dir", str(where))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _user_cache() -> Path:
+    of_user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(of_user) / "di_star_jax" / "compiled"

@@ -104,3 +104,38 @@ def before_after_grid(
             spacing=2,
         )
     return np.asarray(canvas)
+
+
+def captioned_grid(
+    images: np.ndarray,
+    prompts: list[str],
+    *,
+    width: int = 1200,
+) -> np.ndarray:
+    """A row of pictures for each prompt, with the prompt below it; several rows beside each other
+    where they fit.
+
+    Small pictures are shown two to four times as large, pixel by pixel.
+
+    Args: images [N, H, W, 3] in [-1, 1], equally many for each of the prompts, in their order;
+      width, pixels that the rows may take. Returns: uint8 [H', W', 3].
+    """
+    _, h, w, _ = images.shape
+    num = len(images) // len(prompts)
+    scale = max(1, min(4, 256 // max(h, w)))
+    font, gap, margin, text = ImageFont.load_default(size=14), 4, 16, 44
+    row_w, cell_h = num * (scale * w + gap) - gap, scale * h + text
+    columns = max(1, min(len(prompts), (width + margin) // (row_w + margin)))
+    rows = -(-len(prompts) // columns)
+    size = (columns * (row_w + margin) + margin, rows * (cell_h + margin) + margin)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, image in enumerate(to_uint8(images)):
+        row, k = divmod(i, num)
+        x = margin + (row % columns) * (row_w + margin) + k * (scale * w + gap)
+        y = margin + (row // columns) * (cell_h + margin)
+        canvas.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (x, y))
+        if k == 0:
+            caption = _wrapped(prompts[row], row_w, font, 2)
+            draw.multiline_text((x, y + scale * h + 5), caption, fill="#222222", font=font)
+    return np.asarray(canvas)

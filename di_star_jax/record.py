@@ -17,7 +17,7 @@ from di_star_jax import log
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError
 from di_star_jax.objectives import OUTSIDE
-from di_star_jax.rewards import rewards_used
+from di_star_jax.rewards import rewards_used, scales_of
 from di_star_jax.storage import files
 
 FILE = "config.json"  # in the workdir
@@ -54,7 +54,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "di_
 
 def sentence(config, arguments: Sequence[str] = ()) -> str:
     """What a run is, in one line. Args: arguments, of the command line, for what they change."""
-    rewards = [f"{scale:g} x {name}" for name, scale in config.reward.items() if scale]
+    rewards = [f"{scale:g} x {name}" for name, scale in scales_of(config.reward).items() if scale]
     optim = config.optim
     parts = [
         f"{config.objective.name}: {_DIVERGENCES[config.objective.name]}, {_guidance(config)}",
@@ -135,7 +135,7 @@ def describe(
         "arguments": [arg for arg in arguments if arg.lstrip("-").startswith("config")],
         "run": sentence(config, arguments),
         "prompts": prompts,
-        "rewards": list(rewards_used(config.reward, config.eval.metrics)),
+        "rewards": list(rewards_used(scales_of(config.reward), config.eval.metrics)),
         "versions": versions(),
         "git": git_hash(),
         "devices": {

@@ -1,22 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes pictures from prompts.
+"""Draws pictures from prompts.
 
-    python -m di_star_jax.sample --checkpoint=WORKDIR --prompt="..." --num=4 --seed=0 --out=DIR
-    python -m di_star_jax.sample --checkpoint=PIPELINE --sampler=ddim --steps=50 \\
-        --guidance_scale=5 --prompt="..."
+    di-star sample                                     # a grid by the generator that is shipped
+    di-star sample --prompt="two red circles on a gray background"
+    di-star sample --checkpoint=WORKDIR --prompt="..." --num=4 --seed=0 --out=DIR
+    di-star sample --checkpoint=PIPELINE --sampler=ddim --steps=50 --guidance_scale=5 --prompt="..."
 
 A workdir or an exported generator makes its pictures in one step; the pipeline of a teacher takes
-many, with guidance.
+many, with guidance. Leaves 0000.png and so on, grid.png, and prompts.json, which says what each
+picture was drawn from and which `evaluate --images` reads.
 """
+
+import json
+import os
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 
-from di_star_jax import drawing, pictures, samplers
+from di_star_jax import drawing, log, pictures, samplers
+from di_star_jax.command import run as run_command
 from di_star_jax.errors import UserError
-from di_star_jax.errors import run as run_command
-from di_star_jax.storage.files import expand
+from di_star_jax.pipelines.folder import Pipeline
+from di_star_jax.shapes import scenes, tokenizer
+from di_star_jax.storage.files import expand, write_text
+
+SHIPPED = Path(tokenizer.__file__).parent / "checkpoint"
+PROMPTS = "prompts.json"
+_TRIED = 6  # held-out captions, where no prompt is given
 
 
 def define_flags() -> None:  # not at import: other commands have flags of the same names
@@ -29,7 +42,7 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         None,
         "Pipeline of the other networks: of a UNet's folder, or of a run where it has moved.",
     )
-    flags.DEFINE_integer("seed", 0, "Of the noise.")
+    flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_enum(
         "which",
         "ema",
@@ -40,30 +53,34 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         "sampler",
         None,
         sorted(samplers.SAMPLERS),
-        "few_step for a generator, euler else, if not given.",
+        "How pictures are made: few_step for a generator, euler else, if not given.",
     )
     flags.DEFINE_integer(
-        "steps", None, "Of ddim, euler and dpm_solver_pp; 50.", lower_bound=1, upper_bound=1000
+        "steps",
+        None,
+        "Steps of the samplers ddim, euler and dpm_solver_pp; 50 if not given.",
+        lower_bound=1,
+        upper_bound=1000,
     )
     flags.DEFINE_float(
         "guidance_scale",
         None,
-        "Of ddim, euler and dpm_solver_pp; 5 if not given, 1 is no guidance.",
+        "Guidance of the samplers ddim, euler and dpm_solver_pp; 5 if not given, 1 is none.",
         lower_bound=0.0,
     )
     flags.DEFINE_multi_integer(
         "timestep",
         None,
-        "Of few_step, falling; may be given several times. Its run's, or 399, if not given.",
+        "Times of few_step, falling; may be given several times. Its run's, or 399, if not given.",
         lower_bound=0,
         upper_bound=999,
     )
-    flags.DEFINE_integer("resolution", None, "Pixels; the UNet's own if not given.")
+    flags.DEFINE_integer("resolution", None, "Pixels of a side; the UNet's own if not given.")
     flags.DEFINE_enum(
         "dtype",
         "float32",
         ["float32", "bfloat16"],
-        "Of the generator; bfloat16 is what SDXL is fast in.",
+        "Numbers that the networks compute in; bfloat16 is what SDXL is fast in.",
     )
 
 
@@ -75,37 +92,106 @@ def asked() -> drawing.Asked:
     )
 
 
+def open_folder(out: Path) -> None:
+    """Makes the folder for the pictures. Raises: UserError where nothing can be written there."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file, expected a folder; give another name")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --out={out} ({error.strerror}); give a folder") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out={out} may not be written; give a folder of your own")
+
+
+def shipped(dtype: jnp.dtype) -> Pipeline:
+    """The shapes world's one-step generator, as it is before any alignment."""
+    return drawing.load(str(SHIPPED / "generator"), "ema", dtype=dtype, reference=str(SHIPPED))
+
+
+def _load() -> Pipeline:
+    args = flags.FLAGS
+    dtype = jnp.dtype(args.dtype)
+    if args.checkpoint is None:
+        log.say(
+            "no --checkpoint: the shipped one-step generator of the shapes world draws, as it is "
+            "before any alignment"
+        )
+        return shipped(dtype)
+    log.say(f"reading {args.checkpoint}")
+    return drawing.load(args.checkpoint, args.which, dtype=dtype, reference=args.reference_pipeline)
+
+
+def _prompts() -> list[str]:
+    args = flags.FLAGS
+    if args.prompt:
+        return args.prompt
+    if args.checkpoint is not None:
+        raise UserError('no --prompt; give what to draw, e.g. --prompt="a cat"')
+    held_out = (SHIPPED / "prompts_held_out.txt").read_text(encoding="utf-8").splitlines()
+    return held_out[:_TRIED]
+
+
+def _warn_of_unknown_words(loaded: Pipeline, prompts: list[str]) -> None:
+    words = tokenizer.unknown_words(loaded.tokenizers["tokenizer"], prompts)
+    if words:
+        log.say(
+            f"warning: this generator never saw {', '.join(words)}, and draws anything for it; it "
+            f"knows {', '.join(scenes.words())}"
+        )
+
+
+def _save(
+    out: Path,
+    images: list,
+    prompts: list[str],
+) -> None:
+    """Args: images [N, H, W, 3] in [-1, 1]; prompts, one for every --num of them."""
+    num = flags.FLAGS.num
+    names = [f"{i:04d}.png" for i in range(len(images))]
+    for name, image in zip(names, images):
+        pictures.save_png(out / name, pictures.to_uint8(image))
+    pictures.save_png(out / "grid.png", pictures.captioned_grid(images, prompts))
+    of = {name: prompts[i // num] for i, name in enumerate(names)}
+    write_text(out / PROMPTS, json.dumps(of, indent=1) + "\n")
+
+
 def main() -> None:
     args = flags.FLAGS
-    if args.checkpoint is None:
-        raise UserError(
-            "no --checkpoint; give a run's workdir, a pipeline folder, or a name on the Hub"
-        )
+    prompts = _prompts()
     asked().check()
-    dtype = jnp.dtype(args.dtype)
-    loaded = drawing.load(
-        args.checkpoint, args.which, dtype=dtype, reference=args.reference_pipeline
-    )
-    sampling = drawing.sampling_of(asked(), loaded)
-    prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
-    *steps, h, w, c = sampling.noise_shape
-    z = jax.random.normal(jax.random.key(args.seed), (*steps, len(prompts), h, w, c))
-    images = drawing.draw_prompts(loaded, sampling)(prompts, z)
     out = expand(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        pictures.save_png(out / f"{i:04d}.png", pictures.to_uint8(image))
-    pictures.save_png(out / "grid.png", pictures.image_grid(images, args.num))
-    steps = f"{sampling.sampler}, {len(sampling.timesteps)} steps"
-    print(f"wrote {len(images)} pictures and grid.png in {out} ({steps})")
+    open_folder(out)
+    loaded = _load()
+    _warn_of_unknown_words(loaded, prompts)
+    sampling = drawing.sampling_of(asked(), loaded)
+    count, steps = len(prompts) * args.num, len(sampling.timesteps)
+    log.say(
+        f"drawing {_number(count, 'picture')} by {sampling.sampler} in {_number(steps, 'step')}; "
+        "compiling comes first, a quarter of a minute for the shapes world and many for SDXL"
+    )
+    began = time.time()
+    each = [prompt for prompt in prompts for _ in range(args.num)]
+    *before, h, w, c = sampling.noise_shape
+    z = jax.random.normal(jax.random.key(args.seed), (*before, len(each), h, w, c))
+    images = drawing.draw_prompts(loaded, sampling)(each, z)
+    _save(out, images, prompts)
+    log.say(
+        f"wrote {_number(count, 'picture')}, {PROMPTS} and {out / 'grid.png'} in "
+        f"{time.time() - began:.0f} s"
+    )
+    if args.checkpoint is None:
+        log.say("next: di-star train --config=shapes --workdir=runs/shapes   # aligns it")
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 if __name__ == "__main__":
     define_flags()
     flags.DEFINE_alias("reference", "reference_pipeline")
-    flags.DEFINE_multi_string(
-        "prompt", None, "What to draw; may be given several times.", required=True
-    )
+    flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
     flags.DEFINE_integer("num", 4, "Pictures of each prompt.", lower_bound=1)
-    flags.DEFINE_string("out", "samples", "Folder for the PNG files.")
+    flags.DEFINE_string("out", "samples", "Folder for the pictures.")
     run_command(main)

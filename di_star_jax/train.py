@@ -30,7 +30,7 @@ from di_star_jax.pipelines.export import FOLDER, Unet, check_export, export_pipe
 from di_star_jax.prompts import source as prompt_source
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.source import PromptStream, Source
-from di_star_jax.rewards import rewards_used
+from di_star_jax.rewards import rewards_used, scales_of
 from di_star_jax.stop import Stop
 from di_star_jax.storage import checkpoint, folders, weights
 from di_star_jax.storage.checkpoint import Checkpoints
@@ -358,7 +358,7 @@ def eval_settings(config, prompts: dict[str, Source]) -> dict[str, Any] | None:
         eval_prompts(config, prompts["eval"]),
         config.eval.samples,
         config.seed,
-        metrics=rewards_used(config.reward, config.eval.metrics),
+        metrics=rewards_used(scales_of(config.reward), config.eval.metrics),
         oracle=config.eval.oracle,
     )
 
@@ -444,7 +444,7 @@ def metadata_of(
         "generator_timesteps": settings.generator_timesteps,
         "initial": config.weights.generator,
         "objective": config.objective.name,
-        "trained_on": {name: scale for name, scale in config.reward.items() if scale},
+        "trained_on": {name: scale for name, scale in scales_of(config.reward).items() if scale},
         "weights": dict(config.weights.items()),
         "directory": str(Path.cwd()),  # where relative folders are found
     }

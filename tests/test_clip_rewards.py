@@ -772,8 +772,8 @@ def test_a_reward_of_scale_zero_leaves_no_trace_in_the_gradient(mixture):
 
 
 def test_the_readmes_own_reward_gives_the_latents_a_gradient(mixture, monkeypatch):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    code = readme.split("### A reward of your own")[1].split("```python\n")[1].split("```")[0]
+    readme = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    code = readme.split("## A reward of your own")[1].split("```python\n")[1].split("```")[0]
     brightness = types.ModuleType("brightness")
     exec(code, brightness.__dict__)  # noqa: S102
     monkeypatch.setitem(rewards.REWARDS, "brightness", brightness.ENTRY)

@@ -174,6 +174,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
             r"objective.t_min=20, objective.t_max=1000, expected 0 <= t_min <= t_max <= 999",
         ),
         ({"assistant.t_min": 500, "assistant.t_max": 400}, 16, r"assistant.t_min=500"),
+        ({"generator.timesteps": ("abc",)}, 16, r"\('abc',\), expected falling numbers in 0..999"),
         (
             {"generator.timesteps": (-1,)},
             16,

@@ -26,6 +26,7 @@ from PIL import Image
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
+from di_star_jax import command as commands
 from di_star_jax import drawing, errors, evaluate, models, pictures, rewards, sharding
 from di_star_jax.evaluation.run import STORE
 from di_star_jax.evaluation.scores import params_digest
@@ -72,8 +73,8 @@ def command(capsys, monkeypatch):
         with flagsaver.flagsaver():
             flags.FLAGS.unparse_flags()
             try:
-                rest = errors.exit_on_user_error(flags.FLAGS)(["evaluate", *map(str, arguments)])
-                errors.command(evaluate.main)(rest)
+                rest = errors.exit_on_user_error(commands.parse)(["evaluate", *map(str, arguments)])
+                commands.command(evaluate.main)(rest)
             except SystemExit as stop:
                 code = stop.code
         return code, *capsys.readouterr()
@@ -1256,8 +1257,8 @@ BAD = {
         ["--images=", "--checkpoint=SHAPES", "--resolution=65"],
         "not a multiple of 64",
     ),
-    "unknown sampler": (["--sampler=heun"], "ddim|dpm_solver_pp|euler|few_step"),
-    "no prompts on the page": (["--max_prompts=0"], "0 is not a positive integer"),
+    "unknown sampler": (["--sampler=heun"], "ddim, dpm_solver_pp, euler, few_step"),
+    "no prompts on the page": (["--max_prompts=0"], "expected a positive integer"),
     "surplus": (["more"], "got 'more', expected flags only"),
     "unknown flag": (["--imagse=x"], "imagse"),
 }
@@ -1357,3 +1358,23 @@ def test_an_error_as_a_user_meets_it_is_one_line_without_traceback(tmp_path):
         "error: --prompts=parti needs PartiPrompts"
     )
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.case("first hour 28")
+def test_a_function_of_the_users_own_is_a_metric_whose_file_is_noted(
+    command, monkeypatch, tmp_path
+):
+    own = tmp_path / "my.py"
+    own.write_text("def brightness(images):\n    return images.mean((1, 2, 3))\n")
+    given = images_and_prompts(tmp_path, [0, 255])
+    asked = (*given, f"--metrics={own}:brightness", f"--out={tmp_path}/out")
+    code, _, stderr = command(*asked)
+    monkeypatch.delitem(rewards.REWARDS, "brightness")
+    assert code == 0, stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["metrics"]["brightness"]["mean"] == pytest.approx(0.0, abs=1e-6)
+    assert found["settings"]["metrics"]["brightness"]["weights"] == str(own)
+    own.write_text("def brightness(images):\n    return 2 * images.mean((1, 2, 3))\n")
+    code, _, stderr = command(*asked)
+    monkeypatch.delitem(rewards.REWARDS, "brightness")
+    assert code == 2 and "holds scores of brightness with sha256" in stderr

@@ -16,7 +16,7 @@ PACKAGE = Path(di_star_jax.__file__).parent
 ORDER = """
 errors
 config diffusion sharding hosts pictures xla_flags storage/
-log
+command log
 prompts/ models/
 objectives samplers stop pipelines/
 rewards/ gradients
@@ -29,6 +29,7 @@ evaluation/
 train
 sample
 main convert evaluate benchmark studies/
+__main__
 """
 LEVEL = {
     name.rstrip("/"): level for level, line in enumerate(ORDER.split("\n")) for name in line.split()

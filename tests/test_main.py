@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, run in this process, and once as a user runs it."""
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from PIL import Image
 from test_config import ROOT
 
-from di_star_jax import config, errors, hosts, main
+import di_star_jax
+from di_star_jax import __main__, errors, hosts, main, pictures, sample
+from di_star_jax import command as commands
 from di_star_jax.errors import UserError
+from di_star_jax.prompts.tokens import Tokenizer
+from di_star_jax.shapes import oracle, scenes, tokenizer
 
 SDXL, DRY = "--config=configs/sdxl.py", "--config.dry_run=True"
 
@@ -32,7 +42,7 @@ def command(monkeypatch, capsys):
         with flagsaver.flagsaver():
             flags.FLAGS.unparse_flags()
             try:
-                errors.command(main.main)(errors.exit_on_user_error(config.parse_flags)(argv))
+                commands.command(main.main)(errors.exit_on_user_error(commands.parse)(argv))
             except SystemExit as stop:
                 code = stop.code
         return code, *capsys.readouterr()
@@ -40,6 +50,7 @@ def command(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.case("first hour 25", "first hour 11")
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -61,9 +72,19 @@ def command(monkeypatch, capsys):
         ),
         (
             [SDXL, DRY, "--config.data.batch_size=many"],
-            "--config.data.batch_size=many: invalid literal for int()",
+            "--config.data.batch_size=many: expected an integer",
         ),
-        ([SDXL, DRY, "--config.data=3"], "--config.data=3"),
+        (
+            [SDXL, DRY, "--config.data=3"],
+            "--config.data is a section, not a field; set one of data.batch_size",
+        ),
+        ([SDXL, DRY, "--config.train.steps=1e3"], "--config.train.steps=1e3: expected an integer"),
+        ([SDXL, "--config.dry_run=maybe"], "--config.dry_run=maybe: expected True or False"),
+        ([SDXL, "--train.steps=500"], "unknown flag --train.steps, did you mean --config.train."),
+        ([SDXL, DRY, "--config.reward.brightness=1"], "is --config.reward.custom=FILE:FUNCTION"),
+        ([SDXL + ":di_str", DRY], "unknown preset 'di_str', did you mean di_star or di_star_l2"),
+        (["--config=shpes"], "one of sdxl, shapes (--config=sdxl works from anywhere), did you"),
+        ([SDXL, "--workdir"], "--workdir without a value; write --name=value"),
         (
             [SDXL, DRY, "--config.data.batch_size=6"],
             "data.batch_size=6 is not divisible by the 16 devices of mesh data=1 x fsdp=16; use "
@@ -162,15 +183,46 @@ def test_a_launcher_whose_other_processes_are_missing_is_refused(monkeypatch):
     assert (given["num_processes"], given["process_id"]) == (2, 0)
 
 
-def test_what_is_compiled_is_kept_in_the_workdir_unless_the_user_says_where(monkeypatch, tmp_path):
-    updates = {}
-    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    hosts.keep_compiled(str(tmp_path))
-    assert not updates
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    hosts.keep_compiled(str(tmp_path))
-    assert updates["jax_compilation_cache_dir"] == str(tmp_path / "compiled")
+CACHED = """
+import sys
+from di_star_jax import hosts
+hosts.keep_compiled()
+import jax
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((7, 7)))
+print(sum(name == "/jax/compilation_cache/cache_hits" for name in hits), "hits")
+"""
+
+
+def in_a_process(code, **env):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | env
+    env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.case("first hour 8")
+def test_what_one_process_has_compiled_another_finds_also_where_the_folder_was_moved(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert "0 hits" in in_a_process(CACHED, XDG_CACHE_HOME=str(first)).stdout
+    assert list((first / "di_star_jax" / "compiled").iterdir())
+    first.rename(second)
+    assert "0 hits" not in in_a_process(CACHED, XDG_CACHE_HOME=str(second)).stdout
+    elsewhere = tmp_path / "elsewhere"
+    in_a_process(CACHED, XDG_CACHE_HOME=str(first), JAX_COMPILATION_CACHE_DIR=str(elsewhere))
+    assert not first.exists()
+
+
+@pytest.mark.case("first hour 8")
+def test_a_cache_that_cannot_be_written_is_said_and_not_used(tmp_path):
+    (tmp_path / "di_star_jax").touch()  # where its folder would be
+    done = in_a_process(CACHED, XDG_CACHE_HOME=str(tmp_path))
+    assert done.stderr.startswith("what is compiled is not kept for the next start: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_dry_run_as_a_user_types_it_exits_without_error_and_prints_the_plan():
@@ -197,3 +249,198 @@ def test_an_error_as_a_user_meets_it_is_one_line_without_traceback():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown config field trian.steps, did you mean train.steps?\n"
+
+
+def typed(*arguments, cwd=ROOT, python=(), **env):
+    """A command as a user types it, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *python, "-m", "di_star_jax", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.case("first hour 25")
+def test_no_field_is_suggested_for_its_section_alone():
+    known = ["reward.hpsv2", "reward.pickscore"]
+    assert errors.suggest("reward.brightness", known) == ""
+    assert errors.suggest("reward.hpsv", known) == ", did you mean reward.hpsv2?"
+
+
+@pytest.mark.case("first hour 25")
+def test_the_config_may_come_after_its_fields(command, monkeypatch):
+    seen = []
+    monkeypatch.setattr("di_star_jax.cost.plan.make", lambda c, n, kind: seen.append(c))
+    monkeypatch.setattr("di_star_jax.cost.plan.describe", lambda plan: ["the plan"])
+    assert command("--config.seed=7", DRY, SDXL)[0] == 0
+    assert command("--config.seed", "8", "--config", "sdxl:sim", "--config.dry_run")[0] == 0
+    assert [(c.seed, c.reward.pickscore) for c in seen] == [(7, 100.0), (8, 0.0)]
+
+
+@pytest.mark.case("first hour 11")
+def test_a_config_is_found_by_name_from_any_folder(tmp_path):
+    done = typed("train", "--config=shapes:sim", DRY, cwd=tmp_path)
+    assert done.returncode == 0 and "parameters:" in done.stdout, done.stderr
+    done = typed("train", "--config=configs/shapes.py", DRY, cwd=tmp_path)
+    assert done.returncode == 2 and f"no config file configs/shapes.py in {tmp_path}" in done.stderr
+
+
+@pytest.mark.case("first hour 13")
+def test_the_commands_are_listed_and_a_wrong_one_is_refused_with_the_nearest():
+    listed = typed()
+    assert listed.returncode == 0
+    for name in __main__.COMMANDS:
+        assert f"\n  {name} " in listed.stdout
+    assert typed("--help").stdout == typed("-h").stdout == listed.stdout
+    assert typed("--version").stdout == f"{di_star_jax.__version__}\n"
+    wrong = typed("evalate")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: unknown command 'evalate', did you mean evaluate?\n"
+
+
+@pytest.mark.case("first hour 13")
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_help_lists_all_flags_of_a_command_in_plain_sentences(name):
+    done = typed(name, "-h")
+    assert (done.returncode, done.stderr) == (0, "")
+    module = ROOT / "di_star_jax" / f"{__main__.COMMANDS[name][0].replace('.', '/')}.py"
+    source = module.read_text()
+    if name == "evaluate":
+        source += (ROOT / "di_star_jax" / "sample.py").read_text().split("if __name__")[0]
+    defined = re.findall(r"(?:flags\.DEFINE_\w+|config_file)\(\s*\"(\w+)\"", source)
+    assert defined and re.findall(r"^  --(\w+)$", done.stdout, re.MULTILINE)
+    assert set(defined) <= set(re.findall(r"^  --(\w+)$", done.stdout, re.MULTILINE))
+    assert "repeat this option" not in done.stdout and not re.search(r"^ +Of ", done.stdout, re.M)
+
+
+@pytest.mark.case("first hour 13")
+def test_help_with_a_config_lists_its_presets_and_fields():
+    stdout = typed("train", "--config=shapes", "--help").stdout
+    assert "\n  sim " in stdout and "reward.pickscore=0.0" in stdout
+    assert "--config.train.steps=200\n      generator updates" in stdout
+
+
+@pytest.mark.case("first hour 14", "first hour 15")
+def test_nobody_is_told_of_a_tpu_or_a_pytorch_that_is_not_there(tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import di_star_jax, os; print(os.environ['JAX_PLATFORMS'])\n"
+        "import jax; jax.devices(); from transformers import CLIPTokenizer"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TF_"))}
+    env["PYTHONPATH"] = str(ROOT)
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
+    done = subprocess.run(run, env=env | {"JAX_PLATFORMS": ""}, capture_output=True, text=True)
+    assert done.stdout == "\n"  # what the user has set stays
+
+
+@pytest.mark.parametrize("name", ["main", "sample", "evaluate", "convert", "benchmark"])
+@pytest.mark.case("first hour 6")
+def test_a_python_without_jax_is_told_to_activate_the_environment(name):
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", f"di_star_jax.{name}"],  # -S: no installed packages
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "has no jax; activate the environment" in done.stderr
+
+
+def interrupted(*arguments, at, env):
+    """(exit code, stderr, seconds) of a command that gets Ctrl-C once it has printed `at`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "di_star_jax", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = next(line for line in process.stdout if at in line)
+        assert line
+        time.sleep(0.3)
+        began = time.time()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, stderr, time.time() - began
+
+
+@pytest.mark.case("first hour 7")
+@pytest.mark.parametrize("at", ["no --checkpoint", "drawing"])  # while reading, while compiling
+def test_ctrl_c_ends_a_command_with_one_line(tmp_path, at):
+    env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "empty")}
+    code, stderr, seconds = interrupted("sample", f"--out={tmp_path}/out", at=at, env=env)
+    assert (code, stderr) == (130, "stopped by Ctrl-C\n")
+    assert seconds < 15
+
+
+@pytest.mark.case("first hour 17", "first hour 28")
+def test_sample_alone_draws_a_grid_by_the_shipped_generator_and_says_what_next(tmp_path):
+    done = typed("sample", "--num=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and "next: di-star train" in done.stdout
+    of = json.loads((tmp_path / "samples" / "prompts.json").read_text())
+    names = sorted(path.name for path in (tmp_path / "samples").glob("0*.png"))
+    assert list(of) == names and len(names) == 6
+    captions = (sample.SHIPPED / "prompts_held_out.txt").read_text().splitlines()
+    assert list(of.values()) == captions[:6]
+    seen = [np.asarray(Image.open(tmp_path / "samples" / name)) / 255 for name in names]
+
+    def right(captions):
+        pairs = zip(captions, seen, strict=True)
+        found = [oracle.attributes(scenes.parse(caption), image) for caption, image in pairs]
+        return np.sum(found, axis=0)[0] / np.sum(found, axis=0)[1]
+
+    assert right(of.values()) > 0.5 > right(captions[1:7])
+
+
+@pytest.mark.case("first hour 18")
+def test_sample_says_which_words_its_generator_never_saw():
+    shapes = Tokenizer(sample.SHIPPED / "tokenizer")
+    texts = ["two red elephants", "a blue circle in paris"]
+    assert tokenizer.unknown_words(shapes, texts) == ["elephants", "in", "paris"]
+    assert tokenizer.unknown_words(shapes, ["Two Red circles on a gray background"]) == []
+
+
+@pytest.mark.case("first hour 18", "first hour 25")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out={}/file"], "--out={}/file is a file, expected a folder; give another name"),
+        (["--out={}/file/x"], "cannot make --out={}/file/x"),
+        (["--checkpoint=x"], "no --prompt; give what to draw"),
+        (["--sampler=eular"], "--sampler=eular: expected one of ddim, dpm_solver_pp, euler, few"),
+    ],
+)
+def test_sample_refuses_what_it_cannot_do_before_it_reads_anything(tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    done = typed("sample", *(argument.format(tmp_path) for argument in arguments))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1 and message.format(tmp_path) in done.stderr
+
+
+@pytest.mark.case("first hour 25")
+def test_all_flags_that_are_missing_are_named_at_once():
+    done = typed("convert", "--to=orbax")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: no --input, ") and "; no --output, " in done.stderr
+
+
+def test_a_grid_has_a_row_for_each_prompt_and_shows_small_pictures_larger():
+    images = np.zeros((4, 64, 64, 3), np.float32)
+    images[2:] = 1.0
+    grid = pictures.captioned_grid(images, ["one", "two"], width=300)
+    assert grid[16:272, 16:272].max() == 128  # a gray square of 256 pixels
+    row = 256 + 44 + 16
+    assert (grid[16 + 256 + 5 : 16 + row - 16, 16:272] < 128).any()  # its caption
+    assert grid[16 + row : 16 + row + 256, 16:272].min() == 255

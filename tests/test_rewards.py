@@ -18,9 +18,10 @@ from PIL import Image
 from test_config import dry
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import assembly, models, rewards
+from di_star_jax import assembly, checks, models, rewards
 from di_star_jax.checks import check
 from di_star_jax.cost import plan
+from di_star_jax.errors import UserError
 from di_star_jax.models import clip
 from di_star_jax.rewards import pixels, similarity, views
 from di_star_jax.rewards.pixels import clip_pixels, clip_pixels_rounded
@@ -277,8 +278,8 @@ def test_views_are_the_whole_a_smaller_picture_and_a_window():
 
 
 def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    code = readme.split("### A reward of your own")[1].split("```python\n")[1].split("```")[0]
+    readme = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    code = readme.split("## A reward of your own")[1].split("```python\n")[1].split("```")[0]
     (tmp_path / "brightness.py").write_text(code)
     spec = importlib.util.spec_from_file_location("brightness", tmp_path / "brightness.py")
     brightness = importlib.util.module_from_spec(spec)
@@ -294,3 +295,117 @@ def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch
     np.testing.assert_allclose(
         loaded.reward(loaded.params, images, loaded.tokenize(["dark", "light"])), [-0.5, 0.25]
     )
+
+
+OWN = """
+import jax.numpy as jnp
+import numpy as np
+
+def brightness(images):
+    return images.mean((1, 2, 3))
+
+def longer_is_brighter(images, prompts):
+    return images.mean((1, 2, 3)) * prompts
+
+def tokenize(prompts):
+    return np.array([len(prompt) for prompt in prompts], np.float32)
+
+def one_number(images):
+    return images.mean()
+
+def of_integers(images):
+    return (images.mean((1, 2, 3)) > 0).astype(int)
+
+def in_numpy(images):
+    return np.mean(np.asarray(images), (1, 2, 3))
+
+def of_three(images, prompts, more):
+    return images.mean((1, 2, 3))
+
+def without_gradient(images):
+    return jnp.asarray(float(images.mean()) * jnp.ones(2))
+
+def pickscore(images):
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The user's file; what is added to the table is gone afterwards."""
+    monkeypatch.setattr(rewards, "REWARDS", rewards.REWARDS.copy())
+    for module in (assembly, plan, checks):
+        monkeypatch.setattr(module, "REWARDS", rewards.REWARDS)
+    file = tmp_path / "my.py"
+    file.write_text(OWN)
+    return file
+
+
+@pytest.mark.case("first hour 28")
+def test_a_function_of_the_users_own_file_is_a_reward_from_config_to_score(own, tmp_path):
+    changes = {"reward.pickscore": 0.0, "eval.metrics": ("brightness",)}
+    config = dry(**changes, **{"reward.custom": f"{own}:brightness", "reward.custom_scale": 5.0})
+    check(config, 16)
+    assert rewards.scales_of(config.reward)["brightness"] == 5.0
+    assert any("brightness" in line for line in plan.describe(plan.make(config, 16, "cpu")))
+    sources = assembly.reward_sources(config)
+    assert sources == {"brightness": ""}
+    loaded = rewards.load_rewards(sources, str(tmp_path))["brightness"]
+    images = jnp.stack([jnp.full((4, 4, 3), -0.5), jnp.full((4, 4, 3), 0.25)])
+    prompts = loaded.tokenize(["dark", "light"])
+    np.testing.assert_allclose(loaded.reward(loaded.params, images, prompts), [-0.5, 0.25])
+    gradient = jax.grad(lambda x: loaded.reward(loaded.params, x, prompts).sum())(images)
+    np.testing.assert_allclose(gradient, np.full((2, 4, 4, 3), 1 / 48), rtol=1e-6)
+    as_file = 2 * np.round((np.array([-0.5, 0.25]) + 1) * 127.5) / 255 - 1
+    np.testing.assert_allclose(loaded.evaluate({}, images, prompts), as_file, atol=1e-6)
+
+
+@pytest.mark.case("first hour 28")
+def test_a_function_of_the_users_own_reads_prompts_through_its_files_tokenize(own):
+    name = rewards.add(f"{own}:longer_is_brighter")
+    loaded = rewards.load_rewards({name: ""}, "")[name]
+    images = jnp.full((2, 4, 4, 3), 0.5)
+    scores = jax.jit(loaded.reward)(loaded.params, images, loaded.tokenize(["a", "abc"]))
+    np.testing.assert_allclose(scores, [0.5, 1.5])
+    assert loaded.shapes.shape == (1,) and loaded.shapes.dtype == np.float32
+
+
+@pytest.mark.case("first hour 28")
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("brightnes", "has no function brightnes; it has brightness, .*, did you mean brightness"),
+        ("one_number", r"it makes float32 of shape \[\], expected a number for each image"),
+        ("of_integers", r"it makes int32 of shape \[2\], expected a number for each image: float"),
+        ("in_numpy", r"a trial on images \[2, 1024, 1024, 3\] ends with TracerArrayConversionErr"),
+        ("without_gradient", "ends with ConcretizationTypeError"),
+        ("of_three", r"has 3 parameters, expected \(images\) or \(images, prompts\)"),
+        ("pickscore", "there is a reward pickscore already; rename the function"),
+    ],
+)
+def test_a_function_that_is_no_reward_is_refused_before_anything_is_compiled(own, name, message):
+    with pytest.raises(UserError, match=message) as error:
+        check(dry(**{"reward.custom": f"{own}:{name}"}), 16)
+    assert "\n" not in str(error.value) and str(own) in str(error.value)
+
+
+@pytest.mark.case("first hour 28")
+@pytest.mark.parametrize(
+    "spec, content, message",
+    [
+        ("{}/none.py:f", "", "no file .*none.py; give FILE:FUNCTION"),
+        ("{}/b.py", "", "expected FILE:FUNCTION such as my.py:brightness"),
+        ("{}/b.py:f", "def f(:", "the file fails with SyntaxError"),
+        ("{}/b.py:f", "import nothere", "the file fails with ModuleNotFoundError: No module"),
+        (
+            "{}/b.py:f",
+            "def f(images, prompts): return prompts",
+            "has no tokenize",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_reward_is_refused(tmp_path, spec, content, message):
+    (tmp_path / "b.py").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        rewards.add(spec.format(tmp_path))
+    assert "\n" not in str(error.value)

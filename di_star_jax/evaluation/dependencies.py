@@ -49,6 +49,9 @@ def _of_reward(
     name: str,
     mesh: Mesh,
 ) -> dict:
+    if REWARDS[name].file:
+        file = Path(REWARDS[name].file)
+        return {"weights": str(file), "sha256": digest_of(file)}
     source = job.sources[name]
     resolve(name, source)  # before the tokenizer, which is the lesser thing to miss
     found = {"weights": source, "sha256": params_digest(load_reward(job, name, mesh).params)}

@@ -71,6 +71,14 @@ class Tokenizer:
                 "give files of one model"
             )
 
+    def __len__(self) -> int:
+        """The vocabulary's size."""
+        return len(self._tokenizer)
+
+    def pieces(self, text: str) -> list[str]:
+        """The tokens of a text, as the vocabulary spells them, without the specials."""
+        return self._tokenizer.tokenize(text)
+
 
 def _max_length(config: dict, file: Path) -> int:
     """Tokens of a prompt. Absent or null, as 10^30 in old files, is no limit: CLIP's is 77."""

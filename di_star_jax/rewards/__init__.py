@@ -7,11 +7,12 @@ A CLIP's cosine is a row below; what has code of its own is a file that ends in 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines.folder import PLAIN, Options
-from di_star_jax.rewards import aesthetic, imagereward, similarity
+from di_star_jax.rewards import aesthetic, custom, imagereward, similarity
 from di_star_jax.rewards.pixels import (
     Pixels,
     tensor_pixels,
@@ -94,6 +95,27 @@ REWARDS = {
     "aesthetic": aesthetic.ENTRY,
     "imagereward": imagereward.ENTRY,
 }
+
+
+def add(spec: str, pixels: int = 512) -> str:
+    """Adds the function of a user's own file to REWARDS. Returns: its name there.
+
+    Args: as of `custom.entry`. Raises: UserError.
+    """
+    name = custom.name_of(spec)
+    if name in REWARDS and not REWARDS[name].file:
+        raise UserError(f"reward {spec}: there is a reward {name} already; rename the function")
+    REWARDS[name] = custom.entry(spec, pixels)
+    return name
+
+
+def scales_of(section: Mapping[str, Any]) -> dict[str, float]:
+    """Scale of each reward, the user's own by its function's name. Args: config.reward."""
+    own = {"custom", "custom_scale"}
+    scales = {name: scale for name, scale in section.items() if name not in own}
+    if section["custom"]:
+        scales[custom.name_of(section["custom"])] = section["custom_scale"]
+    return scales
 
 
 def rewards_used(scales: Mapping[str, float], measured: Sequence[str]) -> list[str]:

@@ -65,6 +65,7 @@ class Entry:
     groups: categories of prompts, as prompts/sets.py names them, for which its authors give means.
     model_name: config -> the model's name, where the title means little without it; or None.
     in_torch: whether cost/peer.py has it in PyTorch.
+    file: of a user's own function, whose content stands for weights; "" for all others.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Entry:
     groups: tuple[str, ...] = ()
     model_name: Callable[[dict], str] | None = None
     in_torch: bool = False
+    file: str = ""
 
 
 def listed(needed: dict[str, str]) -> str:

@@ -39,7 +39,7 @@ from di_star_jax import (
     samplers,
     step,
 )
-from di_star_jax.errors import run as run_command
+from di_star_jax.command import run as run_command
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.scheduler import schedule_from_json
 from di_star_jax.pipelines.sdxl import SDXL

@@ -4,6 +4,9 @@
 import json
 from pathlib import Path
 
+from di_star_jax.prompts.tokens import Tokenizer
+
+_SMALL = 5000  # tokens; CLIP's vocabulary has 49,408
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -59,3 +62,14 @@ def make_word_tokenizer(
     )
     tokenizer.save_pretrained(folder)
     return len(vocab)
+
+
+def unknown_words(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+    """Words of the texts that a small world's tokenizer has no token for; [] by any other.
+
+    In a large vocabulary, a word of several tokens is a usual one.
+    """
+    if len(tokenizer) > _SMALL:
+        return []
+    words = dict.fromkeys(word for text in texts for word in text.lower().split())
+    return [word for word in words if len(tokenizer.pieces(word)) != 1]

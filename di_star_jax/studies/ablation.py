@@ -20,9 +20,9 @@ import numpy as np
 from absl import flags
 
 from di_star_jax import assembly, drawing, samplers, sharding, train
+from di_star_jax.command import run as run_command
 from di_star_jax.config import load_config
 from di_star_jax.errors import UserError, suggest
-from di_star_jax.errors import run as run_command
 from di_star_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from di_star_jax.log import markdown_table
 from di_star_jax.pictures import to_uint8
@@ -404,8 +404,6 @@ def main() -> None:
         for row in args.rows or ROWS
         if not _done(workdir, row, seed)
     ]
-    # The seeds of a row are the same program.
-    jax.config.update("jax_compilation_cache_dir", str((workdir / "compiled").absolute()))
     if todo or not _done(workdir, INIT, "0"):
         _run(workdir, out, args.config, todo)
     write_page(workdir, out)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/fields.md, from the comments of configs/sdxl.py: `python -m di_star_jax.studies.fields`."""
 
-import re
 from pathlib import Path
 
 from absl import flags
 
-from di_star_jax.config import fields, load_config
-from di_star_jax.errors import run as run_command
+from di_star_jax.command import run as run_command
+from di_star_jax.config import comments, fields, load_config
 from di_star_jax.log import markdown_table
 
 HEAD = """# Fields
@@ -17,22 +16,6 @@ Set any of them on the command line: `--config.train.steps=500`. Presets follow 
 `python -m di_star_jax.studies.fields`.
 
 """
-
-
-def comments(source: str) -> dict[str, str]:
-    """By field, the comment above it. Args: text of a config file."""
-    found = {}
-    above = []
-    for line in source.splitlines():
-        comment = re.fullmatch(r" +# (.*)", line)
-        field = re.match(r" +config\.([\w.]+) = ", line)
-        if comment:
-            above.append(comment.group(1))
-        elif field:
-            found[field.group(1)] = " ".join(above)
-        if not comment:
-            above = []
-    return found
 
 
 def page(config_file: Path) -> str:

@@ -21,7 +21,7 @@ import optax
 from absl import flags
 
 from di_star_jax import diffusion, gradients, objectives, samplers, sharding, step
-from di_star_jax.errors import run as run_command
+from di_star_jax.command import run as run_command
 from di_star_jax.log import markdown_table
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines.sdxl import SDXL, null_of
@@ -318,5 +318,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder for mixture.md and mixture.png.", required=True)
-    flags.DEFINE_integer("steps", 4000, "Of the generator, with each objective.", lower_bound=1)
+    flags.DEFINE_integer("steps", 4000, "Steps with each objective.", lower_bound=1)
     run_command(main)
