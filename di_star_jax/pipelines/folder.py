@@ -200,7 +200,7 @@ def load_model(
 
 def load_unet(folder: Path, options: Options = PLAIN) -> Model:
     """As `load_model`. Raises: UserError for another model, too."""
-    if _port(folders.read_config(folder)).module is not UNet2DConditionModel:
+    if model_class(read_config(folder))[0] is not UNet2DConditionModel:
         raise UserError(f"{folder} holds no UNet; give the folder of a UNet2DConditionModel")
     return load_model(folder, options)
 
