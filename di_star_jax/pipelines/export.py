@@ -13,6 +13,7 @@ import numpy as np
 
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import card
+from di_star_jax.pipelines.scheduler import NUM_TRAIN_TIMESTEPS, betas_of
 from di_star_jax.storage import folders
 from di_star_jax.storage.weights import (
     stored_tensors,
@@ -26,18 +27,6 @@ DTYPES = ("float32", "float16", "bfloat16")
 # Where a generator's times stand in its scheduler's config. diffusers passes over what begins with
 # an underscore, and keeps it.
 TIMESTEPS = "_generator_timesteps"
-_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-# What the classes take where their config does not say.
-_BETAS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-_LCM_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # Of SDXL's pipeline; diffusers does without them.
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 # Beside weights, what a component is read from; nothing else is copied.
@@ -82,15 +71,17 @@ def generator_scheduler(reference_folder: str | os.PathLike, timesteps: Sequence
       timesteps: of the generator's steps, falling, in [0, 999].
     """
     reference = folders.read_config(reference_folder, *folders.SCHEDULER)
-    is_lcm = reference.get("_class_name") in ("LCMScheduler", "TCDScheduler")
-    schedule = _LCM_BETAS if is_lcm else _BETAS
-    schedule = schedule | {name: reference[name] for name in _SCHEDULE if name in reference}
-    common = {"timestep_spacing": "leading", TIMESTEPS: list(timesteps), **schedule}
+    common = {
+        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        TIMESTEPS: list(timesteps),
+        **betas_of(reference, str(Path(reference_folder).joinpath(*folders.SCHEDULER))),
+    }
     if len(timesteps) == 1:
         return {"_class_name": "EulerDiscreteScheduler", "steps_offset": timesteps[0], **common}
-    train_steps = schedule.get("num_train_timesteps", 1000)
-    grids = range(train_steps, len(timesteps) - 1, -1)
-    fitting = (n for n in grids if _lcm_timesteps(n, len(timesteps), train_steps) == [*timesteps])
+    grids = range(NUM_TRAIN_TIMESTEPS, len(timesteps) - 1, -1)
+    fitting = (n for n in grids if _lcm_timesteps(n, len(timesteps)) == [*timesteps])
     return {
         "_class_name": "LCMScheduler",
         "original_inference_steps": next(fitting, 50),
@@ -99,13 +90,9 @@ def generator_scheduler(reference_folder: str | os.PathLike, timesteps: Sequence
     }
 
 
-def _lcm_timesteps(
-    grid: int,
-    num_steps: int,
-    train_steps: int,
-) -> list[int]:
+def _lcm_timesteps(grid: int, num_steps: int) -> list[int]:
     """Those of diffusers' LCMScheduler with `original_inference_steps=grid`."""
-    times = np.arange(grid, 0, -1) * (train_steps // grid) - 1
+    times = np.arange(grid, 0, -1) * (NUM_TRAIN_TIMESTEPS // grid) - 1
     indices = np.floor(np.linspace(0, grid, num_steps, endpoint=False)).astype(int)
     return times[indices].tolist()
 
@@ -115,8 +102,7 @@ def calls_by_timesteps(scheduler: dict) -> bool:
     times = scheduler.get(TIMESTEPS, [])
     if len(times) < 2:
         return False
-    train_steps = scheduler.get("num_train_timesteps", 1000)
-    return times != _lcm_timesteps(scheduler["original_inference_steps"], len(times), train_steps)
+    return times != _lcm_timesteps(scheduler["original_inference_steps"], len(times))
 
 
 def timesteps_of(scheduler: dict, one_step: int) -> tuple[int, ...]:
@@ -127,15 +113,14 @@ def timesteps_of(scheduler: dict, one_step: int) -> tuple[int, ...]:
     """
     default = [one_step] if scheduler.get("_class_name") == "LCMScheduler" else []
     times = scheduler.get(TIMESTEPS, default)
-    limit = scheduler.get("num_train_timesteps", 1000)
     if (
         not isinstance(times, list)
-        or not all(type(t) is int and 0 <= t < limit for t in times)
+        or not all(type(t) is int and 0 <= t < NUM_TRAIN_TIMESTEPS for t in times)
         or any(a <= b for a, b in zip(times, times[1:]))
     ):
         raise UserError(
             f"{'/'.join(folders.SCHEDULER)}: {TIMESTEPS} is {times!r}, expected falling whole "
-            f"numbers of 0 to {limit - 1}; export again"
+            f"numbers of 0 to {NUM_TRAIN_TIMESTEPS - 1}; export again"
         )
     return tuple(times)
 

@@ -112,6 +112,14 @@ def schedule_from_json(config: Mapping[str, Any], file: str | None = None) -> Sc
     Args: file, its path, for errors.
     Raises: UserError for a field that is not followed, or a class of another kind.
     """
+    return make_schedule(num_train_timesteps=NUM_TRAIN_TIMESTEPS, **betas_of(config, file))
+
+
+def betas_of(config: Mapping[str, Any], file: str | None = None) -> dict[str, Any]:
+    """beta_start, beta_end and beta_schedule, with the defaults of the class that is named.
+
+    Args, Raises: as of `schedule_from_json`.
+    """
     file = file or FIELDS.file
     name = config.get("_class_name", "DDPMScheduler")
     if not isinstance(name, str) or name not in _CLASSES:
@@ -125,7 +133,7 @@ def schedule_from_json(config: Mapping[str, Any], file: str | None = None) -> Sc
             f"{file} has beta_schedule={built.beta_schedule!r}, the port implements "
             "'scaled_linear' and 'linear' only"
         )
-    return make_schedule(num_train_timesteps=NUM_TRAIN_TIMESTEPS, **dataclasses.asdict(built))
+    return dataclasses.asdict(built)
 
 
 # What each sampler's class follows, with diffusers' defaults.
