@@ -634,6 +634,19 @@ def test_a_trailing_file_is_drawn_from_its_last_time_as_diffusers_draws_it(copy)
     np.testing.assert_allclose(ours / 2 + 0.5, theirs, atol=1e-4)
 
 
+@pytest.mark.case("faults 7")
+def test_weights_of_another_setting_are_not_run_as_the_references(copy):
+    unet_config = json.loads((copy / "unet" / "config.json").read_text())
+    pipeline.check_like(copy / "generator", unet_config)
+    pipeline.check_like(copy / "tokenizer", unet_config)  # has none
+    edit(copy / "generator" / "config.json", sample_size=99)
+    pipeline.check_like(copy / "generator", unet_config)
+    edit(copy / "generator" / "config.json", norm_eps=1e-6)
+    message = refused(pipeline.check_like, copy / "generator", unet_config)
+    assert f"{copy / 'generator' / 'config.json'} has norm_eps=1e-06" in message
+    assert "is of AutoencoderKL" in refused(pipeline.check_like, copy / "vae", unet_config)
+
+
 # Tokenizers.
 
 
