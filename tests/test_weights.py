@@ -513,7 +513,7 @@ def test_nothing_half_written_is_left_behind(unet_folder, tmp_path, abstract):
     weights.save(tmp_path / "unet", params, **save)
     weights.save(tmp_path / "unet", {"b": jnp.zeros(3)}, config={"new": 1}, file_name=TRANSFORMERS)
     assert os.listdir(tmp_path) == ["unet"], "no temporary folder"
-    assert sorted(os.listdir(tmp_path / "unet")) == ["config.json", TRANSFORMERS], (
+    assert sorted(os.listdir(tmp_path / "unet")) == ["config.json", folders.MARKER, TRANSFORMERS], (
         "nothing of the earlier model"
     )
 
