@@ -25,6 +25,7 @@ from di_star_jax.pipelines.folder import (
     Options,
     Pipeline,
     abstract_model,
+    check_like,
     load_pipeline,
     load_unet,
     model_class,
@@ -306,7 +307,9 @@ def _initial(
             f"the checkpoint in {source} does not say what it began from; give the folder of a "
             "pipeline"
         )
-    return weights.load(folders.resolve(metadata["initial"]), unet.params)
+    folder = folders.resolve(metadata["initial"])
+    check_like(folder, unet.config)
+    return weights.load(folder, unet.params)
 
 
 class Asked(NamedTuple):

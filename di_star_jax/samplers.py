@@ -188,7 +188,8 @@ def euler(
     """
     timesteps = np.asarray(timesteps)
     steps = _steps(timesteps, schedule, _onwards(timesteps, end))
-    return _deterministic(eps_fn, steps.sigma[0] * z if pure_noise else z, steps)
+    x = _deterministic(eps_fn, steps.sigma[0] * z if pure_noise else z, steps)
+    return x / steps.alpha_next[-1]  # as diffusers' x, which matters where noise is left
 
 
 def dpm_solver_pp(

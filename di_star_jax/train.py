@@ -27,6 +27,7 @@ from di_star_jax.gradients import Settings
 from di_star_jax.models import attention
 from di_star_jax.pipelines.card import PICTURE, About
 from di_star_jax.pipelines.export import FOLDER, Unet, check_export, export_pipeline
+from di_star_jax.pipelines.folder import check_like
 from di_star_jax.prompts import source as prompt_source
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.source import PromptStream, Source
@@ -422,7 +423,10 @@ def load_state(
     of_assistant = parts.pipeline.folder / "unet"
     if config.weights.assistant:
         of_assistant = folders.resolve(config.weights.assistant)
-    generator = weights.load(folders.resolve(config.weights.generator), abstract.generator)
+    of_generator = folders.resolve(config.weights.generator)
+    for folder in (of_generator, of_assistant):
+        check_like(folder, parts.models["unet"].config)
+    generator = weights.load(of_generator, abstract.generator)
     assistant = weights.load(of_assistant, abstract.assistant)
     init = jax.jit(
         lambda g, a: step.init_state(g, a, optimizers),

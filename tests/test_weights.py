@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in and out of folders that diffusers and transformers wrote, on small models."""
 
+import hashlib
+import http.server
 import json
 import os
 import pickle
 import shutil
+import threading
 import tracemalloc
+import urllib.parse
 import zipfile
 from pathlib import Path
 
@@ -447,6 +451,52 @@ def test_missing_shards_and_broken_json_are_named(copy, abstract):
     assert "no folder" in _error(weights.load, copy / "nowhere", {})
 
 
+@pytest.mark.case("faults 12")
+def test_a_tensor_in_two_shards_is_that_of_the_file_that_the_index_names(copy, abstract):
+    tensors = safetensors.numpy.load_file(copy / DIFFUSERS)
+    (copy / DIFFUSERS).unlink()
+    name = "conv_in.weight"
+    others = {key: tensor for key, tensor in tensors.items() if key != name}
+    for first, second in (("a", "b"), ("b", "a")):
+        right = {**others, name: tensors[name]}
+        safetensors.numpy.save_file(right, copy / f"{first}.safetensors")
+        stale = {name: np.zeros_like(tensors[name]), "conv_in.bias": tensors["conv_in.bias"]}
+        safetensors.numpy.save_file(stale, copy / f"{second}.safetensors")
+        places = {key: f"{first}.safetensors" for key in tensors}
+        places["conv_in.bias"] = f"{second}.safetensors"
+        (copy / f"{DIFFUSERS}.index.json").write_text(json.dumps({"weight_map": places}))
+        kernel = weights.load(copy, abstract)["conv_in"]["kernel"]
+        np.testing.assert_array_equal(kernel, tensors[name].transpose(2, 3, 1, 0))
+
+
+@pytest.mark.case("faults 24")
+def test_an_error_shows_the_names_in_the_file_and_a_prefix_of_them_all(copy, abstract):
+    whole = safetensors.numpy.load_file(copy / DIFFUSERS)
+    for prefix in ("module.", "model.diffusion."):
+        _edit(copy, lambda _: {prefix + key: tensor for key, tensor in whole.items()})
+        message = _error(weights.load, copy, abstract)
+        assert f"the file's names begin with {prefix!r}: save its tensors without" in message
+    _edit(copy, lambda _: {f"x{i}.w": tensor for i, tensor in enumerate(whole.values())})
+    message = _error(weights.load, copy, abstract)
+    assert "the file has x0.w, x1.w, x10.w" in message and "begin with" not in message
+
+
+@pytest.mark.case("faults 18")
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**5, b'{"a":' * 10**5, b'{"a":' * 80 + b"1" + b"}" * 80]
+)
+def test_json_nested_without_end_is_named(copy, content):
+    (copy / "config.json").write_bytes(content)
+    message = _error(folders.read_config, copy)
+    assert f"{copy / 'config.json'} has over 64 objects inside each other" in message
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(copy):
+    (copy / "config.json").unlink()
+    os.mkfifo(copy / "config.json")
+    assert f"no file {copy / 'config.json'}" in _error(folders.read_config, copy)
+
+
 # Writing.
 
 
@@ -463,7 +513,7 @@ def test_nothing_half_written_is_left_behind(unet_folder, tmp_path, abstract):
     weights.save(tmp_path / "unet", params, **save)
     weights.save(tmp_path / "unet", {"b": jnp.zeros(3)}, config={"new": 1}, file_name=TRANSFORMERS)
     assert os.listdir(tmp_path) == ["unet"], "no temporary folder"
-    assert sorted(os.listdir(tmp_path / "unet")) == ["config.json", TRANSFORMERS], (
+    assert sorted(os.listdir(tmp_path / "unet")) == ["config.json", folders.MARKER, TRANSFORMERS], (
         "nothing of the earlier model"
     )
 
@@ -532,3 +582,115 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     assert folders.resolve_tokenizer("laion/CLIP-ViT-H-14-laion2B-s32B-b79K") == folder
     assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt"]]
     assert "no folder ./nowhere" in _error(folders.resolve_tokenizer, "./nowhere")
+
+
+# Over HTTP, by the Hub's own client.
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Speaks as much of the Hub's API as one repository needs. files: {path: content}."""
+
+    files: dict[str, bytes] = {}
+    gated = False
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        commit = "0" * 40
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        if self.gated:
+            self._answer(401, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": GATED})
+        elif "/tree/" in path:
+            listing = [
+                {"type": "file", "path": name, "size": len(content), "oid": _digest(content)}
+                for name, content in self.files.items()
+            ]
+            self._answer(200, json.dumps(listing).encode(), {})
+        elif path.startswith("/api/models/"):
+            siblings = [{"rfilename": name} for name in self.files]
+            info = {"id": "some/one", "sha": commit, "siblings": siblings}
+            self._answer(200, json.dumps(info).encode(), {})
+        else:
+            content = self.files[path.partition(f"/resolve/{commit}/")[2]]
+            marks = {"ETag": f'"{_digest(content)}"', "X-Repo-Commit": commit}
+            self._answer(200, content, marks)
+
+    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+GATED = "Access to model some/one is restricted. You must have access to it and be authenticated."
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A handler class of its own, served on this machine as the Hub."""
+    handler = type("OneHub", (Hub,), {"files": {}})
+    constants = huggingface_hub.constants
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{serving.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield handler
+        serving.shutdown()
+
+
+@pytest.mark.case("faults 22")
+def test_half_precision_is_fetched_for_the_components_that_have_no_other(server):
+    parts = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
+    index = {part: ["library", "Class"] for part in parts}
+    server.files |= {
+        "model_index.json": json.dumps(index).encode(),
+        "sd_xl_base_1.0.safetensors": b"all of it again",
+        "unet/config.json": b"{}",
+        "unet/diffusion_pytorch_model.safetensors": b"full",
+        "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
+        "vae/config.json": b"{}",
+        "vae/diffusion_pytorch_model.fp16.safetensors": b"half",
+        "text_encoder/config.json": b"{}",
+        "text_encoder/model.fp16.safetensors": b"half",
+        "text_encoder/pytorch_model.bin": b"pickle",
+        "scheduler/scheduler_config.json": b"{}",
+        "tokenizer/vocab.json": b"{}",
+    }
+    folder = folders.resolve("some/one")
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()}
+    left_out = {
+        "sd_xl_base_1.0.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "text_encoder/pytorch_model.bin",
+    }
+    assert found == set(server.files) - left_out
+    for part in ("unet", "vae", "text_encoder"):
+        assert folders.weight_files(folder / part)[0]
+
+
+@pytest.mark.case("faults 22")
+def test_of_a_gated_repository_the_hubs_own_sentence_is_told(server):
+    server.gated = True
+    message = _error(folders.resolve, "some/one")
+    assert "restricted" in message and "authenticated" in message and "401" in message
+
+
+@pytest.mark.case("faults 22")
+@pytest.mark.parametrize("address", ["hf-mirror.com", "", "ftp://x"])
+def test_an_address_of_the_hub_without_its_scheme_is_named(monkeypatch, address):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    assert f"HF_ENDPOINT={address}, expected" in _error(folders.resolve, "some/one")

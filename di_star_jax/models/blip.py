@@ -34,6 +34,7 @@ FIELDS = Fields(
     | {
         "attention_probs_dropout_prob",
         "classifier_dropout",
+        "eos_token_id",
         "encoder_width",  # ImageReward takes the image encoder's width
         "hidden_dropout_prob",
         "type_vocab_size",  # BLIP has no token types

@@ -157,6 +157,8 @@ def _typed(
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or not 1 <= len(value) <= _MOST_BLOCKS:
             raise _refuse(where, name, value, f"expected a list of 1 to {_MOST_BLOCKS} values")
+        if any(isinstance(item, list | tuple) for item in value):
+            raise _refuse(where, name, value, "expected a list of single values")
         return tuple(_typed(where, name, item, hint.__args__[0]) for item in value)
     if hint in (int, float):
         found, expected = _number(name, value, hint)

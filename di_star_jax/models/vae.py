@@ -15,6 +15,7 @@ from di_star_jax.errors import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.config import Fields, check_class, from_json, shown
 
+_DOWN, _UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 # What is made of the fields of config.json that `VAEConfig` does not have.
 FIELDS = Fields(
     fixed={
@@ -39,15 +40,15 @@ FIELDS = Fields(
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """The fields of a VAE's config.json that matter, with diffusers' defaults for what a file
-    leaves out.
+    leaves out, but for the blocks: one for each width.
     """
 
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (64,)
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    down_block_types: tuple[str, ...] = (_DOWN,)
+    up_block_types: tuple[str, ...] = (_UP,)
     layers_per_block: int = 1
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
@@ -60,7 +61,10 @@ class VAEConfig:
         """
         file = file or FIELDS.file
         check_class(config, "AutoencoderKL", file, "give a VAE folder")
-        built = from_json(cls, config, FIELDS, file)
+        widths = config.get("block_out_channels", cls.block_out_channels)
+        count = len(widths) if isinstance(widths, list | tuple) else 1
+        blocks = {"down_block_types": [_DOWN] * count, "up_block_types": [_UP] * count}
+        built = from_json(cls, blocks | config, FIELDS, file)
         _check_blocks(built, file)
         return built
 
@@ -74,8 +78,8 @@ def _check_blocks(config: VAEConfig, file: str) -> None:
     """Raises: UserError for blocks that the port does not have, or widths that do not divide."""
     count, groups = len(config.block_out_channels), config.norm_num_groups
     for field, only in (
-        ("down_block_types", "DownEncoderBlock2D"),
-        ("up_block_types", "UpDecoderBlock2D"),
+        ("down_block_types", _DOWN),
+        ("up_block_types", _UP),
     ):
         found = getattr(config, field)
         if found != (only,) * count:

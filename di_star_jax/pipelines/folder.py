@@ -127,7 +127,7 @@ def _class_name(config: dict) -> Any:
 def _port(config: dict, file: str) -> Port:
     name = _class_name(config)
     if not isinstance(name, str) or name not in _PORTS:
-        what = "nothing" if name is None else shown(name)
+        what = "nothing" if name is None else shown(name).strip("'")
         raise UserError(
             f"{file} describes {what} (_class_name or architectures), expected one of "
             f"{', '.join(_PORTS)}"
@@ -203,6 +203,30 @@ def load_unet(folder: Path, options: Options = PLAIN) -> Model:
     if model_class(read_config(folder))[0] is not UNet2DConditionModel:
         raise UserError(f"{folder} holds no UNet; give the folder of a UNet2DConditionModel")
     return load_model(folder, options)
+
+
+def check_like(folder: Path, config: dict) -> None:
+    """Looks whether a folder's weights may be run as a network of another folder.
+
+    Args: the folder, which may lack config.json; the config.json of the network.
+    Raises: UserError where its settings are others, which shapes of weights need not show.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    _, found = model_class(read_config(folder))
+    _, expected = model_class(config)
+    if type(found) is not type(expected):
+        raise UserError(
+            f"{folder / 'config.json'} is of {_class_name(read_config(folder))}, expected "
+            f"{_class_name(config)}; give the folder of one"
+        )
+    for field in dataclasses.fields(expected):
+        ours, theirs = getattr(expected, field.name), getattr(found, field.name)
+        if ours != theirs and field.name != "sample_size":  # which no network depends on
+            raise UserError(
+                f"{folder / 'config.json'} has {field.name}={shown(theirs)}, but the reference has "
+                f"{shown(ours)}; give a network of the reference's kind"
+            )
 
 
 def load_pipeline(folder: Path, options: Mapping[str, Options] | None = None) -> Pipeline:

@@ -124,8 +124,9 @@ def betas_of(config: Mapping[str, Any], file: str | None = None) -> dict[str, An
     name = config.get("_class_name", "DDPMScheduler")
     if not isinstance(name, str) or name not in _CLASSES:
         raise UserError(
-            f"{file} has _class_name={shown(name)}, the port implements {', '.join(_CLASSES)} "
-            "only; give the folder of an SDXL pipeline"
+            f"{file} has _class_name={shown(name)}, expected one of "
+            f"{', '.join(name.removesuffix('Scheduler') for name in _CLASSES)}, each with "
+            "Scheduler at its end; give the folder of an SDXL pipeline"
         )
     built = from_json(_Betas, {**_CLASSES[name], **config}, FIELDS, file)
     if built.beta_schedule not in ("linear", "scaled_linear"):

@@ -146,7 +146,7 @@ def _fetch(
     if not endpoint.startswith(("https://", "http://")):
         raise UserError(
             f"the environment has HF_ENDPOINT={endpoint}, expected an address that begins with "
-            f"https://; set HF_ENDPOINT=https://{endpoint}, or unset it"
+            f"https://; set HF_ENDPOINT=https://{endpoint.rpartition('//')[2]}, or unset it"
         )
     try:
         return Path(
