@@ -96,10 +96,7 @@ def follow(
             stop.goes_on = f"stopped at step {latest}; the same command goes on"
 
         # Weights.
-        with (
-            stop.free(),
-            log.waiting("loading weights", "seconds for the shapes, minutes for SDXL"),
-        ):
+        with stop.free(), log.waiting("loading weights", "minutes for SDXL"):
             parts = assembly.load_parts(config, mesh)
             method = assembly.method_of(config, parts)
             optimizers = assembly.optimizers_of(config)

@@ -4,9 +4,10 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
-from di_star_jax.checks import check, check_workdir
+from di_star_jax.checks import check, check_workdir, make_workdir
 from di_star_jax.config import fields
 from di_star_jax.cost.plan import planned_devices
 from di_star_jax.errors import UserError, suggest
@@ -308,6 +309,54 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path, monkeypatch, name, m
         check_workdir(name)
     check_workdir("new/folder")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.case("faults 2")
+@pytest.mark.parametrize("name", ["lr[5e-7]", "a*", "what?", "back\\slash"])
+def test_a_workdir_that_could_not_be_read_back_is_refused_before_the_run(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be read back from; give a folder without"):
+        check_workdir(str(tmp_path / name / "run"))
+
+
+@pytest.mark.case("faults 26")
+@pytest.mark.parametrize("name", ["/proc/x", "x" * 300, "/proc/self/x/y"])
+def test_a_workdir_that_no_one_can_make_is_one_line(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot be written .*; give another folder") as error:
+        make_workdir(name)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+    assert make_workdir("new/folder").is_dir() and list((tmp_path / "new/folder").iterdir()) == []
+
+
+@pytest.mark.case("faults 21")
+def test_64_bit_numbers_are_refused_by_the_variables_name():
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with pytest.raises(UserError, match="^JAX_ENABLE_X64=1 .*unset JAX_ENABLE_X64$"):
+            check(dry(), 16)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.case("first hour 24")
+def test_all_missing_inputs_are_named_at_once():
+    changes = {"dry_run": False, "data.prompts": "none.txt", "weights.pickscore": "./none"}
+    with pytest.raises(UserError) as error:
+        check(dry(**changes), 16)
+    line = str(error.value)
+    assert "\n" not in line
+    for missing in (
+        "data.prompts=none.txt: no such file",
+        "weights.pickscore=./none: no such folder",
+    ):
+        assert missing in line
+    assert "weights.generator=./weights/dmd2-sdxl-1step: no such folder" in line
+
+
+@pytest.mark.case("first hour 24")
+def test_reward_only_without_a_reward_is_refused():
+    with pytest.raises(UserError, match="reward_only' with all scales in reward 0 trains nothing"):
+        check(dry(**{"objective.name": "reward_only", "reward.pickscore": 0.0}), 16)
 
 
 def test_suggestions_search_full_dotted_names():

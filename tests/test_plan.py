@@ -126,6 +126,22 @@ def test_memory_is_said_of_a_known_chip_and_of_a_dry_run_only():
     assert has_memory(False, "TPU v5 lite") and has_memory(True, "cpu")
 
 
+@pytest.mark.case("first hour 22")
+def test_a_run_that_needs_more_ram_than_the_machine_has_is_refused_before_the_hub_is_asked():
+    sdxl = dry(**{"dry_run": False, "mesh.fsdp": 1, "data.batch_size": 1})
+    planned = plan.make(sdxl, 1, "cpu")
+    with pytest.raises(
+        UserError, match=r"needs about \d+\.\d GB of RAM, this machine has 16"
+    ) as error:
+        plan.check_memory(planned, ram=16e9)
+    assert "\n" not in str(error.value) and planned.ram > 60e9
+    plan.check_memory(planned, ram=512e9)
+    assert any(line.startswith("RAM: about") for line in plan.describe(planned))
+    assert 5e8 < plan.ram_here() < 1e14
+    dry_run = plan.make(dry(), 1, "cpu")
+    assert not any(line.startswith("RAM") for line in plan.describe(dry_run))
+
+
 def test_a_config_json_may_leave_out_what_diffusers_has_as_defaults(tmp_path):
     (tmp_path / "unet").mkdir()
     short = {k: v for k, v in published.UNET_SD15.items() if k != "block_out_channels"}

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a config will build and hold, without weights: sizes, mesh, batch, memory per chip."""
 
+import contextlib
 import dataclasses
 import math
+import os
 from pathlib import Path
 
 import jax
@@ -19,6 +21,11 @@ from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS
 
 SDXL_WIDTH = 320  # channels of its UNet's first level
+CPU = "cpu"  # its device kind
+# Bytes of RAM beside the plan's: Python and the libraries, what the compiler works in, and pictures
+# that are scored many at a time. Measured on the shapes world.
+PROGRAM = 2.5e9
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,11 @@ class Plan:
     def bytes(self) -> float:
         """On a chip in all."""
         return sum(self.state.values()) + self.activation_bytes
+
+    @property
+    def ram(self) -> float:
+        """Of a machine whose CPU makes up all devices."""
+        return self.bytes * self.devices_here + PROGRAM
 
 
 def make(
@@ -210,18 +222,36 @@ def out_of_memory(
     )
 
 
-def check_memory(plan: Plan) -> None:
+def check_memory(plan: Plan, ram: float | None = None) -> None:
     """Refuses a run that cannot fit its devices, before anything is loaded. Raises: UserError.
 
     Says nothing where the device or the models are not known; what a compiler makes of the step may
-    still be more.
+    still be more. Args: ram, bytes that this machine has; None to ask it.
     """
+    if plan.device_kind == CPU and not plan.unknown:
+        have = ram_here() if ram is None else ram
+        if plan.ram > have:
+            raise UserError(
+                f"the run needs about {plan.ram / 1e9:.1f} GB of RAM, this machine has "
+                f"{have / 1e9:.1f} and no accelerator that JAX sees; run it on a TPU or GPU "
+                "(--config.dry_run=True says on which), or try --config=shapes here"
+            )
+        return
     chip = CHIPS.get(chip_of(plan.device_kind))
     if chip is None or plan.unknown:
         return
     if plan.bytes > chip.memory:
         need, have = plan.bytes / 1e9, chip.memory / 1e9
         raise out_of_memory(need, have, plan.device_kind, plan.config)
+
+
+def ram_here() -> float:
+    """Bytes of RAM that this process may use: the machine's, or its container's limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # none, or "max"
+            limits.append(int(Path(name).read_text()))
+    return float(min(limits))
 
 
 def describe(plan: Plan) -> list[str]:
@@ -234,6 +264,11 @@ def describe(plan: Plan) -> list[str]:
     lines += [f"parameters: unknown before its config.json is here: {f}" for f in plan.unknown]
     if plan.state and (plan.config.dry_run or chip_of(plan.device_kind)):
         lines += _memory_lines(plan)
+    if plan.state and plan.device_kind == CPU and not plan.config.dry_run:
+        lines.append(
+            f"RAM: about {plan.ram / 1e9:.1f} GB, of which {PROGRAM / 1e9:.1f} are Python, the "
+            f"compiler and scoring; this machine has {ram_here() / 1e9:.1f}"
+        )
     return lines
 
 
