@@ -30,6 +30,21 @@ def exit_on_user_error(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def check_all(*checks: Callable[[], object]) -> None:
+    """Runs checks that do not need each other, so that all that is wrong is said at once.
+
+    Raises: UserError with what each of them said.
+    """
+    said = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            said.append(str(error))
+    if said:
+        raise UserError("; also ".join(said))
+
+
 def command(main: Callable[[], None]) -> Callable[[list[str]], None]:
     """`main` as absl calls it, with what is left of the command line, which must be nothing.
 
