@@ -8,8 +8,9 @@
 
 For a slice XLA is told to make little effort (--effort=-1): that takes 4 minutes and 11 GB on two
 cores; --effort=0, what a TPU would run, a quarter of an hour and over 22 GB. Compilation is timed
-apart. Each call is blocked on everything it returns; the first three are not counted. FLOPs are our
-own count (cost/flops.py), never XLA's.
+apart. Each call is blocked on everything it returns; the first three are not counted. Against
+PyTorch on a CPU the calls take turns, so that other work on the machine slows both alike. FLOPs are
+our own count (cost/flops.py), never XLA's.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import zlib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +35,20 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from di_star_jax import assembly, sharding, xla_flags
+from di_star_jax import assembly, log, sharding, xla_flags
 from di_star_jax.checks import check
 from di_star_jax.command import run as run_command
 from di_star_jax.cost import compile as aot
 from di_star_jax.cost import plan
 from di_star_jax.cost.chips import CHIPS, Chip, chip_of
-from di_star_jax.errors import UserError
+from di_star_jax.errors import UserError, check_all
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS, rewards_used, scales_of
+from di_star_jax.storage import files
 
 WARM_UP = 3
+# Third quartile over first of a ratio's repetitions, from which on it says little.
+WIDE = 1.25
 _MOMENTS = {"opt_generator", "opt_assistant"}
 
 
@@ -104,19 +109,44 @@ def _fan_in(shape: tuple[int, ...]) -> float:
     return float(math.prod(shape[-4:-1]) if len(shape) > 3 else shape[-2])
 
 
-def times_of(call: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls, after WARM_UP that are not counted.
+def times_of(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each of `repeats` calls by name, after WARM_UP that are not counted.
 
-    Args: call, which blocks until it is done.
+    The calls take turns: what else the machine does slows them alike.
+
+    Args: calls, which block until they are done.
     """
-    for _ in range(WARM_UP):
-        call()
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+    names = " and ".join(calls)
+    with log.waiting(f"first call of {names}"):
+        for call in calls.values():
+            call()
+    total = WARM_UP + repeats
+    seconds = {name: [] for name in calls}
+    with log.Progress(total, 1, f"timing {names}: call") as progress:
+        for done in range(2, total + 1):
+            for name, call in calls.items():
+                seconds[name].append(_seconds(call))
+            progress.update(done, ", ".join(f"{n} {s[-1]:.3g} s" for n, s in seconds.items()))
+    return {name: of_one[WARM_UP - 1 :] for name, of_one in seconds.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def ratio_of(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """Ours over theirs, repetition by repetition: the median, the quartiles, and what it is worth.
+
+    Args: seconds of equally many calls.
+    """
+    low, median, high = np.percentile(np.divide(ours, theirs), [25, 50, 75])
+    return {
+        "ratio": median,
+        "ratio_quartiles": [low, high],
+        "ratio_is_wide": bool(high > WIDE * low),
+    }
 
 
 def summary(
@@ -253,7 +283,13 @@ def _measured_rows(result: dict) -> list[tuple[str, str]]:
     if "peak_bytes_in_use" in result:
         rows.append(("peak memory in use", f"{result['peak_bytes_in_use'] / 1e9:.2f} GB"))
     if "ratio" in result:
-        rows.append(("ours / torch", f"{result['ratio']:.3f}"))
+        low, high = result["ratio_quartiles"]
+        text = (
+            f"{result['ratio']:.3f}, half of {result['ours']['calls']} in {low:.3f} to {high:.3f}"
+        )
+        if result["ratio_is_wide"]:
+            text += ": worth nothing, so wide; stop other work on this machine, raise --repeats"
+        rows.append(("ours / torch", text))
     return rows
 
 
@@ -266,12 +302,19 @@ def run(config, request: Request) -> dict:
     _prepare(config, request, devices)
     m = config.mesh
     mesh = sharding.make_mesh(m.data, m.fsdp, m.context, devices=devices)
-    work = aot.WORK[request.what](config, mesh)
-    model_flop = aot.model_flop(request.what, config, jax.devices()[0])
-    theirs = _torch_times(config, request) if request.versus else None
+    theirs = {"torch": _torch_call(config, request.what)} if request.versus else {}
+    with log.waiting("counting FLOP"):
+        work = aot.WORK[request.what](config, mesh)
+        model_flop = aot.model_flop(request.what, config, jax.devices()[0])
+    # Two training states of SDXL are too much for one accelerator.
+    apart = times_of(theirs, request.repeats) if theirs and not _on_cpu(devices) else {}
+    if apart:
+        theirs.clear()
+        _forget_torch()
     default = -1.0 if request.topology else 0.0
     effort = default if request.effort is None else request.effort
-    compiled = aot.compile_work(work, config, effort=effort)
+    with log.waiting(f"compiling {request.what}", _compile_estimate(request, effort)):
+        compiled = aot.compile_work(work, config, effort=effort)
     result = {
         "what": request.what,
         "config": request.name,
@@ -281,10 +324,8 @@ def run(config, request: Request) -> dict:
         **_compilation(compiled, mesh, model_flop * config.data.batch_size / len(devices)),
     }
     if not request.topology:
-        result |= _measurement(work, compiled, result, request.repeats)
-    if theirs:
-        result |= {"torch": summary(theirs, config.data.batch_size, 1), "torch_samples": theirs}
-        result["ratio"] = result["ours"]["median_s"] / result["torch"]["median_s"]
+        calls = {"ours": _our_call(work, compiled), **theirs}
+        result |= _measurement(work, result, apart | times_of(calls, request.repeats))
     return result
 
 
@@ -294,6 +335,8 @@ def _prepare(
     devices: list[jax.Device],
 ) -> None:
     """Sets the batch, and refuses what cannot run."""
+    if request.versus:
+        check_all(lambda: _check_torch(config), _check_torch_is_there)
     config.dry_run = True
     if request.per_device or request.topology:
         m = config.mesh
@@ -341,22 +384,17 @@ def _compilation(
 
 def _measurement(
     work: aot.Work,
-    compiled: aot.Compiled,
     result: dict,
-    repeats: int,
+    seconds: dict[str, list[float]],
 ) -> dict:
-    """Args: result, so far."""
-    args = materialise(work.args)
-
-    def call() -> None:
-        nonlocal args
-        out = jax.block_until_ready(compiled.run(*args))
-        if work.donates:
-            args = (out[0], *args[1:])
-
-    seconds = times_of(call, repeats)
+    """Args: result, so far; seconds of calls, of ours and perhaps of torch."""
     device, count = work.mesh.devices.flat[0], work.mesh.devices.size
-    measured = {"ours": summary(seconds, result["batch_size"], count), "samples": seconds}
+    ours = seconds["ours"]
+    measured = {"ours": summary(ours, result["batch_size"], count), "samples": ours}
+    if "torch" in seconds:
+        theirs = seconds["torch"]
+        measured |= {"torch": summary(theirs, result["batch_size"], 1), "torch_samples": theirs}
+        measured |= ratio_of(ours, theirs)
     if "roofline" in result:
         measured["mfu"] = result["roofline"]["compute_s"] / measured["ours"]["median_s"]
     if device.memory_stats():
@@ -364,16 +402,56 @@ def _measurement(
     return measured
 
 
-def _torch_times(config, request: Request) -> list[float]:
-    """Seconds a call of the same work in PyTorch, on one device."""
+def _our_call(work: aot.Work, compiled: aot.Compiled) -> Callable[[], None]:
+    """A call of compiled work with random arguments."""
+    with log.waiting("drawing random weights"):
+        args = jax.block_until_ready(materialise(work.args))
+
+    def call() -> None:
+        nonlocal args
+        out = jax.block_until_ready(compiled.run(*args))
+        if work.donates:
+            args = (out[0], *args[1:])
+
+    return call
+
+
+def _on_cpu(devices: list[jax.Device]) -> bool:
+    return devices[0].platform == "cpu"
+
+
+def _compile_estimate(request: Request, effort: float) -> str:
+    if not request.topology:
+        return "a minute for the shapes world, many for SDXL"
+    return "for SDXL about " + ("4 minutes" if effort < 0 else "a quarter of an hour")
+
+
+def _check_torch_is_there() -> None:
+    """Imports what the comparison needs, for a broken installation is found in no other way."""
     try:
         import diffusers  # noqa: F401
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--vs=torch: {error}; pip install -e '.[test]'") from None
+        raise UserError(
+            f"--vs=torch: {error}; pip install torch diffusers accelerate, or leave --vs out"
+        ) from None
+
+
+def _forget_torch() -> None:
+    """Gives the memory of a dropped call back."""
+    import torch
+
+    gc.collect()  # compiled modules are reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _torch_call(config, what: str) -> Callable[[], None]:
+    """A call of the same work in PyTorch, on one device."""
+    import torch
+
     from di_star_jax.cost import peer
 
-    _check_torch(config)
     cuda = torch.cuda.is_available() and jax.devices()[0].platform == "gpu"
     configs, _ = plan.model_configs(config)
     (reward,) = rewards_used(scales_of(config.reward), config.eval.metrics)
@@ -390,13 +468,8 @@ def _torch_times(config, request: Request) -> list[float]:
         compile=cuda,
         reward_scale=scales_of(config.reward)[reward],
     )
-    call = peer.make(request.what, job)
-    seconds = times_of(call, request.repeats)
-    del call
-    gc.collect()  # compiled modules are reference cycles
-    if cuda:
-        torch.cuda.empty_cache()
-    return seconds
+    with log.waiting("building the networks in PyTorch"):
+        return peer.make(what, job)
 
 
 def _check_torch(config) -> None:
@@ -437,13 +510,26 @@ def main() -> None:
         effort=args.effort,
         per_device=args.per_device,
     )
+    file = _json_file(args.json)
     result = run(args.config, request)
     print(report(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if file:
+        files.write_text(file, json.dumps(result, indent=1) + "\n")
 
 
-if __name__ == "__main__":
+def _json_file(path: str | None) -> Path | None:
+    """Raises: UserError where it cannot be written, which an hour of measuring must not show."""
+    if not path:
+        return None
+    file = Path(path).expanduser()
+    files.writable_folder(str(file.parent), "the folder of --json")
+    if file.is_dir():
+        raise UserError(f"--json={path} is a folder, expected a file; add a name, as result.json")
+    return file
+
+
+def define_flags() -> None:
+    """The command's flags."""
     config_flags.DEFINE_config_file(
         "config", None, "What to measure: sdxl, shapes, or the path of a file; :PRESET may follow."
     )
@@ -469,4 +555,8 @@ if __name__ == "__main__":
     flags.DEFINE_enum("vs", None, ["torch"], "Measures the same work in PyTorch too.")
     flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for the result, with every sample and setting.")
+
+
+if __name__ == "__main__":
+    define_flags()
     run_command(main)

@@ -41,6 +41,21 @@ def nearest(
     return difflib.get_close_matches(name, known, most, 0.6)
 
 
+def check_all(*checks: Callable[[], object]) -> None:
+    """Runs checks that do not need each other, so that all that is wrong is said at once.
+
+    Raises: UserError with what each of them said.
+    """
+    said = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            said.append(str(error))
+    if said:
+        raise UserError("; also ".join(said))
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
     """ ", did you mean ...?" where a known dotted name is near, else ""."""
     section, _, last = name.rpartition(".")

@@ -6,6 +6,7 @@ holds.
 import dataclasses
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,65 @@ def test_random_weights_differ_where_their_shapes_do_not():
     assert (a["bias"] == 0).all() and (a["scale"] == 1).all()
     assert b["embedding"].std() == pytest.approx(1, rel=0.2)
     assert (made["opt_generator"]["a"]["kernel"] == 0).all()
+
+
+@pytest.mark.case("faults 15")
+def test_no_two_random_leaves_of_a_run_are_equal(folder):
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    work = aot.train_work(tiny(folder, **{"mesh.fsdp": 1}), mesh)
+    (made,) = benchmark.materialise(((work.args[0].generator, work.args[1]["reference"]),))
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(made)]
+    random = [leaf.tobytes() for leaf in leaves if leaf.size > 1 and np.ptp(leaf) > 0]
+    assert len(random) > 40 and len(set(random)) == len(random)
+    kernels = [leaf.ravel()[:256] for leaf in leaves if leaf.size >= 256 and np.ptp(leaf) > 0]
+    alike = np.corrcoef(kernels) - np.eye(len(kernels))
+    assert np.abs(alike).max() < 0.5  # nor a multiple of another
+
+
+@pytest.mark.case("first hour 27")
+def test_a_ratio_comes_with_its_spread_and_says_when_it_is_worth_nothing():
+    def rows(ours, theirs):
+        measured = {
+            "ours": benchmark.summary(ours, 1, 1),
+            "torch": benchmark.summary(theirs, 1, 1),
+            **benchmark.ratio_of(ours, theirs),
+        }
+        assert json.loads(json.dumps(measured))["ratio_quartiles"]
+        return dict(benchmark._measured_rows(measured))["ours / torch"]
+
+    steady = rows([1.2, 1.24, 1.2, 1.2], [1.0, 1.0, 1.0, 1.0])
+    assert steady == "1.200, half of 4 in 1.200 to 1.210"
+    # Both slow down together under other work, which takes nothing from the ratio.
+    assert rows([1.0, 2.0, 4.0, 8.0], [2.0, 4.0, 8.0, 16.0]).startswith("0.500, half of 4 in 0.500")
+    assert "worth nothing" in rows([1.0, 1.0, 3.0, 4.0], [1.0, 3.0, 1.0, 9.0])
+
+
+@pytest.mark.case("first hour 27", "first hour 10")
+def test_calls_that_are_compared_take_turns_and_say_how_far_they_are(capsys):
+    made = []
+    calls = {name: lambda name=name: made.append(name) for name in ("ours", "torch")}
+    seconds = benchmark.times_of(calls, 2)
+    assert made == ["ours", "torch"] * (benchmark.WARM_UP + 2)
+    assert {name: len(of_one) for name, of_one in seconds.items()} == {"ours": 2, "torch": 2}
+    assert "timing ours and torch: call 5/5" in capsys.readouterr().out
+
+
+@pytest.mark.case("first hour 27")
+def test_a_missing_torch_is_said_before_any_work(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    config = tiny(folder, **{"decode.view": "crop"})
+    with pytest.raises(UserError, match="(?s)decode.view='crop'.*; also --vs=torch: .*pip install"):
+        benchmark.run(config, benchmark.Request("vae", "tiny", versus="torch"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.case("faults 26", "faults 11")
+def test_a_file_that_cannot_be_written_is_said_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert benchmark._json_file("~/a/b.json") == tmp_path / "a" / "b.json"
+    for path in ("/proc/x/y.json", f"{tmp_path}/{'a' * 300}/b.json", str(tmp_path)):
+        with pytest.raises(UserError, match="--json="):
+            benchmark._json_file(path)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:7x5x3"])

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from di_star_jax.errors import UserError
 from di_star_jax.storage import files
 
 
@@ -33,3 +34,20 @@ def test_a_folder_has_its_name_only_when_it_is_whole_and_replaces_all_of_the_old
     with files.whole_folder(path) as partial:
         (partial / "new").touch()
     assert os.listdir(path) == ["new"] and os.listdir(tmp_path) == ["unet"]
+
+
+@pytest.mark.case("faults 26", "faults 11", "first hour 24")
+def test_a_folder_to_write_in_is_made_or_refused_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.writable_folder("~/runs/first", "--out") == tmp_path / "runs" / "first"
+    assert os.listdir(tmp_path / "runs" / "first") == []
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (str(tmp_path / "file"), "it is a file"),
+        (str(tmp_path / "file" / "below"), "Not a directory"),
+        (str(tmp_path / ("a" * 300)), "File name too long"),
+        ("/proc/x", "No such file or directory"),
+        ("a\0b", "embedded null byte"),
+    ):
+        with pytest.raises(UserError, match=f"^--out=(?s:.)*{reason}; give a folder"):
+            files.writable_folder(path, "--out")

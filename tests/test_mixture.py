@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from di_star_jax import diffusion
+from di_star_jax.errors import UserError
 from di_star_jax.studies import mixture
 
 
@@ -40,3 +43,36 @@ def test_every_method_trains(name):
     trained = mixture.train(start, settings, 1.0, steps=2)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained))
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(trained)))
+
+
+def test_steps_in_chunks_are_the_steps_in_a_row():
+    def update(state, k):
+        return state * 1.001 + k
+
+    straight = 0.0
+    for k in range(mixture.CHUNK + 7):
+        straight = straight * 1.001 + k
+    found = mixture.run_steps(update, jnp.zeros(()), mixture.CHUNK + 7)
+    np.testing.assert_allclose(found, straight, rtol=1e-4)
+
+
+@pytest.mark.case("first hour 24")
+def test_all_that_is_missing_is_said_at_once_and_before_the_training(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    given = SimpleNamespace(out=str(tmp_path / "file"), steps=1)
+    monkeypatch.setattr(mixture, "flags", SimpleNamespace(FLAGS=given))
+    with pytest.raises(UserError, match="pip install matplotlib.*; also --out=.*it is a file"):
+        mixture.main()
+
+
+@pytest.mark.case("first hour 20")
+def test_the_picture_says_what_its_cross_is(monkeypatch, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    names = [f"{name} | {scale:g}" for name in mixture.METHODS for scale in mixture.REWARD_SCALES]
+    mixture.figure(dict.fromkeys(["mixture | -", *names], np.zeros((3, 2))), tmp_path / "a.png")
+    texts = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert texts[0] == "where the reward is highest" and "samples" in texts[1]

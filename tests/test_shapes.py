@@ -3,6 +3,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 
 from di_star_jax import drawing
 from di_star_jax.errors import UserError
-from di_star_jax.shapes import oracle, scenes, taste
+from di_star_jax.shapes import datasets, oracle, scenes, taste
 
 SHIPPED = Path(scenes.__file__).parent / "checkpoint"
 
@@ -183,3 +184,66 @@ def test_every_stage_of_the_pretraining_runs_and_a_second_start_changes_nothing(
         assert all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(made.params))
     pretrain.run(tmp_path, sizes)
     assert written == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+@pytest.mark.case("first hour 7", "first hour 10")
+def test_a_stage_that_was_interrupted_goes_on_and_ends_as_a_straight_one(tmp_path, capsys):
+    from di_star_jax.shapes import pretrain
+
+    stage = pretrain.Stage("vae", 250, 8, 1e-3, minutes=10)
+
+    def run(folder, until):
+        @jax.jit
+        def update(state, batch, k):
+            state = {"x": state["x"] * 0.9 + batch}
+            return state, {"loss": state["x"]}
+
+        def batch_at(k):
+            if k == until:
+                raise KeyboardInterrupt
+            return jnp.float32(k)
+
+        return pretrain.keep_training(folder, stage, {"x": jnp.zeros(())}, update, batch_at)["x"]
+
+    straight = run(tmp_path / "straight", None)
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", 230)
+    said = capsys.readouterr().out
+    assert said.startswith("training vae: 250 steps, 10 minutes") and "compiling the step" in said
+    np.testing.assert_array_equal(run(tmp_path / "stopped", None), straight)
+    assert "training vae from step 200 on: 250 steps, 2 minutes" in capsys.readouterr().out
+    shorter = dataclasses.replace(stage, steps=100)
+    with pytest.raises(UserError, match="has done 250 steps, expected at most 100"):
+        pretrain.keep_training(tmp_path / "straight", shorter, {"x": jnp.zeros(())}, None, None)
+
+
+@pytest.mark.case("first hour 24")
+def test_data_of_another_command_or_damaged_data_is_not_trained_on(tmp_path):
+    images, captions = datasets.render_dataset(tmp_path, 5)
+    again, same = datasets.render_dataset(tmp_path, 5)
+    np.testing.assert_array_equal(images, again)
+    assert captions == same and sorted(f.name for f in tmp_path.iterdir()) == [
+        "captions.json",
+        "images.npy",
+    ]
+    with pytest.raises(UserError, match="holds 5 scenes, expected 7"):
+        datasets.render_dataset(tmp_path, 7)
+    (tmp_path / "images.npy").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"images.npy is missing or damaged; delete .*made again"):
+        datasets.render_dataset(tmp_path, 5)
+    datasets.render_pairs(tmp_path / "pairs", 3)
+    (tmp_path / "pairs" / "captions.json").write_text('["a')
+    with pytest.raises(UserError, match=r"captions.json is damaged; delete it"):
+        datasets.render_pairs(tmp_path / "pairs", 3)
+
+
+@pytest.mark.case("first hour 24")
+def test_pretraining_in_a_folder_that_cannot_be_is_refused_in_one_line(monkeypatch, tmp_path):
+    from di_star_jax.shapes import pretrain
+
+    (tmp_path / "file").touch()
+    given = SimpleNamespace(workdir=str(tmp_path / "file"))
+    monkeypatch.setattr(pretrain, "flags", SimpleNamespace(FLAGS=given))
+    with pytest.raises(UserError, match="^--workdir=.*it is a file"):
+        pretrain.main()

@@ -2,6 +2,8 @@
 """What the pretraining learns from, made once and kept in files."""
 
 import json
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from di_star_jax import log
+from di_star_jax.errors import UserError
 from di_star_jax.shapes import scenes, taste
+from di_star_jax.storage import files
 
 
 def to_image(pixels: np.ndarray) -> np.ndarray:
@@ -22,23 +27,20 @@ def render_dataset(folder: Path, count: int) -> tuple[np.ndarray, list[str]]:
 
     Returns: images uint8 [count, 64, 64, 3] (memory-mapped), captions.
     """
-    images_file, captions_file = folder / "images.npy", folder / "captions.json"
-    if not captions_file.exists():  # written last
-        folder.mkdir(parents=True, exist_ok=True)
+    images_file = folder / "images.npy"
+    if not _captions_file(folder).exists():  # written last
         images = np.empty((count, scenes.SIZE, scenes.SIZE, 3), np.uint8)
-        captions = []
-        for i in range(count):
+
+        def render(i: int) -> str:
             rng = np.random.default_rng((1, i))
             scene = scenes.sample_scene(rng, held_out=False)
             images[i] = np.round(255.0 * scenes.render(scene, rng))
-            captions.append(scene.caption)
-            if i % 5000 == 0:
-                print(f"data: {i} of {count} scenes", flush=True)
-        np.save(images_file, images)
-        captions_file.write_text(json.dumps(captions), encoding="utf-8")
-    return np.load(images_file, mmap_mode="r"), json.loads(
-        captions_file.read_text(encoding="utf-8")
-    )
+            return scene.caption
+
+        captions = _rendered(folder, count, render, "data: scene")
+        _write_array(images_file, lambda file: np.save(file, images))
+        files.write_text(_captions_file(folder), json.dumps(captions))
+    return _stored(images_file, mmap_mode="r"), _captions(folder, count)
 
 
 def render_pairs(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -47,22 +49,74 @@ def render_pairs(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list
     Returns: images uint8 [count, 2, 64, 64, 3], probability [count] that the first is preferred,
       captions.
     """
-    pairs_file, captions_file = folder / "pairs.npz", folder / "captions.json"
-    if not captions_file.exists():  # written last
-        folder.mkdir(parents=True, exist_ok=True)
+    pairs_file = folder / "pairs.npz"
+    if not _captions_file(folder).exists():  # written last
         images = np.empty((count, 2, scenes.SIZE, scenes.SIZE, 3), np.uint8)
         prob = np.empty(count, np.float32)
-        captions = []
-        for i in range(count):
+
+        def render(i: int) -> str:
             rng = np.random.default_rng((4, i))
             scene = scenes.sample_scene(rng, held_out=False)
             *pair, prob[i] = taste.preference_pair(scene, rng)
             images[i] = np.round(255.0 * np.stack(pair))
-            captions.append(scene.caption)
-        np.savez(pairs_file, images=images, prob=prob)
-        captions_file.write_text(json.dumps(captions), encoding="utf-8")
-    stored = np.load(pairs_file)
-    return stored["images"], stored["prob"], json.loads(captions_file.read_text(encoding="utf-8"))
+            return scene.caption
+
+        captions = _rendered(folder, count, render, "data: preference pair")
+        _write_array(pairs_file, lambda file: np.savez(file, images=images, prob=prob))
+        files.write_text(_captions_file(folder), json.dumps(captions))
+    stored = _stored(pairs_file)
+    return stored["images"], stored["prob"], _captions(folder, count)
+
+
+def _rendered(
+    folder: Path,
+    count: int,
+    render: Callable[[int], str],
+    unit: str,
+) -> list[str]:
+    """The captions of all scenes. Args: render, of the i-th scene; unit, for the progress."""
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = []
+    with log.Progress(count, 0, unit) as progress:
+        for start in range(0, count, 100):
+            captions += [render(i) for i in range(start, min(start + 100, count))]
+            progress.update(len(captions), "")
+    return captions
+
+
+def _captions_file(folder: Path) -> Path:
+    return folder / "captions.json"
+
+
+def _captions(folder: Path, count: int) -> list[str]:
+    """Raises: UserError where another command made other data in this folder."""
+    file = _captions_file(folder)
+    try:
+        captions = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{file} is damaged; delete it, and it is made again") from None
+    if len(captions) != count:
+        raise UserError(
+            f"{folder} holds {len(captions)} scenes, expected {count}, so another command or "
+            "version made it; give another --workdir"
+        )
+    return captions
+
+
+def _write_array(path: Path, write: Callable[[Any], None]) -> None:
+    """A file that is never seen half written. Args: write, to an open file."""
+    with files.whole(path) as partial, partial.open("wb") as file:
+        write(file)
+
+
+def _stored(file: Path, mmap_mode: str | None = None) -> Any:
+    """Raises: UserError for what numpy cannot read."""
+    try:
+        return np.load(file, mmap_mode=mmap_mode)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(
+            f"{file} is missing or damaged; delete {file.parent}, and it is made again"
+        ) from None
 
 
 def encode(
@@ -78,11 +132,14 @@ def encode(
     file = folder / "latents.npz"
     if not file.exists():
         encode_batch = jax.jit(lambda image: nnx.merge(graphdef, params).encode(image))
-        starts = range(0, len(images), 500)
-        parts = [jax.device_get(encode_batch(to_image(images[i : i + 500]))) for i in starts]
+        parts = []
+        with log.Progress(len(images), 0, "data: encoded scene") as progress:
+            for i in range(0, len(images), 500):
+                parts.append(jax.device_get(encode_batch(to_image(images[i : i + 500]))))
+                progress.update(min(i + 500, len(images)), "")
         mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
-        np.savez(file, mean=mean, std=std)
-    stored = np.load(file)
+        _write_array(file, lambda file: np.savez(file, mean=mean, std=std))
+    stored = _stored(file)
     return stored["mean"], stored["std"]
 
 

@@ -3,7 +3,8 @@
 
 `python -m di_star_jax.shapes.pretrain --workdir=runs/pretrain`.
 
-Six stages, each resumed where it stopped when the same command runs again:
+Six stages, a good hour on two cores, each resumed where it stopped when the same command runs
+again (at most 100 steps are lost):
   data       renders captioned scenes
   vae        autoencoder, 64x64x3 <-> 16x16x4
   text       two text encoders, trained to predict the mean image of a caption
@@ -14,11 +15,12 @@ Writes `WORKDIR/checkpoint`, a diffusers pipeline folder with `generator/` and `
 usual parts.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ from di_star_jax import (
     step,
 )
 from di_star_jax.command import run as run_command
+from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.scheduler import schedule_from_json
 from di_star_jax.pipelines.sdxl import SDXL
@@ -48,7 +51,7 @@ from di_star_jax.rewards import similarity
 from di_star_jax.shapes import datasets, networks, oracle, scenes, tokenizer
 from di_star_jax.shapes.datasets import to_image
 from di_star_jax.shapes.networks import LATENT_SHAPE, RESOLUTION, TOKENS
-from di_star_jax.storage import weights
+from di_star_jax.storage import files, weights
 from di_star_jax.storage.checkpoint import Checkpoints
 
 Params = Any
@@ -59,12 +62,16 @@ HALF_CLIP = {"file_name": "model.fp16.safetensors", "dtype": np.float16}
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """How long and how fast a network trains. learning_rate: the highest."""
+    """How long and how fast a network trains.
+
+    Args: learning_rate, the highest; minutes, about, on two cores.
+    """
 
     name: str
     steps: int
     batch_size: int
     learning_rate: float
+    minutes: int
 
     def rows(
         self,
@@ -76,12 +83,13 @@ class Stage:
         return np.random.default_rng((seed, k)).integers(count, size=self.batch_size)
 
 
-VAE = Stage("vae", 5000, 8, 2e-3)
-TEXT = Stage("text", 1000, 256, 2e-3)
-TEACHER = Stage("teacher", 3000, 64, 1.5e-3)
-CLIP = Stage("CLIP, contrastive", 1500, 96, 1e-3)
-REWARD = Stage("reward, preference", 1500, 48, 3e-4)
-GENERATOR = Stage("generator", 450, 32, 1e-4)  # the assistant learns twice as fast
+VAE = Stage("vae", 5000, 8, 2e-3, minutes=12)
+TEXT = Stage("text", 1000, 256, 2e-3, minutes=3)
+TEACHER = Stage("teacher", 3000, 64, 1.5e-3, minutes=30)
+CLIP = Stage("CLIP, contrastive", 1500, 96, 1e-3, minutes=5)
+REWARD = Stage("reward, preference", 1500, 48, 3e-4, minutes=3)
+# The assistant learns twice as fast.
+GENERATOR = Stage("generator", 450, 32, 1e-4, minutes=8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,25 +138,38 @@ def keep_training(
       update: (state, batch, step) -> (state, {name: scalar to show}); may donate the state.
       batch_at: step -> batch.
     """
-    shown = []
+    shown = collections.deque(maxlen=100)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder, keep=1))
         first = checkpoints.latest_step() or 0
+        if first > stage.steps:
+            raise UserError(
+                f"{folder} has done {first} steps, expected at most {stage.steps}, so another "
+                "command or version made it; give another --workdir"
+            )
         if first:
             state = checkpoints.restore(first, jax.eval_shape(lambda: state))
+        if first < stage.steps:
+            _say_what_follows(stage, first)
         progress = stack.enter_context(log.Progress(stage.steps, first, f"{stage.name}: step"))
         for k in range(first, stage.steps):
-            state, values = update(state, batch_at(k), np.int32(k))
-            shown.append(values)
+            with log.waiting("compiling the step") if k == first else contextlib.nullcontext():
+                state, values = update(state, batch_at(k), np.int32(k))
+            shown.append(jax.device_get(values))
             done = k + 1
+            progress.update(done, _means(shown))
             if done % 100 == 0 or done == stage.steps:
-                progress.update(done, _means(jax.device_get(shown)))
-                shown = []
                 checkpoints.save(done, state, {})
     return state
 
 
-def _means(shown: list[dict[str, Any]]) -> str:
+def _say_what_follows(stage: Stage, first: int) -> None:
+    since = f" from step {first} on" if first else ""
+    minutes = max(1, round(stage.minutes * (1 - first / stage.steps)))
+    log.say(f"training {stage.name}{since}: {stage.steps} steps, {minutes} minutes on two cores")
+
+
+def _means(shown: Sequence[dict[str, Any]]) -> str:
     return ", ".join(
         f"{name} {np.mean([values[name] for values in shown]):.4f}" for name in shown[0]
     )
@@ -583,12 +604,14 @@ def accuracy(
     Args: draw, from `drawing.draw_prompts`.
     """
     counts = np.zeros(2)
-    for start in range(0, len(captions), batch_size):
-        batch = captions[start : start + batch_size]
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        z = jax.random.normal(key, (len(batch), *LATENT_SHAPE))
-        for caption, image in zip(batch, draw(batch, z), strict=True):
-            counts += oracle.attributes(scenes.parse(caption), (image + 1.0) / 2.0)
+    with log.Progress(len(captions), 0, "scoring: picture") as progress:
+        for start in range(0, len(captions), batch_size):
+            batch = captions[start : start + batch_size]
+            key = jax.random.fold_in(jax.random.key(seed), start)
+            z = jax.random.normal(key, (len(batch), *LATENT_SHAPE))
+            for caption, image in zip(batch, draw(batch, z), strict=True):
+                counts += oracle.attributes(scenes.parse(caption), (image + 1.0) / 2.0)
+            progress.update(start + len(batch), f"{counts[0] / counts[1]:.3f} right")
     return float(counts[0] / counts[1])
 
 
@@ -603,11 +626,13 @@ def report(folder: Path) -> dict[str, float]:
         loaded._replace(models=loaded.models | {"unet": generator}),
         drawing.Sampling("few_step", np.array([SDXL.one_step]), 1.0, LATENT_SHAPE),
     )
+    with log.waiting("scoring the teacher", "5 minutes on two cores"):
+        of_teacher = accuracy(teacher, captions, seed=1)
+    with log.waiting("scoring the generator", "half a minute"):
+        of_generator = accuracy(lambda texts, z: one_step(texts, z[None]), captions, seed=2)
     return {
-        "teacher, 50 guided steps": accuracy(teacher, captions, seed=1),
-        "initial generator, one step": accuracy(
-            lambda captions, z: one_step(captions, z[None]), captions, seed=2
-        ),
+        "teacher, 50 guided steps": of_teacher,
+        "initial generator, one step": of_generator,
     }
 
 
@@ -676,7 +701,8 @@ def run(workdir: Path, sizes: Sizes) -> None:
     out = workdir / "checkpoint"
     images, captions = datasets.render_dataset(workdir / "data", sizes.images)
     vocab_size = make_tokenizers(out)
-    ids = {name: Tokenizer(out / name)(captions) for name in ("tokenizer", "tokenizer_2")}
+    with log.waiting("tokenising the captions"):
+        ids = {name: Tokenizer(out / name)(captions) for name in ("tokenizer", "tokenizer_2")}
     latents = make_latents(workdir, sizes.vae, images)
     teacher = make_teacher(workdir, sizes, latents, ids, vocab_size)
     make_reward(workdir, sizes, images, ids["tokenizer"], vocab_size)
@@ -692,12 +718,17 @@ def run(workdir: Path, sizes: Sizes) -> None:
 
 
 def main() -> None:
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = files.writable_folder(flags.FLAGS.workdir, "--workdir")
     run(workdir, Sizes())
     for name, value in report(workdir / "checkpoint").items():
         print(f"attributes right on 500 held-out captions, {name}: {100 * value:.1f} %")
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """The command's flags."""
     flags.DEFINE_string("workdir", None, "Folder for data, stages and the result.", required=True)
+
+
+if __name__ == "__main__":
+    define_flags()
     run_command(main)

@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from di_star_jax.errors import UserError
 
 
 def expand(path: str | os.PathLike) -> Path:
@@ -56,6 +59,27 @@ def whole_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def writable_folder(path: str, option: str) -> Path:
+    """A folder to write in, made where it is missing; ~ is the home folder.
+
+    Tried, not predicted: a file system has many ways to refuse.
+
+    Args: path; option, by which it was given.
+    Raises: UserError where it cannot be made or written.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, ValueError) as error:  # a NUL byte is a ValueError
+        reason = getattr(error, "strerror", None) or str(error)
+        reason = "it is a file" if os.path.isfile(folder) else reason
+        raise UserError(
+            f"{option}={path}: {reason}; give a folder that can be made and written"
+        ) from None
 
 
 def read_json(file: Path) -> dict:

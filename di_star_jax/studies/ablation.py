@@ -4,27 +4,29 @@
     python -m di_star_jax.studies.ablation --workdir=runs/ablation
 
 Every row trains the same initial generator of the shapes world with a preset of configs/shapes.py,
-with several seeds, and is measured on held-out captions and identical noise. Writes
-docs/ablation.md and its pictures from what is done; stopped, the same command continues, and
---rows=NAME runs one row alone.
+with several seeds, and is measured on held-out captions and identical noise. Writes ablation.md and
+its pictures to the workdir from what is done; stopped, the same command continues, and --rows=NAME
+runs one row alone. --out=docs renews the page of the project.
 """
 
 import functools
 import json
 import pathlib
+import re
 import shutil
+import textwrap
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
-from di_star_jax import assembly, drawing, samplers, sharding, train
+from di_star_jax import assembly, checks, drawing, log, samplers, sharding, train
 from di_star_jax.command import run as run_command
 from di_star_jax.config import load_config
-from di_star_jax.errors import UserError, suggest
+from di_star_jax.errors import UserError, check_all, suggest
 from di_star_jax.evaluation.frechet import FeatureStatistics, frechet_distance
-from di_star_jax.log import markdown_table
 from di_star_jax.pictures import to_uint8
 from di_star_jax.pipelines.folder import load_model, load_pipeline
 from di_star_jax.pipelines.sdxl import SDXL
@@ -32,8 +34,8 @@ from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import similarity
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.shapes import datasets, oracle, pretrain, scenes
-from di_star_jax.storage import checkpoint
-from di_star_jax.studies.page import conclusion_of
+from di_star_jax.storage import checkpoint, files
+from di_star_jax.studies.page import check_matplotlib, conclusion_of
 
 ROWS = {  # preset: the row of the paper's Table 2, or what it stands for here
     "kl_0_0": "KL (0, 0)",
@@ -61,6 +63,8 @@ CURVE_CAPTIONS = 50
 PER_CAPTION = 4
 BATCH = 50
 JUDGE_IMAGES = 20_000
+COLUMNS = 8  # of the picture, a caption each
+SPREAD = "Mean ± standard deviation over seeds: how far another seed's run lies away."
 MEASURES = ("reward", "attributes, pooled", "prompt score", "Frechet distance", "pixel distance")
 
 
@@ -108,10 +112,8 @@ class World:
     def __init__(self, workdir: pathlib.Path, config):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
         self.parts = assembly.load_parts(config, mesh)
-        self.captions = pathlib.Path(config.eval.prompts).read_text(encoding="utf-8").splitlines()
-        reward_config = pathlib.Path(config.weights.pickscore, "config.json").read_text(
-            encoding="utf-8"
-        )
+        self.captions = _captions(config)
+        reward_config = pathlib.Path(config.weights.pickscore, "config.json").read_text()
         tokenizer = pathlib.Path(config.weights.reward_tokenizer)
         self.judge = Judge(workdir, json.loads(reward_config), tokenizer)
         timesteps = np.array(generator_timesteps(config.generator, SDXL.one_step))
@@ -134,13 +136,16 @@ class World:
         )
         draw = drawing.draw_prompts(load_pipeline(self.parts.pipeline.folder), sampling)
         captions, features = self.captions * 2, []
-        for start in range(0, len(captions), BATCH):
-            key = jax.random.fold_in(jax.random.key(11), start)
-            z = jax.random.normal(key, (BATCH, *sampling.latent_shape))
-            features.append(self.judge.features(draw(captions[start : start + BATCH], z)))
-            print(f"teacher: {start + BATCH} of {len(captions)} pictures", flush=True)
+        with log.Progress(len(captions), 0, "teacher: picture") as progress:
+            for start in range(0, len(captions), BATCH):
+                batch = captions[start : start + BATCH]
+                key = jax.random.fold_in(jax.random.key(11), start)
+                z = jax.random.normal(key, (len(batch), *sampling.latent_shape))
+                features.append(self.judge.features(draw(batch, z)))
+                progress.update(start + len(batch), "")
         found = np.concatenate(features)
-        np.save(file, found)
+        with files.whole(file) as partial, partial.open("wb") as opened:
+            np.save(opened, found)
         return found
 
     def pictures(self, params, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +160,8 @@ class World:
             ids = {name: v[start : start + BATCH] for name, v in self._ids.items()}
             for k in range(PER_CAPTION):
                 key = jax.random.fold_in(jax.random.key(start), k)
-                z = jax.random.normal(key, (*shape[:1], BATCH, *shape[1:]))
+                count_here = len(self.captions[start : start + BATCH])
+                z = jax.random.normal(key, (*shape[:1], count_here, *shape[1:]))
                 drawn = jax.device_get(self._draw(frozen | {"unet": params}, ids, z))
                 images.append(drawn.images)
                 scores.append(drawn.rewards["pickscore"])
@@ -173,7 +179,7 @@ class World:
             "Frechet distance": frechet_distance(statistics(features), self.teacher),
             "pixel distance": _pixel_distance(images),
         }
-        return measured, images[:8, 0]
+        return measured, images[:COLUMNS, 0]
 
     def curve_point(self, params) -> tuple[float, float]:
         """(mean reward, pixel distance) on some captions."""
@@ -224,6 +230,20 @@ def run_row(
     Writes result.json (last) and pictures.npy in `folder`.
     """
     began = time.time()
+    train.run(_shortened(config), str(folder / "run"))
+    store = checkpoint.existing(folder / "run")
+    averages = [
+        store.restore_item(step, "ema", world.parts.models["unet"].params)
+        for step in range(WARMUP + EVERY, WARMUP + STEPS + 1, EVERY)
+    ]
+    store.close()
+    result = _measure(world, folder, averages) | {"seconds": time.time() - began}
+    files.write_text(folder / "result.json", json.dumps(result))
+    shutil.rmtree(folder / "run")
+
+
+def _shortened(config) -> Any:
+    """A preset's config, as long as a row is trained here."""
     config.update_from_flattened_dict(
         {
             "eval.prompts": "",
@@ -234,16 +254,7 @@ def run_row(
             "data.batch_size": TRAIN_BATCH,
         }
     )
-    train.run(config, str(folder / "run"))
-    store = checkpoint.existing(folder / "run")
-    averages = [
-        store.restore_item(step, "ema", world.parts.models["unet"].params)
-        for step in range(WARMUP + EVERY, WARMUP + STEPS + 1, EVERY)
-    ]
-    store.close()
-    result = _measure(world, folder, averages) | {"seconds": time.time() - began}
-    shutil.rmtree(folder / "run")
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    return config
 
 
 def run_init(
@@ -255,7 +266,7 @@ def run_init(
     folder.mkdir(parents=True, exist_ok=True)
     params = load_model(pathlib.Path(generator)).params
     result = _measure(world, folder, [params]) | {"seconds": 0.0}
-    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    files.write_text(folder / "result.json", json.dumps(result))
 
 
 def _measure(
@@ -264,51 +275,76 @@ def _measure(
     averages: list,
 ) -> dict:
     """What generators are worth, the last one in full; its pictures go to `folder`."""
-    curve = [world.curve_point(params) for params in averages]
-    scores, pictures = world.measure(averages[-1])
+    with log.waiting("measuring"):
+        curve = [world.curve_point(params) for params in averages]
+        scores, pictures = world.measure(averages[-1])
     np.save(folder / "pictures.npy", pictures)
     return {"scores": scores, "curve": curve, "device": jax.devices()[0].device_kind}
 
 
 def results_of(workdir: pathlib.Path) -> dict[str, list[dict]]:
-    """What is done, by row in the table's order: one dict per seed."""
+    """What is done, by row in the table's order: one dict per seed.
+
+    Raises: UserError for a result that cannot be read.
+    """
     found = {}
     for name in (INIT, *ROWS):
-        files = sorted((workdir / "rows" / name).glob("*/result.json"))
-        if files:
-            found[name] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        done = sorted((workdir / "rows" / name).glob("*/result.json"))
+        if done:
+            found[name] = [_result(file) for file in done]
     return found
 
 
+def _result(file: pathlib.Path) -> dict:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        scores = {measure: float(result["scores"][measure]) for measure in MEASURES}
+        return {
+            "scores": scores,
+            "curve": [[float(reward), float(distance)] for reward, distance in result["curve"]],
+            "seconds": float(result["seconds"]),
+            "device": str(result["device"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged or of another version ({error!r}); delete {file.parent}, and the "
+            "run is made again"
+        ) from None
+
+
 def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: mean +- standard error over seeds."""
+    """Markdown: mean and standard deviation over seeds."""
     rows = []
     for name, runs in results.items():
         cells = [_cell([run["scores"][measure] for run in runs]) for measure in MEASURES]
         preset = "" if name == INIT else f"`{name}`"
         rows.append([ROWS.get(name, name), preset, str(len(runs)), *cells])
-    return markdown_table(["row (reward, guidance)", "preset", "seeds", *MEASURES], rows)
+    return log.markdown_table(["row (reward, guidance)", "preset", "seeds", *MEASURES], rows)
 
 
 def _cell(values: list[float]) -> str:
     mean = f"{np.mean(values):.4f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {np.std(values, ddof=1) / len(values) ** 0.5:.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.4f}"
 
 
 def draw_grid(
     workdir: pathlib.Path,
     results: dict[str, list[dict]],
+    captions: list[str],
     path: pathlib.Path,
 ) -> None:
-    """A row of pictures per row of the table, the same captions and noise in each."""
+    """A row of pictures per row of the table, the same captions and noise in each.
+
+    Args: captions, of the columns.
+    """
     from matplotlib.figure import Figure
 
-    files = {name: next((workdir / "rows" / name).glob("*/pictures.npy")) for name in results}
-    fig = Figure(figsize=(10.5, 1.05 * len(files)), layout="constrained")
-    axes = fig.subplots(len(files), 8, squeeze=False)
-    for row, (name, file) in zip(axes, files.items()):
+    drawn = {name: min((workdir / "rows" / name).glob("*/pictures.npy")) for name in results}
+    fig = Figure(figsize=(10.5, 1.05 * len(drawn) + 0.6), layout="constrained")
+    axes = fig.subplots(len(drawn), COLUMNS, squeeze=False)
+    for axis, caption in zip(axes[0], captions):
+        axis.set_title(textwrap.fill(caption, 20), fontsize=6)
+    for row, (name, file) in zip(axes, drawn.items()):
         for axis, image in zip(row, np.load(file)):
             axis.imshow(to_uint8(image), interpolation="lanczos")
             axis.set(xticks=[], yticks=[])
@@ -349,22 +385,30 @@ def _draw_curve(
     """Args: i, of the row; curve [N, 2] of (reward, pixel distance)."""
     from matplotlib import colormaps
 
+    # tab20 has ten colours and a lighter one beside each: the ten first, so that none comes twice.
+    color = colormaps["tab20"](2 * (i % 10) + i // 10)
     rewarded = "(100" in ROWS[name] or name == "reward_only"
     axis.plot(
         curve[:, 1],
         curve[:, 0],
         marker="oD"[i // 10],
         markersize=4,
-        color=colormaps["tab10"](i % 10),
+        color=color,
         linestyle="-" if rewarded else ":",
         label=ROWS[name],
     )
 
 
-def write_page(workdir: pathlib.Path, out: pathlib.Path) -> None:
-    """OUT/ablation.md and its pictures from the rows that are done; its conclusion is kept."""
+def write_page(
+    workdir: pathlib.Path,
+    captions: list[str],
+    out: pathlib.Path,
+) -> None:
+    """OUT/ablation.md and its pictures from the rows that are done; its conclusion is kept.
+
+    Args: captions, held-out ones.
+    """
     results = results_of(workdir)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "ablation.md"
     runs = [run for rows in results.values() for run in rows]
     count = sum(run["seconds"] > 0 for run in runs)
@@ -376,10 +420,9 @@ Every row trains the shapes world's initial one-step generator for {STEPS} steps
 pictures, after {WARMUP} of the assistant alone; made by
 `python -m di_star_jax.studies.ablation --workdir=runs/ablation`, {count} runs in {hours:.1f} h \
 on {devices}.
-Mean ± standard error over seeds, 500 held-out captions, 4 pictures each, identical noise in all \
-rows. Scales are the
-paper's: reward 100 is 10 here, guidance 7.5 is 5 and 4.5 is 3 (`configs/shapes.py`). The prompt \
-score is the cosine of a CLIP that no
+{SPREAD} {len(captions)} held-out captions, 4 pictures each, identical noise in all rows.
+Scales are the paper's: reward 100 is 10 here, guidance 7.5 is 5 and 4.5 is 3 \
+(`configs/shapes.py`). The prompt score is the cosine of a CLIP that no
 row trains on; the Frechet distance is to the teacher's 50-step pictures in that CLIP's features.
 
 {table(results)}
@@ -389,35 +432,79 @@ row trains on; the Frechet distance is to the teacher's 50-step pictures in that
 ![reward against pixel distance while training](ablation_curves.png)
 
 {conclusion_of(path)}"""
-    path.write_text(text, encoding="utf-8")
-    draw_grid(workdir, results, out / "ablation.png")
+    files.write_text(path, text)
+    draw_grid(workdir, results, captions, out / "ablation.png")
     draw_curves(results, out / "ablation_curves.png")
 
 
 def main() -> None:
     args = flags.FLAGS
-    _check(args)
-    workdir, out = pathlib.Path(args.workdir), pathlib.Path(args.out)
+    workdir, out = (pathlib.Path(path).expanduser() for path in (args.workdir, _out(args)))
+    check_all(
+        check_matplotlib,
+        lambda: _check_rows(args),
+        lambda: _check_seeds(args.seeds),
+        _check_devices,
+        lambda: files.writable_folder(args.workdir, "--workdir"),
+        lambda: files.writable_folder(_out(args), "--out"),
+    )
+    captions = _captions(load_config(args.config, "di_star"))
     todo = [
-        (row, seed)
-        for seed in args.seeds
-        for row in args.rows or ROWS
-        if not _done(workdir, row, seed)
+        (row, str(seed))
+        for seed in dict.fromkeys(map(int, args.seeds))
+        for row in dict.fromkeys(args.rows or ROWS)
+        if not _done(workdir, row, str(seed))
     ]
     if todo or not _done(workdir, INIT, "0"):
         _run(workdir, out, args.config, todo)
-    write_page(workdir, out)
-    print(table(results_of(workdir)))
+    write_page(workdir, captions, out)
+    log.say(f"{table(results_of(workdir))}\n{SPREAD}\nwrote {out / 'ablation.md'}")
 
 
-def _check(args) -> None:
+def _out(args) -> str:
+    return args.out or args.workdir
+
+
+def _check_rows(args) -> None:
+    """Refuses rows that are not known, and presets that could not run."""
     for row in args.rows:
         if row not in ROWS:
             raise UserError(
-                f"rows={row!r}, expected one of {', '.join(ROWS)}{suggest(row, list(ROWS))}"
+                f"--rows={row}{suggest(row, list(ROWS))}, expected presets of {', '.join(ROWS)}"
             )
-    if not args.seeds or not all(seed.isdigit() for seed in args.seeds):
-        raise UserError(f"seeds={','.join(args.seeds)}, expected numbers such as 0,1,2")
+    for row in dict.fromkeys(["di_star", *(args.rows or ROWS)]):
+        config = load_config(args.config, row)
+        if config.eval.oracle != "shapes" or not config.eval.prompts:
+            raise UserError(
+                f"--config={args.config}, expected one of the shapes world, with eval.oracle="
+                "'shapes' and eval.prompts; use configs/shapes.py, or a copy of it"
+            )
+        captions = pathlib.Path(config.eval.prompts)
+        if not captions.is_file():
+            raise UserError(f"eval.prompts={captions}: no such file; give one with captions")
+        checks.check(_shortened(config), jax.device_count())
+
+
+def _check_devices() -> None:
+    count = jax.device_count()
+    if BATCH % count:
+        raise UserError(
+            f"{count} devices do not divide the {BATCH} pictures that are measured at a time; "
+            "let it see one, e.g. with CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def _check_seeds(seeds: list[str]) -> None:
+    if not seeds or not all(re.fullmatch("[0-9]{1,9}", seed) for seed in seeds):
+        raise UserError(f"--seeds={','.join(seeds)}, expected numbers such as 0,1,2")
+
+
+def _captions(config) -> list[str]:
+    """The held-out captions. Raises: UserError for one that the oracle cannot read."""
+    captions = pathlib.Path(config.eval.prompts).read_text(encoding="utf-8").splitlines()
+    for caption in captions:
+        scenes.parse(caption)
+    return captions
 
 
 def _folder(
@@ -448,17 +535,33 @@ def _run(
     if not _done(workdir, INIT, "0"):
         run_init(world, _folder(workdir, INIT, "0"), first.weights.generator)
     for i, (row, seed) in enumerate(todo):
-        print(f"{row}, seed {seed}: run {i + 1} of {len(todo)}", flush=True)
+        left = _estimate(results_of(workdir), len(todo) - i)
+        log.say(f"{row}, seed {seed}: run {i + 1} of {len(todo)}, {left}")
         config = load_config(file, row)
         config.seed = int(seed)
         run_row(world, _folder(workdir, row, seed), config)
-        write_page(workdir, out)
+        write_page(workdir, world.captions, out)
+
+
+def _estimate(results: dict[str, list[dict]], count: int) -> str:
+    """What `count` runs take, by those that are done."""
+    seconds = [run["seconds"] for runs in results.values() for run in runs if run["seconds"]]
+    if not seconds:
+        return f"about {log.duration(150.0 * count)} left in all on two cores"
+    return f"{log.duration(float(np.mean(seconds)) * count)} left in all"
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("workdir", None, "Folder for what is done.", required=True)
+    flags.DEFINE_string("config", "configs/shapes.py", "Config file whose presets are run.")
+    flags.DEFINE_list("rows", [], f"Presets to run, all if not given: {', '.join(ROWS)}.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each row.")
+    flags.DEFINE_string(
+        "out", None, "Folder for ablation.md and its pictures; the workdir if not given."
+    )
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder for what is done.", required=True)
-    flags.DEFINE_string("config", "configs/shapes.py", "Config file whose presets are run.")
-    flags.DEFINE_list("rows", [], "Presets to run, all if not given.")
-    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each row.")
-    flags.DEFINE_string("out", "docs", "Folder for ablation.md and its pictures.")
+    define_flags()
     run_command(main)

@@ -8,6 +8,7 @@ from absl import flags
 from di_star_jax.command import run as run_command
 from di_star_jax.config import comments, fields, load_config
 from di_star_jax.log import markdown_table
+from di_star_jax.storage import files
 
 HEAD = """# Fields
 
@@ -29,10 +30,15 @@ def page(config_file: Path) -> str:
 
 
 def main() -> None:
-    Path(flags.FLAGS.out).write_text(page(Path(flags.FLAGS.config)), encoding="utf-8")
+    files.write_text(Path(flags.FLAGS.out).expanduser(), page(Path(flags.FLAGS.config)))
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("config", "configs/sdxl.py", "Config file whose comments are read.")
+    flags.DEFINE_string("out", "docs/fields.md", "File to write.")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("config", "configs/sdxl.py", "Config file whose comments are read.")
-    flags.DEFINE_string("out", "docs/fields.md", "File to write.")
+    define_flags()
     run_command(main)

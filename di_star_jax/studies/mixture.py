@@ -5,12 +5,14 @@
 
 The reference is the exact score of the mixture; generator and assistant are small networks. Each
 objective trains a one-step generator to convergence, without a reward and with two strengths of one
-that is highest at a single mode. Writes OUT/mixture.md and OUT/mixture.png.
+that is highest at a single mode. Writes OUT/mixture.md and OUT/mixture.png at the end; nothing is
+kept of a run that was stopped.
 """
 
 import dataclasses
 import json
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +22,13 @@ import numpy as np
 import optax
 from absl import flags
 
-from di_star_jax import diffusion, gradients, objectives, samplers, sharding, step
+from di_star_jax import diffusion, gradients, log, objectives, samplers, sharding, step
 from di_star_jax.command import run as run_command
-from di_star_jax.log import markdown_table
+from di_star_jax.errors import check_all
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines.sdxl import SDXL, null_of
-from di_star_jax.studies.page import conclusion_of
+from di_star_jax.storage import files
+from di_star_jax.studies.page import check_matplotlib, conclusion_of
 
 SCHEDULE = diffusion.make_schedule(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -33,8 +36,12 @@ SCHEDULE = diffusion.make_schedule(
 CENTRES = np.array([[-1.4, -0.8], [1.4, -0.8], [0.0, 1.6], [0.0, 0.1]], np.float32)
 MODE_WEIGHTS = np.array([0.3, 0.3, 0.25, 0.15], np.float32)
 STD = 0.25  # of each mode
+DRAWN = 4000  # samples in a picture
+_CROSS = {"marker": "+", "color": "#c0392b"}
+_INK = "#1f4e79"
 REWARD_SCALES = (0.0, 1.0, 4.0)
 BATCH = 512
+CHUNK = 250  # steps in one call, between two of which Ctrl-C is heard
 GRID = np.linspace(-3.0, 3.0, 121)  # edges of the histogram's bins
 METHODS = {  # name: what it changes in SETTINGS
     "di_star": {},
@@ -144,10 +151,15 @@ def run_steps(
     state: Any,
     count: int,
 ) -> Any:
-    """`count` calls of state = update(state, k) as one compiled loop."""
-    return jax.jit(
-        lambda state: jax.lax.fori_loop(0, count, lambda k, state: update(state, k), state)
-    )(state)
+    """`count` calls of state = update(state, k), compiled as loops of CHUNK."""
+    body = jax.jit(
+        lambda state, first, last: jax.lax.fori_loop(
+            first, last, lambda k, state: update(state, k), state
+        )
+    )
+    for first in range(0, count, CHUNK):
+        state = jax.block_until_ready(body(state, first, min(first + CHUNK, count)))
+    return state
 
 
 def pretrain(steps: int) -> dict:
@@ -250,42 +262,58 @@ def table(results: dict[str, dict]) -> str:
     for name, m in results.items():
         shares = " ".join(f"{share:.2f}" for share in m["modes"])
         rows.append([*name.split(" | "), f"{m['kl']:.3f}", f"{m['reward']:.3f}", shares])
-    return markdown_table(header, rows) + "\n"
+    return log.markdown_table(header, rows) + "\n"
 
 
 def figure(samples: dict[str, np.ndarray], path: pathlib.Path) -> None:
     """Scatter plots, a row per reward scale. Args: [N, 2] by 'name | reward scale'."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     columns = len(METHODS) + 1
-    fig = Figure(figsize=(2.1 * columns, 2.3 * len(REWARD_SCALES)), layout="constrained")
+    fig = Figure(figsize=(2.1 * columns, 2.3 * len(REWARD_SCALES) + 0.3), layout="constrained")
     axes = fig.subplots(len(REWARD_SCALES), columns, squeeze=False)
     for i, scale in enumerate(REWARD_SCALES):
         for axis, name in zip(axes[i], ["mixture", *METHODS]):
-            x0 = samples["mixture | -" if name == "mixture" else f"{name} | {scale:g}"][:4000]
-            axis.scatter(x0[:, 0], x0[:, 1], s=1, alpha=0.3, linewidths=0, color="#1f4e79")
-            axis.scatter(*CENTRES[1], marker="+", color="#c0392b")
+            x0 = samples["mixture | -" if name == "mixture" else f"{name} | {scale:g}"][:DRAWN]
+            axis.scatter(x0[:, 0], x0[:, 1], s=1, alpha=0.3, linewidths=0, color=_INK)
+            axis.scatter(*CENTRES[1], s=120, linewidths=0.9, **_CROSS)
             axis.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal")
             axis.set_title(
                 f"{name}\nreward x {scale:g}" if name != "mixture" else "mixture", fontsize=8
             )
+    dot = {"linestyle": "none", "marker": "o", "markersize": 2, "color": _INK}
+    cross = {"linestyle": "none", "markersize": 11, **_CROSS}
+    fig.legend(
+        handles=[
+            Line2D([], [], label="where the reward is highest", **cross),
+            Line2D([], [], label=f"{DRAWN:,} samples of the generator, or of the mixture", **dot),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
     fig.savefig(path, dpi=110)
 
 
 def run(out: pathlib.Path, steps: int) -> None:
-    """All objectives; prints and writes the table and the figure."""
-    out.mkdir(parents=True, exist_ok=True)
-    start = pretrain(steps)
+    """All objectives; prints and writes the table and the figure. Args: out, a folder."""
+    with log.waiting(f"training the network that all start from, {steps} steps"):
+        start = pretrain(steps)
     samples = {
         "mixture | -": np.asarray(sample_mixture(jax.random.key(4), 200_000)),
         "start | -": draw(start),
     }
-    for name, changes in METHODS.items():
-        settings = dataclasses.replace(SETTINGS, **changes)
-        for scale in REWARD_SCALES:
+    todo = [(name, scale) for name in METHODS for scale in REWARD_SCALES]
+    began = time.monotonic()
+    for i, (name, scale) in enumerate(todo):
+        settings = dataclasses.replace(SETTINGS, **METHODS[name])
+        each = (time.monotonic() - began) / max(i, 1)
+        left = f"{log.duration(each * (len(todo) - i))} left in all" if i else ""
+        with log.waiting(f"training {i + 1} of {len(todo)}, {name} with reward x {scale:g}", left):
             x0 = draw(train(start, settings, scale, steps))
-            samples[f"{name} | {scale:g}"] = x0
-            print(f"{name}, reward x {scale:g}: {json.dumps(measure(x0))}", flush=True)
+        samples[f"{name} | {scale:g}"] = x0
+        log.say(f"{name}, reward x {scale:g}: {json.dumps(measure(x0))}")
     write_page(out / "mixture.md", {name: measure(x0) for name, x0 in samples.items()}, steps)
     figure(samples, out / "mixture.png")
 
@@ -309,14 +337,22 @@ their weights are {weights}.
 
 """
     picture = "![samples of every objective](mixture.png)"
-    path.write_text(f"{text}{table(results)}\n{picture}\n\n{conclusion_of(path)}", encoding="utf-8")
+    files.write_text(path, f"{text}{table(results)}\n{picture}\n\n{conclusion_of(path)}")
 
 
 def main() -> None:
-    run(pathlib.Path(flags.FLAGS.out), flags.FLAGS.steps)
+    out = flags.FLAGS.out
+    check_all(check_matplotlib, lambda: files.writable_folder(out, "--out"))
+    run(pathlib.Path(out).expanduser(), flags.FLAGS.steps)
+    log.say(f"wrote mixture.md and mixture.png in {out}")
+
+
+def define_flags() -> None:
+    """The command's flags."""
+    flags.DEFINE_string("out", None, "Folder for mixture.md and mixture.png.", required=True)
+    flags.DEFINE_integer("steps", 4000, "Of the generator, with each objective.", lower_bound=1)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "Folder for mixture.md and mixture.png.", required=True)
-    flags.DEFINE_integer("steps", 4000, "Steps with each objective.", lower_bound=1)
+    define_flags()
     run_command(main)

@@ -3,7 +3,19 @@
 
 from pathlib import Path
 
+from di_star_jax.errors import UserError
+
 _HEADING = "## Conclusion"
+
+
+def check_matplotlib() -> None:
+    """Raises: UserError where the figures could not be drawn, hours later."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the figures need matplotlib ({error}); pip install matplotlib, then the same command"
+        ) from None
 
 
 def conclusion_of(page: Path) -> str:
