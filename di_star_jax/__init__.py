@@ -2,6 +2,7 @@
 import glob
 import importlib.util
 import os
+import signal
 import sys
 
 __version__ = "0.1.0"
@@ -29,11 +30,14 @@ def _quieten() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def _leave(number, frame) -> None:
+    """Ends a command that is still importing: an exception could be lost in there."""
+    print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def _end_in_one_line(kind, error, traceback) -> None:
-    """What ends a command before it could begin: a Python without jax, or Ctrl-C at an import."""
-    if kind is KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
-        os._exit(130)
+    """What a command says in a Python without jax."""
     if kind is ModuleNotFoundError and importlib.util.find_spec("jax") is None:
         print(
             f"error: {sys.executable} has no jax; activate the environment that this was installed "
@@ -50,3 +54,5 @@ _quieten()
 # Python says "-m" while it looks for the module to run.
 if sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0] if sys.argv else "") == "di-star":
     sys.excepthook = _end_in_one_line
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)  # until command.run

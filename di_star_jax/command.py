@@ -72,6 +72,8 @@ def leave_at_interrupt() -> None:
     The first leaves `with` blocks a moment to end in, a second does not wait. Where a handler of
     somebody else's is in place, as during a run, nothing is done.
     """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)

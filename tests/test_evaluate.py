@@ -1373,7 +1373,7 @@ def test_a_function_of_the_users_own_is_a_metric_whose_file_is_noted(
     assert code == 0, stderr
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["metrics"]["brightness"]["mean"] == pytest.approx(0.0, abs=1e-6)
-    assert found["settings"]["metrics"]["brightness"]["weights"] == str(own)
+    assert found["settings"]["metrics"]["brightness"]["weights"] == "my.py"
     own.write_text("def brightness(images):\n    return 2 * images.mean((1, 2, 3))\n")
     code, _, stderr = command(*asked)
     monkeypatch.delitem(rewards.REWARDS, "brightness")

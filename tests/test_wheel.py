@@ -2,6 +2,7 @@
 """The wheel, built, installed in an environment of its own, and run from an empty folder."""
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -24,8 +25,12 @@ def test_the_wheel_has_all_that_its_commands_need(tmp_path):
     """Its dependencies are those of this environment: what is tried is what the wheel holds."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_", "JAX_"))}
     env = plain | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    source = tmp_path / "source"  # for a build leaves folders in it
+    for name in ("di_star_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.py", source)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps"]
-    ran(*build, "-w", tmp_path, ROOT, cwd=tmp_path, env=env)
+    ran(*build, "-w", tmp_path, source, cwd=tmp_path, env=env)
     (wheel,) = tmp_path.glob("di_star_jax-*.whl")
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
