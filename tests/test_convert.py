@@ -358,7 +358,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(reference, workdir, tmp_path
     [
         (["--to=orbax", "--input=nobody/nothing", "--output=out"], ["nobody/nothing", "Hub"]),
         (["--to=orbax", "--input=./nowhere", "--output=out"], ["no folder ./nowhere"]),
-        (["--to=torch", "--input=a", "--output=b"], ["torch", "orbax|diffusers"]),
+        (["--to=torch", "--input=a", "--output=b"], ["torch", "orbax, diffusers"]),
     ],
 )
 def test_wrong_flags_end_with_one_line_and_exit_code_two(flags, words, tmp_path):

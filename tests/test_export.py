@@ -18,6 +18,7 @@ from test_convert import _error, _export, _pipeline
 from test_train import config_for
 
 from di_star_jax import convert, drawing, train
+from di_star_jax.checks import check_workdir
 from di_star_jax.evaluation.job import Request
 from di_star_jax.evaluation.run import evaluate
 from di_star_jax.pipelines import export
@@ -318,7 +319,7 @@ def test_the_shipped_generator_is_drawn_by_the_command(tmp_path):
         [*command, f"--out={tmp_path / 'out'}"], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "few_step, 1 steps" in done.stdout
+    assert "by few_step in 1 step;" in done.stdout
     assert np.asarray(PIL.Image.open(tmp_path / "out" / "0000.png")).std() > 5
 
 
@@ -452,7 +453,7 @@ def test_a_tilde_is_the_home_folder(workdir_of, tmp_path, monkeypatch):
 def test_a_folder_whose_checkpoints_could_not_be_read_back_is_refused(reference, tmp_path, name):
     for write in (
         lambda: convert.to_orbax(reference / "unet", tmp_path / name),
-        lambda: train.run(config_for(reference), str(tmp_path / name)),
+        lambda: check_workdir(str(tmp_path / name)),
         lambda: checkpoint.Checkpoints(tmp_path / name / "checkpoints", keep=1),
     ):
         assert "cannot be read back" in _error(write)
