@@ -108,7 +108,7 @@ def make_workdir(workdir: str) -> Path:
         # A folder that is filled and then gets its name is how all is saved that must be whole.
         with tempfile.TemporaryDirectory(prefix=".try", dir=folder) as tried:
             (Path(tried) / "a").mkdir()
-            (Path(tried) / "a" / "file").write_text("tried")
+            (Path(tried) / "a" / "file").write_text("tried", encoding="utf-8")
             (Path(tried) / "a").rename(Path(tried) / "b")
     except OSError as error:
         raise UserError(

@@ -250,7 +250,7 @@ def ram_here() -> float:
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name in _CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # none, or "max"
-            limits.append(int(Path(name).read_text()))
+            limits.append(int(Path(name).read_text(encoding="utf-8")))
     return float(min(limits))
 
 

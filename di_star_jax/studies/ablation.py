@@ -113,7 +113,9 @@ class World:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
         self.parts = assembly.load_parts(config, mesh)
         self.captions = _captions(config)
-        reward_config = pathlib.Path(config.weights.pickscore, "config.json").read_text()
+        reward_config = pathlib.Path(config.weights.pickscore, "config.json").read_text(
+            encoding="utf-8"
+        )
         tokenizer = pathlib.Path(config.weights.reward_tokenizer)
         self.judge = Judge(workdir, json.loads(reward_config), tokenizer)
         timesteps = np.array(generator_timesteps(config.generator, SDXL.one_step))

@@ -350,7 +350,7 @@ def main() -> None:
 def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("out", None, "Folder for mixture.md and mixture.png.", required=True)
-    flags.DEFINE_integer("steps", 4000, "Of the generator, with each objective.", lower_bound=1)
+    flags.DEFINE_integer("steps", 4000, "Steps with each objective.", lower_bound=1)
 
 
 if __name__ == "__main__":
