@@ -6,7 +6,6 @@ Each function raises a UserError for the first thing that is wrong.
 
 import math
 import os
-import tempfile
 from pathlib import Path
 
 import jax
@@ -20,6 +19,7 @@ from di_star_jax.rewards import REWARDS, add, listed, rewards_used, scales_of
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
 from di_star_jax.storage.checkpoint import check_path
+from di_star_jax.storage.files import writable_folder
 
 _CHOICES = {
     "objective.name": OBJECTIVES,
@@ -102,23 +102,7 @@ def check_workdir(workdir: str | None) -> None:
 
 def make_workdir(workdir: str) -> Path:
     """The folder of a run, made where it is missing and tried. Raises: UserError."""
-    folder = Path(workdir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A folder that is filled and then gets its name is how all is saved that must be whole.
-        with tempfile.TemporaryDirectory(prefix=".try", dir=folder) as tried:
-            (Path(tried) / "a").mkdir()
-            (Path(tried) / "a" / "file").write_text("tried", encoding="utf-8")
-            (Path(tried) / "a").rename(Path(tried) / "b")
-    except OSError as error:
-        raise UserError(
-            f"workdir={_short(workdir)} cannot be written ({error.strerror}); give another folder"
-        ) from None
-    return folder
-
-
-def _short(path: str) -> str:
-    return path if len(path) <= 100 else f"{path[:60]}...{path[-30:]}"
+    return writable_folder(workdir, "workdir")
 
 
 def check(config, device_count: int) -> None:

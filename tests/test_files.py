@@ -49,5 +49,5 @@ def test_a_folder_to_write_in_is_made_or_refused_with_the_reason(tmp_path, monke
         ("/proc/x", "No such file or directory"),
         ("a\0b", "embedded null byte"),
     ):
-        with pytest.raises(UserError, match=f"^--out=(?s:.)*{reason}; give a folder"):
+        with pytest.raises(UserError, match=rf"^--out=(?s:.)* \({reason}\); give another"):
             files.writable_folder(path, "--out")

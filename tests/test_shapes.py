@@ -245,5 +245,5 @@ def test_pretraining_in_a_folder_that_cannot_be_is_refused_in_one_line(monkeypat
     (tmp_path / "file").touch()
     given = SimpleNamespace(workdir=str(tmp_path / "file"))
     monkeypatch.setattr(pretrain, "flags", SimpleNamespace(FLAGS=given))
-    with pytest.raises(UserError, match="^--workdir=.*it is a file"):
+    with pytest.raises(UserError, match="^workdir=.* is a file, expected a folder"):
         pretrain.main()

@@ -54,6 +54,8 @@ CONFIGS = {
     "vae": {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
         "layers_per_block": 1,
         "norm_num_groups": 8,
         "scaling_factor": 0.5,

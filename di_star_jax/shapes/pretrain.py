@@ -32,6 +32,7 @@ from absl import flags
 from flax import nnx
 
 from di_star_jax import (
+    checks,
     diffusion,
     drawing,
     gradients,
@@ -51,7 +52,7 @@ from di_star_jax.rewards import similarity
 from di_star_jax.shapes import datasets, networks, oracle, scenes, tokenizer
 from di_star_jax.shapes.datasets import to_image
 from di_star_jax.shapes.networks import LATENT_SHAPE, RESOLUTION, TOKENS
-from di_star_jax.storage import files, weights
+from di_star_jax.storage import weights
 from di_star_jax.storage.checkpoint import Checkpoints
 
 Params = Any
@@ -718,7 +719,8 @@ def run(workdir: Path, sizes: Sizes) -> None:
 
 
 def main() -> None:
-    workdir = files.writable_folder(flags.FLAGS.workdir, "--workdir")
+    checks.check_workdir(flags.FLAGS.workdir)
+    workdir = checks.make_workdir(flags.FLAGS.workdir)
     run(workdir, Sizes())
     for name, value in report(workdir / "checkpoint").items():
         print(f"attributes right on 500 held-out captions, {name}: {100 * value:.1f} %")

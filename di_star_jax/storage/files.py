@@ -72,14 +72,22 @@ def writable_folder(path: str, option: str) -> Path:
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        # A folder that is filled and then gets its name is how all is saved that must be whole.
+        with tempfile.TemporaryDirectory(prefix=".try", dir=folder) as tried:
+            (Path(tried) / "a").mkdir()
+            (Path(tried) / "a" / "file").write_text("tried", encoding="utf-8")
+            (Path(tried) / "a").rename(Path(tried) / "b")
+        return folder
     except (OSError, ValueError) as error:  # a NUL byte is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
         reason = "it is a file" if os.path.isfile(folder) else reason
         raise UserError(
-            f"{option}={path}: {reason}; give a folder that can be made and written"
+            f"{option}={_short(path)} cannot be written ({reason}); give another folder"
         ) from None
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 100 else f"{path[:60]}...{path[-30:]}"
 
 
 def read_json(file: Path) -> dict:

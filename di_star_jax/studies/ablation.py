@@ -113,9 +113,8 @@ class World:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
         self.parts = assembly.load_parts(config, mesh)
         self.captions = _captions(config)
-        reward_config = pathlib.Path(config.weights.pickscore, "config.json").read_text(
-            encoding="utf-8"
-        )
+        reward_file = pathlib.Path(config.weights.pickscore, "config.json")
+        reward_config = reward_file.read_text(encoding="utf-8")
         tokenizer = pathlib.Path(config.weights.reward_tokenizer)
         self.judge = Judge(workdir, json.loads(reward_config), tokenizer)
         timesteps = np.array(generator_timesteps(config.generator, SDXL.one_step))
@@ -251,7 +250,7 @@ def _shortened(config) -> Any:
             "eval.prompts": "",
             "train.steps": STEPS,
             "train.save_every": EVERY,
-            "train.keep": STEPS // EVERY + 1,
+            "train.keep": STEPS + WARMUP,  # a stop leaves one more
             "assistant.warmup_steps": WARMUP,
             "data.batch_size": TRAIN_BATCH,
         }
@@ -447,6 +446,7 @@ def main() -> None:
         lambda: _check_rows(args),
         lambda: _check_seeds(args.seeds),
         _check_devices,
+        lambda: checks.check_workdir(args.workdir),
         lambda: files.writable_folder(args.workdir, "--workdir"),
         lambda: files.writable_folder(_out(args), "--out"),
     )
