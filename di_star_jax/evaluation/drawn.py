@@ -50,8 +50,8 @@ def draw(job: Job, mesh: Mesh) -> dict:
         left.unlink()
     _keep(job.out, record)
     log.say(
-        f"drawing {len(missing)} images of {how['resolution']} pixels; the first "
-        f"{request.batch_size} wait for the compiler"
+        f"drawing {len(missing)} image{'s' * (len(missing) > 1)} of {how['resolution']} pixels; "
+        f"the first {request.batch_size} wait for the compiler"
     )
     return _draw(job, missing, _drawer(job, loaded, sampling, mesh), record)
 
