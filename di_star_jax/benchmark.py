@@ -15,6 +15,7 @@ our own count (cost/flops.py), never XLA's.
 
 import dataclasses
 import gc
+import importlib
 import json
 import math
 import os
@@ -429,8 +430,8 @@ def _compile_estimate(request: Request, effort: float) -> str:
 def _check_torch_is_there() -> None:
     """Imports what the comparison needs, for a broken installation is found in no other way."""
     try:
-        import diffusers  # noqa: F401
-        import torch  # noqa: F401
+        for name in ("torch", "diffusers"):
+            importlib.import_module(name)
     except ImportError as error:
         raise UserError(
             f"--vs=torch: {error}; pip install torch diffusers accelerate, or leave --vs out"
