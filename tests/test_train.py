@@ -140,6 +140,15 @@ def unet_of(workdir, step, name="generator"):
     return tree
 
 
+@pytest.mark.case("first hour 2")
+def test_the_model_card_of_a_run_shows_its_samples_and_the_call(straight):
+    export = straight / "diffusers"
+    card = (export / "README.md").read_text(encoding="utf-8")
+    assert "![samples](samples.png)" in card and "num_inference_steps=1, guidance_scale=0" in card
+    assert "pickscore (scale" in card and "ema, step 4" in card
+    assert (export / "samples.png").read_bytes() == (straight / "samples.png").read_bytes()
+
+
 def test_a_run_leaves_pictures_scores_scalars_and_a_diffusers_folder(straight):
     scores = json.loads((straight / "before_after.json").read_text())
     assert set(scores["after"]) == {"pickscore", "pickscore, std", "diversity"}
