@@ -24,10 +24,21 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 from test_config import ROOT
+from test_config import load as load_config
 from test_train import UNET, write_pipeline
 
 from di_star_jax import command as commands
-from di_star_jax import drawing, errors, evaluate, models, pictures, rewards, sharding
+from di_star_jax import (
+    assembly,
+    drawing,
+    errors,
+    evaluate,
+    models,
+    pictures,
+    rewards,
+    sharding,
+    train,
+)
 from di_star_jax.evaluation.run import STORE
 from di_star_jax.evaluation.scores import params_digest
 from di_star_jax.evaluation.store import Store
@@ -340,6 +351,37 @@ def test_noise_depends_on_seed_row_and_sample_alone_and_few_step_begins_with_the
     assert not np.array_equal(z, noise(4, rows, samples))
     few = noise(3, rows, samples, "few_step", (999, 749, 499))
     assert few.shape == (3, 4, 4, 4, 2) and np.array_equal(few[0], z)
+
+
+@pytest.mark.case("faults 14")
+def test_the_table_of_a_run_and_an_evaluation_of_its_checkpoint_have_the_same_numbers(
+    straight, folder, tmp_path
+):
+    config = load_config("shapes")
+    config.update_from_flattened_dict(
+        {
+            "weights.reference": str(folder),
+            "weights.generator": str(folder / "generator"),
+            "weights.pickscore": str(folder / "reward"),
+            "weights.reward_tokenizer": str(folder / "tokenizer"),
+            "data.prompts": str(folder / "prompts.txt"),
+            "eval.prompts": str(folder / "prompts.txt"),
+            "eval.oracle": "",
+            "data.resolution": 16,
+            "data.batch_size": 8,
+            "eval.batch_size": 8,
+            "eval.samples": 2,
+        }
+    )
+    mesh = sharding.make_mesh(-1, 1)
+    parts = assembly.load_parts(config, mesh)
+    settings = assembly.method_of(config, parts).settings
+    prompts = {"eval": train.load_prompts(config, "eval", tmp_path)}
+    scorer = train.scorer_of(config, parts, settings, mesh, prompts)
+    scores = scorer.measure(trained(folder)).scores
+    evaluated = results_of(straight)["metrics"]
+    for name in ("pickscore", "diversity"):
+        assert np.isclose(scores[name], evaluated[name]["mean"], rtol=1e-4), name
 
 
 # Stopped and continued.
@@ -958,6 +1000,39 @@ def test_all_that_is_missing_is_said_at_once_and_before_the_images_are_read(
     ):
         assert part in stderr, part
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.case("faults 26")
+@pytest.mark.parametrize("flag", ["images", "prompts", "baseline", "out", "reference"])
+def test_a_name_that_is_too_long_is_one_line(command, tmp_path, flag):
+    long = {flag: tmp_path / f"{'x' * 300}.txt"}
+    given = {"images": tmp_path, "prompts": tmp_path / "a.txt", "out": tmp_path / "out"} | long
+    (tmp_path / "a.txt").write_text("a cat\n")
+    arguments = [f"--{name}={value}" for name, value in given.items()]
+    code, _, stderr = command(*arguments, "--metrics=frechet,contrast", "--batch_size=8")
+    assert code == 2 and stderr.count("\n") == 1, stderr
+
+
+# Progress.
+
+
+@pytest.mark.case("first hour 9", "first hour 10")
+def test_each_stage_is_said_once_in_its_order_and_so_is_a_wait_for_the_compiler(
+    command, bright, tmp_path
+):
+    given = images_and_prompts(tmp_path, [0, 100, 200])
+    code, stdout, stderr = command(*given, "--metrics=bright,contrast", f"--out={tmp_path}/out")
+    assert code == 0, stderr
+    stages = [line for line in stdout.splitlines() if line.startswith("stage ")]
+    assert [line.split(",")[0] for line in stages] == [
+        "stage 1 of 5: reading the images",
+        "stage 2 of 5: loading the metrics' weights",
+        "stage 3 of 5: contrast",
+        "stage 4 of 5: bright",
+        "stage 5 of 5: writing the tables and the page",
+    ]
+    assert "0.0 min left" not in stdout
+    assert stdout.index("stage 4") < stdout.index("compiling bright") < stdout.index("bright 3/3")
 
 
 # Two evaluations.

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from di_star_jax import drawing, log, pictures
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation.images import THREADS, Shot
-from di_star_jax.evaluation.job import IMAGES, Job
-from di_star_jax.evaluation.scores import params_digest
+from di_star_jax.evaluation.job import DRAW, IMAGES, Job
+from di_star_jax.evaluation.scores import compiled_first, params_digest
 from di_star_jax.evaluation.settings import short
 from di_star_jax.pipelines.folder import Pipeline
 from di_star_jax.storage.files import read_json, whole, write_text
@@ -39,7 +39,9 @@ def draw(job: Job, mesh: Mesh) -> dict:
         return kept
     dtype = jnp.dtype(request.dtype)
     reference = request.reference_pipeline
-    loaded = drawing.load(request.checkpoint, request.which, mesh, dtype, reference)
+    log.say(job.stage(DRAW))
+    with log.waiting(f"loading {request.checkpoint}"):
+        loaded = drawing.load(request.checkpoint, request.which, mesh, dtype, reference)
     sampling = drawing.sampling_of(request.sampling, loaded)
     how = _how(loaded, sampling)
     record = _continued(job.out, kept, how, _where(mesh, request.batch_size))
@@ -71,7 +73,7 @@ def _drawer(
         z = drawing.noise(job.request.seed, rows, samples, sampling)
         return draw_prompts([shot.text for shot in shots], z)
 
-    return images_of
+    return compiled_first(images_of, "the generator")
 
 
 def _draw(

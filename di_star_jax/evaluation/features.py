@@ -14,7 +14,7 @@ from di_star_jax import sharding
 from di_star_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from di_star_jax.evaluation.images import Shot, counted_batches, images_in, missing_from, to_unit
 from di_star_jax.evaluation.job import Job
-from di_star_jax.evaluation.scores import exact, padded, params_digest
+from di_star_jax.evaluation.scores import compiled_first, exact, padded, params_digest
 from di_star_jax.evaluation.store import Store
 from di_star_jax.pipelines.folder import Options, load_model
 from di_star_jax.rewards import REWARDS, resolve
@@ -63,6 +63,7 @@ def load_features(job: Job, mesh: Mesh) -> Features:
 
     digest = params_digest(model.params)
     name = f"unit CLIP embeddings of {reward} (weights' sha256 {digest[:8]}), bicubic resize"
+    embed = compiled_first(embed, "the features")
     return Features(name, digest, model.config["projection_dim"], batch_size, embed)
 
 

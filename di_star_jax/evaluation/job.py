@@ -28,6 +28,9 @@ from di_star_jax.rewards import REWARDS, resolve
 from di_star_jax.storage import checkpoint, folders
 from di_star_jax.storage.files import write_text
 
+# Stages, beside the metrics.
+READ, LOAD, DRAW = "reading the images", "loading the metrics' weights", "drawing the images"
+EMBED, WRITE = "embedding the images", "writing the tables and the page"
 STATE, PROMPTS, IMAGES = "settings.json", "prompts", "images"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -98,6 +101,21 @@ class Job:
     def shape(self) -> tuple[int, int]:
         """(P, K)."""
         return len(self.prompts), self.request.samples
+
+    @property
+    def scored(self) -> list[str]:
+        """Metrics that have a number an image; first those that need no compiler."""
+        names = [name for name in self.metrics if metrics.metric_of(name).per_image]
+        return sorted(names, key=lambda name: name in REWARDS)
+
+    def stage(self, name: str) -> str:
+        """A line that says how far the evaluation is. Args: name, of a stage or metric."""
+        stages = [READ, LOAD] if self.request.images else [LOAD, DRAW, READ]
+        stages += self.scored
+        stages += [EMBED] if set(metrics.BY_FEATURES) & set(self.metrics) else []
+        stages += [name for name in metrics.BY_CLEAN_FID if name in self.metrics]
+        stages += [WRITE]
+        return f"stage {stages.index(name) + 1} of {len(stages)}: {name}"
 
     def was_trained_on(self, metric: str) -> bool:
         """Also by another name of the same weights."""
@@ -269,6 +287,8 @@ def check_inputs(request: Request) -> None:
             look(request)
         except UserError as error:
             missing.append(str(error))
+        except OSError as error:  # a name that is too long, a folder that may not be read
+            missing.append(f"cannot read {error.filename} ({error.strerror}); check the path")
     if len(missing) > 1:
         each = "; ".join(f"({i}) {text}" for i, text in enumerate(missing, 1))
         raise UserError(f"{len(missing)} inputs are missing: {each}")

@@ -11,11 +11,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from di_star_jax import sharding
+from di_star_jax import log, sharding
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import cleanfid, drawn, features, measures, page, results, scores, table
 from di_star_jax.evaluation.dependencies import check_metrics
-from di_star_jax.evaluation.job import Job, Request, check, check_inputs, completed, job_of
+from di_star_jax.evaluation.job import (
+    EMBED,
+    LOAD,
+    WRITE,
+    Job,
+    Request,
+    check,
+    check_inputs,
+    completed,
+    job_of,
+)
 from di_star_jax.evaluation.metrics import BY_CLEAN_FID, BY_FEATURES, metric_of
 from di_star_jax.evaluation.results import Evaluation
 from di_star_jax.evaluation.settings import (
@@ -51,18 +61,21 @@ def evaluate(request: Request) -> Evaluation:
     if baseline:
         check_comparable(given, baseline.settings, baseline.folder)
     with Store(job.out / STORE, job.shape) as store:
-        evaluation = _evaluate(job, given, baseline, store)
-    write(evaluation, baseline, request.max_prompts)
+        evaluation = _evaluate(job, given, store, baseline)
+    with log.waiting(job.stage(WRITE)):
+        if baseline:
+            evaluation.results["comparison"] = results.compare(evaluation, baseline)
+        write(evaluation, baseline, request.max_prompts)
     return evaluation
 
 
 def _evaluate(
     job: Job,
     given: dict,
-    baseline: Evaluation | None,
     store: Store,
+    baseline: Evaluation | None,
 ) -> Evaluation:
-    """All but writing it. Args: given, as of `asked`."""
+    """All but the comparison. Args: given, as of `asked`; baseline, that must be comparable."""
     mesh = sharding.make_mesh(-1, job.request.fsdp)
     started = (job.out / drawn.DRAWN).exists() or store.holds_other_than(scores.READABLE)
     keep_asked(job.out, given, started)
@@ -70,7 +83,8 @@ def _evaluate(
         store.clear()
     earlier = _finished(job.out) if started else None
     broken = scores.find_broken(job, store) if job.request.images else []
-    of_metrics = check_metrics(job, mesh)
+    with log.waiting(job.stage(LOAD)):
+        of_metrics = check_metrics(job, mesh)
     if baseline:
         of_all = (earlier.settings["metrics"] if earlier else {}) | of_metrics
         check_same_scores(of_all, baseline.settings["metrics"], baseline.folder)
@@ -86,8 +100,6 @@ def _evaluate(
         evaluation = results.with_earlier(evaluation, earlier)
         for name, found in evaluation.results["metrics"].items():
             found["trained_on"] = job.was_trained_on(name)
-    if baseline:
-        evaluation.results["comparison"] = results.compare(evaluation, baseline)
     return evaluation
 
 
@@ -186,7 +198,9 @@ def _add_by_features(
     mesh: Mesh,
 ) -> None:
     """Diversity and Frechet distance."""
-    model = features.load_features(job, mesh)
+    log.say(job.stage(EMBED))
+    with log.waiting(f"loading the CLIP of {job.request.features}"):
+        model = features.load_features(job, mesh)
     found = features.features_of(job.shots, store, model)
     if "diversity" in job.metrics:
         of_prompts = [measures.diversity(rows) for rows in found]
@@ -211,7 +225,9 @@ def _by_clean_fid(
     if kept is None:
         left_out = set(broken)
         files = [shot.file for shot in job.shots if shot.file not in left_out]
-        store.add_distance(name, *cleanfid.distance(name, files, job.request.reference, job.out))
+        with log.waiting(job.stage(name)):
+            found = cleanfid.distance(name, files, job.request.reference, job.out)
+        store.add_distance(name, *found)
         kept = store.distance(name)
     return kept
 

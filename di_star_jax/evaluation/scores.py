@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of image files, kept as they come; an image that cannot be read has none (NaN)."""
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from di_star_jax import log, sharding
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures
 from di_star_jax.evaluation.images import Shot, counted_batches, fault_of, missing_from, to_unit
-from di_star_jax.evaluation.job import Job
+from di_star_jax.evaluation.job import READ, Job
 from di_star_jax.evaluation.metrics import metric_of
 from di_star_jax.evaluation.store import Store
 from di_star_jax.pipelines.folder import Options
-from di_star_jax.rewards import REWARDS, load_rewards
+from di_star_jax.rewards import load_rewards
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.shapes import scenes
 
@@ -139,6 +140,7 @@ def find_broken(job: Job, store: Store) -> list[Path]:
 
     Raises: UserError where none can be read.
     """
+    log.say(job.stage(READ))
     scorer = ON_HOST[READABLE]
     readable = score(READABLE, scorer, job.shots, store, job.request.batch_size)
     broken = list(dict.fromkeys(shot.file for shot in missing_from(readable, job.shots)))
@@ -158,16 +160,34 @@ def score_images(
     mesh: Mesh,
 ) -> dict[str, np.ndarray]:
     """Printed numbers [P, K] of each metric that has one an image."""
-    names = [name for name in job.metrics if metric_of(name).per_image]
     found = {}
-    for name in sorted(names, key=lambda name: name in REWARDS):  # what needs no compiler first
+    for name in job.scored:
+        log.say(job.stage(name))
         scores = store.scores(name)
         if missing_from(scores, job.shots):
-            batch_size = job.request.batch_size
-            if name in ON_HOST:
-                scorer = ON_HOST[name]
-            else:
-                scorer = by_reward(load_reward(job, name, mesh), mesh, batch_size)
-            scores = score(name, scorer, job.shots, store, batch_size)
+            scores = score(name, _scorer(job, name, mesh), job.shots, store, job.request.batch_size)
         found[name] = scores * metric_of(name).factor
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in job.metrics if name in found}
+
+
+def _scorer(
+    job: Job,
+    name: str,
+    mesh: Mesh,
+) -> Scorer:
+    if name in ON_HOST:
+        return ON_HOST[name]
+    with log.waiting(f"loading {name}"):
+        reward = load_reward(job, name, mesh)
+    return compiled_first(by_reward(reward, mesh, job.request.batch_size), name)
+
+
+def compiled_first(function: Callable, name: str) -> Callable:
+    """`function`, whose first call says that it waits for the compiler. Args: name, in print."""
+    waits = [log.waiting(f"compiling {name}")]
+
+    def call(*arguments):
+        with waits.pop() if waits else contextlib.nullcontext():
+            return function(*arguments)
+
+    return call

@@ -90,8 +90,24 @@ def load(
     Raises: UserError for an unknown set or one without file, a failed download, and a file that is
       missing, not that set's, or without prompts.
     """
-    folder = Path(folder)
-    name, where = sets.resolve(str(name_or_file), str(file), option)
+    try:
+        return _load(str(name_or_file), Path(folder), str(file), column, option)
+    except OSError as error:
+        where = error.filename or name_or_file
+        raise UserError(
+            f"{option}: cannot read or write {where} ({error.strerror}); check the path and its "
+            "permissions"
+        ) from None
+
+
+def _load(
+    name_or_file: str,
+    folder: Path,
+    file: str,
+    column: str | None,
+    option: str,
+) -> Source:
+    name, where = sets.resolve(name_or_file, file, option)
     spec = PROMPT_SETS[name] if name else sets.own_file(column)
     path = _fetch(spec, where, folder / "downloads") if "://" in where else Path(where)
     digest = sets.digest_of(spec, path)
@@ -250,7 +266,11 @@ def _download(url: str, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, whole(path) as partial:
+        with (
+            log.waiting(f"downloading {url}"),
+            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+            whole(path) as partial,
+        ):
             _save(response, url, partial)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
