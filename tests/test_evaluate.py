@@ -376,8 +376,9 @@ def test_the_table_of_a_run_and_an_evaluation_of_its_checkpoint_have_the_same_nu
     mesh = sharding.make_mesh(-1, 1)
     parts = assembly.load_parts(config, mesh)
     settings = assembly.method_of(config, parts).settings
-    scorer = train.scorer_of(config, parts, settings, mesh, tmp_path)
-    scores = scorer.measure(trained(folder))[0]
+    prompts = {"eval": train.load_prompts(config, "eval", tmp_path)}
+    scorer = train.scorer_of(config, parts, settings, mesh, prompts)
+    scores = scorer.measure(trained(folder)).scores
     evaluated = results_of(straight)["metrics"]
     for name in ("pickscore", "diversity"):
         assert np.isclose(scores[name], evaluated[name]["mean"], rtol=1e-4), name
