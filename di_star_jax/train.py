@@ -4,8 +4,11 @@
 import contextlib
 import errno
 import functools
+import logging
 import re
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,8 @@ def follow(
             frozen = parts.frozen()
             state = load_state(config, parts, mesh, checkpoints, optimizers)
         first = int(state.step)
+        if first < total:
+            checkpoints.check_room(state)
         scorer = scorer_of(config, parts, method.settings, mesh, prompts)
         batch_at = batches(config, parts, mesh, prompts["data"])
 
@@ -254,17 +259,43 @@ class Report:
 
 @contextlib.contextmanager
 def full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Raises: UserError for whatever a full disk makes of a run."""
+    """Raises: UserError for whatever a full disk makes of a run, in its threads too."""
+    usual = threading.excepthook
+    full = threading.Event()
+
+    def of_thread(args) -> None:
+        if full.is_set() or _is_full_disk(args.exc_value):
+            full.set()
+            return
+        usual(args)
+
+    def of_log(entry: logging.LogRecord) -> bool:
+        return not (entry.exc_info and _is_full_disk(entry.exc_info[1]))
+
+    threading.excepthook = of_thread
+    logger = logging.getLogger("absl")
+    logger.addFilter(of_log)
     try:
         yield
     except Exception as error:
-        if not _is_full_disk(error):
+        if not full.is_set() and not _is_full_disk(error):
             raise
+        full.set()
+        sys.unraisablehook = _unless_full_disk  # of what is left to be written at the exit
         raise UserError(
-            f"disk full at {folder}: {shutil.disk_usage(folder).free / 1e9:.2f} GB are free; make "
-            "room, or lower train.keep, and run the same command again: it goes on from the newest "
-            "checkpoint that is whole"
+            f"disk full at {folder}: {shutil.disk_usage(folder).free / 1e6:.1f} MB are free; make "
+            "room and run the same command again: it goes on from the newest checkpoint that is "
+            "whole"
         ) from None
+    finally:
+        logger.removeFilter(of_log)
+        if not full.is_set():  # else threads may still end in the same way
+            threading.excepthook = usual
+
+
+def _unless_full_disk(args) -> None:
+    if not _is_full_disk(args.exc_value):
+        sys.__unraisablehook__(args)
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

@@ -2,10 +2,17 @@
 """A whole run on a tiny random pipeline: outputs, restart, and what reads its workdir."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+from test_config import ROOT
 from test_config import load as load_config
 from test_step import CONFIGS
 
@@ -151,6 +158,161 @@ def test_a_run_leaves_pictures_scores_scalars_and_a_diffusers_folder(straight):
     assert all(
         np.array_equal(a, b) for a, b in zip(jax.tree.leaves(exported), jax.tree.leaves(kept))
     )
+
+
+def tensorboard(workdir):
+    """{tag: [(step, kind of value), ...]} of a workdir's event files."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for file in sorted(workdir.glob("events*")):
+        content = file.read_bytes()
+        while content:  # length, its checksum, event, its checksum
+            size = int.from_bytes(content[:8], "little")
+            event = Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.WhichOneof("value")))
+    return found
+
+
+@pytest.mark.case("first hour 5", "first hour 26")
+def test_tensorboard_has_both_ends_the_rate_the_config_and_captions(straight):
+    found = tensorboard(straight)
+    for tag in ("eval/pickscore", "eval/pickscore, std"):
+        assert found[tag] == [(k, "simple_value") for k in (0, 2, 4)]
+    assert found["samples"] == [(k, "image") for k in (0, 2, 4)]
+    assert [k for k, _ in found["generator/lr"]] == [2, 3, 4]
+    assert [k for k, _ in found["assistant/lr"]] == [1, 2, 3, 4]
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["generator/lr"] for line in lines if "generator/lr" in line]
+    assert rates == pytest.approx([1e-4 * (k + 1) / 11 for k in range(3)])  # 10 steps of warm-up
+    texts = b"".join(file.read_bytes() for file in straight.glob("events*"))
+    assert b"di_star: pseudo-Huber score divergence" in texts and b"| objective.name |" in texts
+    assert b"1. a red circle" in texts
+
+
+@pytest.mark.case("first hour 26")
+def test_a_finished_run_shows_its_table_at_once_and_exports_again_only_what_is_gone(
+    folder, straight, tmp_path, capsys
+):
+    workdir = shutil.copytree(straight, tmp_path / "copy")
+    train.run(config_for(folder), str(workdir))
+    shown = capsys.readouterr().out
+    assert "finished: all 4 steps are done" in shown and "| pickscore | " in shown
+    for work in ("loading weights", "compiling", "scoring"):
+        assert work not in shown
+    shutil.rmtree(workdir / "diffusers")
+    train.run(config_for(folder), str(workdir))
+    shown = capsys.readouterr().out
+    assert "exporting" in shown and "compiling" not in shown and "scoring" not in shown
+    assert (workdir / "diffusers" / "model_index.json").exists()
+    with pytest.raises(
+        UserError, match=r"train.steps=1 .*is at step 4; give train.steps=3 or more"
+    ):
+        train.run(config_for(folder, **{"train.steps": 1}), str(workdir))
+
+
+@pytest.mark.case("first hour 4")
+def test_another_method_in_a_finished_workdir_is_refused_before_weights(folder, straight, capsys):
+    with pytest.raises(UserError, match="holds another run: objective.name was 'di_star', is 'dm"):
+        train.run(config_for(folder, **{"objective.name": "dmd"}), str(straight))
+    assert "loading weights" not in capsys.readouterr().out
+
+
+@pytest.mark.case("faults 16")
+def test_held_out_prompts_that_are_added_later_are_scored_before_and_after(
+    folder, straight, tmp_path, capsys
+):
+    workdir = shutil.copytree(straight, tmp_path / "copy")
+    for name in ("before.json", "before.npy", "before_after.json"):
+        (workdir / name).unlink()
+    train.run(config_for(folder), str(workdir))
+    assert "the initial generator's scores are not there" in capsys.readouterr().out
+    again, first = (
+        json.loads((run / "before_after.json").read_text()) for run in (workdir, straight)
+    )
+    for when in ("before", "after"):
+        assert again[when] == pytest.approx(first[when], abs=1e-6)
+
+
+# As a user runs it, in a process of its own: what is compiled is that of `straight`.
+COMMAND = """
+import json, pathlib, sys
+from di_star_jax import errors, train
+from test_train import config_for
+folder, workdir, changes = sys.argv[1:]
+config = config_for(pathlib.Path(folder), **json.loads(changes))
+errors.exit_on_user_error(train.run)(config, workdir)
+"""
+
+
+class Process:
+    """A run in a process, whose lines are read as they come."""
+
+    def __init__(self, folder, workdir, **changes):
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        self.lines = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, str(folder), str(workdir), json.dumps(changes)],
+            env=os.environ | {"PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def until(self, start):
+        """Reads up to a line that begins so."""
+        for line in self._process.stdout:
+            self.lines.append(line)
+            if line.startswith(start):
+                return
+        raise AssertionError("".join(self.lines))
+
+    def send(self, number):
+        self._process.send_signal(number)
+
+    def end(self):
+        """(exit code, all that was said)."""
+        self.lines += self._process.stdout.readlines()
+        return self._process.wait(timeout=60), "".join(self.lines)
+
+
+@pytest.mark.case("first hour 7")
+def test_ctrl_c_and_sigterm_save_and_say_that_the_same_command_goes_on(folder, straight, tmp_path):
+    changes = {"train.steps": 100_000, "train.save_every": 100_000, "eval_every": 0}
+    run = Process(folder, tmp_path, **changes)
+    run.until("step 1/")
+    time.sleep(0.5)
+    run.send(signal.SIGINT)
+    code, said = run.end()
+    assert code == 130 and "Traceback" not in said, said
+    assert "SIGINT: ends after step " in said
+    with checkpoint.existing(tmp_path) as store:
+        saved = store.latest_step()
+    assert run.lines[-1] == f"stopped at step {saved}; the same command goes on\n"
+    steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == saved >= 1
+
+    run = Process(folder, tmp_path, **changes)
+    run.until(f"continuing at step {saved}")
+    run.until("compiling the training step")
+    run.send(signal.SIGTERM)
+    code, said = run.end()
+    assert code == 143 and "Traceback" not in said, said
+    assert run.lines[-1] == f"SIGTERM: stopped at step {saved}; the same command goes on\n"
+
+
+@pytest.mark.case("faults 4")
+def test_a_full_disk_is_one_line(folder, straight, tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", tmp_path]).returncode:
+        pytest.skip("a small disk needs root")
+    try:
+        code, said = Process(folder, tmp_path / "run").end()
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+    assert code == 2 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith(f"error: disk full at {tmp_path}/run")
 
 
 @pytest.fixture

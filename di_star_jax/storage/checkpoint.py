@@ -6,6 +6,7 @@ One item per field of the state, so that one network can be read without the res
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,11 @@ class Checkpoints(contextlib.AbstractContextManager):
           step: does nothing if this step is there already.
           state: a NamedTuple, dataclass or dict of trees.
           metadata: stored as JSON: what an export needs, such as `unet_config` and `reference`.
+        Raises: UserError where the disk has no room for it.
         """
         if step in self._manager.all_steps():
             return
+        self.check_room(state)
         items = {
             name: ocp.args.StandardSave({name: tree}) for name, tree in _fields(state)[0].items()
         }
@@ -68,6 +71,16 @@ class Checkpoints(contextlib.AbstractContextManager):
             args=ocp.args.Composite(**items, **{_METADATA: ocp.args.JsonSave(metadata)}),
             force=True,
         )
+
+    def check_room(self, state: Any) -> None:
+        """Raises: UserError where the disk has no room for one more checkpoint of `state`."""
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        disk = shutil.disk_usage(self.folder)
+        if disk.total and disk.free < need:  # some network drives know neither
+            raise UserError(
+                f"disk full at {self.folder}: a checkpoint takes {_size(need)}, {_size(disk.free)} "
+                "are free; make room, or give another --workdir, and run the same command again"
+            )
 
     def latest_step(self) -> int | None:
         """The newest step whose checkpoint is complete."""
@@ -227,6 +240,10 @@ def reference_of(metadata: dict, given: str | None) -> Path:
 
 def _absolute(folder: str | os.PathLike) -> Path:
     return Path(os.path.abspath(expand(folder)))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _fields(state: Any) -> tuple[dict[str, Any], Any]:
