@@ -4,7 +4,6 @@
 import contextlib
 import errno
 import functools
-import logging
 import re
 import shutil
 import sys
@@ -259,38 +258,25 @@ class Report:
 
 @contextlib.contextmanager
 def full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Raises: UserError for whatever a full disk makes of a run, in its threads too."""
+    """Raises: UserError for what a full disk makes of a run, whose threads then end in silence."""
     usual = threading.excepthook
-    full = threading.Event()
-
-    def of_thread(args) -> None:
-        if full.is_set() or _is_full_disk(args.exc_value):
-            full.set()
-            return
-        usual(args)
-
-    def of_log(entry: logging.LogRecord) -> bool:
-        return not (entry.exc_info and _is_full_disk(entry.exc_info[1]))
-
-    threading.excepthook = of_thread
-    logger = logging.getLogger("absl")
-    logger.addFilter(of_log)
+    threading.excepthook = lambda args: _is_full_disk(args.exc_value) or usual(args)
     try:
         yield
     except Exception as error:
-        if not full.is_set() and not _is_full_disk(error):
+        threading.excepthook = usual
+        if not _is_full_disk(error):
             raise
-        full.set()
-        sys.unraisablehook = _unless_full_disk  # of what is left to be written at the exit
+        # TensorBoard's writer tries again, in its thread and at the exit.
+        threading.excepthook = lambda args: None
+        sys.unraisablehook = _unless_full_disk
         raise UserError(
             f"disk full at {folder}: {shutil.disk_usage(folder).free / 1e6:.1f} MB are free; make "
             "room and run the same command again: it goes on from the newest checkpoint that is "
             "whole"
         ) from None
-    finally:
-        logger.removeFilter(of_log)
-        if not full.is_set():  # else threads may still end in the same way
-            threading.excepthook = usual
+    else:
+        threading.excepthook = usual
 
 
 def _unless_full_disk(args) -> None:

@@ -180,3 +180,26 @@ def test_folders_without_checkpoints_are_refused(tmp_path):
     (tmp_path / "file").touch()
     assert "cannot write checkpoints" in _error(checkpoint.Checkpoints, tmp_path / "file" / "x", 1)
     assert "cannot write checkpoints" in _error(checkpoint.Checkpoints, tmp_path / "file", 1)
+
+
+@pytest.mark.case("faults 4")
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_it_is_written(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk needs root")
+    try:
+        with checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+            state = {"generator": {"w": jnp.zeros((1000, 1000))}}
+            message = _error(checkpoints.save, 1, state, {})
+            assert "disk full at" in message and "a checkpoint takes 5.2 MB, 2.1 MB are" in message
+            checkpoints.check_room({"w": jnp.zeros(10)})
+            assert checkpoints.latest_step() is None
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.case("faults 2")
+@pytest.mark.parametrize("name", ["x[1]", "a*", "b?"])
+def test_a_folder_that_would_be_taken_for_a_pattern_is_refused(tmp_path, name):
+    assert "cannot be read back from" in _error(checkpoint.Checkpoints, tmp_path / name, 1)
+    assert not (tmp_path / name).exists()

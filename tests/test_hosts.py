@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -139,6 +140,40 @@ def test_two_processes_score_their_generator_as_one_does(runs):
     for when in ("before", "after"):
         assert two[when] == pytest.approx(one[when], rel=1e-4, abs=1e-6)
     assert one["before"] != one["after"]
+
+
+# As RUN, for ever.
+ENDLESS = """
+import os, pathlib, sys
+from di_star_jax import hosts, train
+hosts.connect(os.environ)
+from test_train import config_for
+folder, workdir = map(pathlib.Path, sys.argv[1:])
+changes = {"objective.name": "kl", "assistant.sharing": "x_t", "eval.prompts": "", "mesh.fsdp": 4}
+changes |= {"assistant.warmup_steps": 0, "train.steps": 100_000, "train.save_every": 100_000}
+train.run(config_for(folder, **changes), str(workdir))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.case("first hour 7")
+def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
+    folder, workdir = write_pipeline(tmp_path / "pipeline"), tmp_path / "run"
+    port = free_port()
+    both = [start(ENDLESS, (folder, workdir), devices=4, port=port, index=i) for i in range(2)]
+    try:
+        for line in both[0].stdout:
+            if line.startswith("step "):
+                break
+        both[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=120)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [143, 143], said
+    with checkpoint.existing(workdir) as store:
+        saved = store.latest_step()
+    assert f"stopped at step {saved}; the same command goes on" in said[0]
 
 
 def test_when_one_process_dies_the_other_ends_within_a_minute():

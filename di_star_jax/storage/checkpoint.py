@@ -19,6 +19,7 @@ from di_star_jax.storage.files import expand
 
 FOLDER = "checkpoints"  # of a run, in its workdir
 _METADATA = "metadata"
+_BESIDE = 1_000_000  # bytes of what is written beside the arrays
 _PATTERN = "[]*?\\"  # Orbax and TensorStore take these for a pattern: what is saved is not found
 
 
@@ -74,7 +75,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def check_room(self, state: Any) -> None:
         """Raises: UserError where the disk has no room for one more checkpoint of `state`."""
-        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        need = 1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _BESIDE
         disk = shutil.disk_usage(self.folder)
         if disk.total and disk.free < need:  # some network drives know neither
             raise UserError(
