@@ -261,7 +261,6 @@ def check(request: Request) -> None:
         known = ", ".join(metrics.names())
         raise UserError(f"--metrics is empty, expected some of {known}; name at least one")
     _check_names("metrics", request.metrics, metrics.names(), "some")
-    _check_reference(request)
     if "diversity" in request.metrics and request.samples < 2:
         raise UserError(
             f"--metrics=diversity with --samples={request.samples}, expected 2 or more; 8 is usual"
@@ -288,7 +287,7 @@ def check_inputs(request: Request) -> None:
         except UserError as error:
             missing.append(str(error))
         except OSError as error:  # a name that is too long, a folder that may not be read
-            missing.append(f"cannot read {error.filename} ({error.strerror}); check the path")
+            missing.append(f"cannot read {error.filename} ({error.strerror}); check its name")
     if len(missing) > 1:
         each = "; ".join(f"({i}) {text}" for i, text in enumerate(missing, 1))
         raise UserError(f"{len(missing)} inputs are missing: {each}")
@@ -349,12 +348,42 @@ def _find_weights(request: Request) -> None:
         raise UserError("; ".join(absent))
 
 
+def _find_reference(request: Request) -> None:
+    given = request.reference
+    users = [name for name in metrics.WITH_REFERENCE if name in request.metrics]
+    if users and not given:
+        statistics = ", or an .npz of their statistics" if users == ["frechet"] else ""
+        raise UserError(
+            f"--metrics={users[0]} without --reference; give a folder of real images{statistics}"
+        )
+    if not given or given.startswith(cleanfid.STATISTICS) and "frechet" not in users:
+        return
+    reference = Path(given)
+    if not reference.exists():
+        raise UserError(
+            f"--reference={given} does not exist; give a folder of images or an .npz of statistics"
+        )
+    if reference.is_file():
+        if users and users != ["frechet"]:
+            raise UserError(
+                f"--reference={given} is a file, {users[-1]} takes a folder of images; give that"
+            )
+        return
+    count = len(images_in(reference))
+    if count < 2:
+        raise UserError(
+            f"--reference={given} holds {count} images, expected 2 or more; give a folder of PNG, "
+            "JPEG or WebP files"
+        )
+
+
 _INPUTS = (
     _find_baseline,
     _find_checkpoint,
     _find_images,
     _find_prompts,
     _find_packages,
+    _find_reference,
     _find_weights,
 )
 
@@ -386,32 +415,3 @@ def _check_devices(batch_size: int, fsdp: int) -> None:
         )
     if devices % fsdp:
         raise UserError(f"--fsdp={fsdp} does not divide the {devices} devices; use 1")
-
-
-def _check_reference(request: Request) -> None:
-    given = request.reference
-    users = [name for name in metrics.WITH_REFERENCE if name in request.metrics]
-    if users and not given:
-        statistics = ", or an .npz of their statistics" if users == ["frechet"] else ""
-        raise UserError(
-            f"--metrics={users[0]} without --reference; give a folder of real images{statistics}"
-        )
-    if not given or given.startswith(cleanfid.STATISTICS) and "frechet" not in users:
-        return
-    reference = Path(given)
-    if not reference.exists():
-        raise UserError(
-            f"--reference={given} does not exist; give a folder of images or an .npz of statistics"
-        )
-    if reference.is_file():
-        if users and users != ["frechet"]:
-            raise UserError(
-                f"--reference={given} is a file, {users[-1]} takes a folder of images; give that"
-            )
-        return
-    count = len(images_in(reference))
-    if count < 2:
-        raise UserError(
-            f"--reference={given} holds {count} images, expected 2 or more; give a folder of PNG, "
-            "JPEG or WebP files"
-        )
