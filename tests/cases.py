@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-# What this project has mended; the numbers left out belong to work that is still to come.
-DUE = [f"faults {n}" for n in range(1, 33) if n not in (19, 23, 25, 27, 28, 29, 30, 31, 32)]
-DUE += [f"first hour {n}" for n in range(1, 29) if n not in (3, 20, 21)]
+ALL = [f"faults {n}" for n in range(1, 33)] + [f"first hour {n}" for n in range(1, 29)]
+# Of these a part at most is mended; the rest belongs to work that is still to come.
+LATER = [f"faults {n}" for n in (19, 23, 25, 27, 28, 29, 30, 31, 32)]
+LATER += [f"first hour {n}" for n in (3, 20, 21)]
+DUE = [number for number in ALL if number not in LATER]
 # Texts of README and docs, which no test can judge; what stands there is.
 READ = {
     "first hour 16": "README's DMD2 block: docs/sdxl.md",
@@ -34,9 +36,9 @@ class Replay:
         kept = []
         for item in items:
             numbers = [n for mark in item.iter_markers("case") for n in mark.args]
-            unknown = set(numbers) - set(DUE)
+            unknown = set(numbers) - set(ALL)
             if unknown:
-                raise pytest.UsageError(f"{item.nodeid} is marked {sorted(unknown)}, not in DUE")
+                raise pytest.UsageError(f"{item.nodeid} is marked {sorted(unknown)}, no such case")
             numbers = [n for n in numbers if n in self._wanted]
             self._cases[item.nodeid] = numbers
             if numbers:
@@ -53,7 +55,7 @@ class Replay:
 
 def main(argv: list[str]) -> int:
     wanted = argv or DUE
-    strange = sorted(set(wanted) - set(DUE))
+    strange = sorted(set(wanted) - set(ALL))
     if strange:
         print(f"error: no case {strange[0]!r}, expected one such as 'faults 5'", file=sys.stderr)
         return 2
