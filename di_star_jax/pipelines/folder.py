@@ -127,11 +127,9 @@ def _class_name(config: dict) -> Any:
 def _port(config: dict, file: str) -> Port:
     name = _class_name(config)
     if not isinstance(name, str) or name not in _PORTS:
-        what = "nothing" if name is None else shown(name).strip("'")
-        raise UserError(
-            f"{file} describes {what} (_class_name or architectures), expected one of "
-            f"{', '.join(_PORTS)}"
-        )
+        nothing = "nothing, for it has neither _class_name nor architectures"
+        what = nothing if name is None else shown(name).strip("'")
+        raise UserError(f"{file} describes {what}, expected one of {', '.join(_PORTS)}")
     return _PORTS[name]
 
 
