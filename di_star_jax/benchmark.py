@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs, and how far from the limit it is; random weights, nothing is downloaded.
 
-    python -m di_star_jax.benchmark --config=configs/sdxl.py --topology=v5e:4x4  # no TPU needed
-    python -m di_star_jax.benchmark --config=configs/sdxl.py --config.mesh.fsdp=1 \\
-        --config.data.batch_size=4 --vs=torch
-    python -m di_star_jax.benchmark --config=configs/shapes.py --what=unet --vs=torch
+    di-star benchmark --config=sdxl --topology=v5e:4x4  # no TPU needed
+    di-star benchmark --config=sdxl --config.mesh.fsdp=1 --config.data.batch_size=4 --vs=torch
+    di-star benchmark --config=shapes --what=unet --vs=torch
 
 For a slice XLA is told to make little effort (--effort=-1): that takes 4 minutes and 11 GB on two
 cores; --effort=0, what a TPU would run, a quarter of an hour and over 22 GB. Compilation is timed
@@ -14,6 +13,7 @@ our own count (cost/flops.py), never XLA's.
 """
 
 import dataclasses
+import functools
 import gc
 import importlib
 import json
@@ -85,24 +85,38 @@ def materialise(args: tuple, seed: int = 0) -> tuple:
     """
 
     def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.key(seed)
+        make = _maker(x.shape, x.dtype, x.sharding)
         *parents, name = (jax.tree_util.keystr((key,), simple=True) for key in path)
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
         if name == "bias" or not is_float or _MOMENTS.intersection(parents):
-            return jnp.zeros(x.shape, x.dtype)
+            return make(seed, 0.0, 0.0)
         if name == "scale":
-            return jnp.ones(x.shape, x.dtype)
+            return make(seed, 0.0, 1.0)
         number = zlib.crc32(jax.tree_util.keystr(path).encode())  # the same in every process
-        key = jax.random.fold_in(jax.random.key(seed), number)
         std = _fan_in(x.shape) ** -0.5 if name == "kernel" else 1.0
-        return (jax.random.normal(key, x.shape) * std).astype(x.dtype)
+        return make(np.uint32(number ^ seed), std, 0.0)
 
-    make = jax.jit(
-        lambda: jax.tree_util.tree_map_with_path(leaf, args),
-        out_shardings=jax.tree.map(lambda x: x.sharding, args),
-    )
-    return make()
+    return jax.tree_util.tree_map_with_path(leaf, args)
+
+
+@functools.cache
+def _maker(
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: jax.sharding.Sharding,
+) -> Callable[[int, float, float], jax.Array]:
+    """make(seed, std, mean) -> array. One program for all leaves that are alike: few are compiled.
+
+    Zeros and ones are made by it too, with std 0.
+    """
+
+    def make(seed: jax.Array, std: jax.Array, mean: jax.Array) -> jax.Array:
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed)
+        normal = jax.random.normal(jax.random.key(seed), shape)
+        return (mean + std * normal).astype(dtype)
+
+    return jax.jit(make, out_shardings=sharding)
 
 
 def _fan_in(shape: tuple[int, ...]) -> float:

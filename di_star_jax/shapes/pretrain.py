@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the shapes checkpoint from nothing:
 
-`python -m di_star_jax.shapes.pretrain --workdir=runs/pretrain`.
+`di-star pretrain --workdir=runs/pretrain`.
 
 Six stages, a good hour on two cores, each resumed where it stopped when the same command runs
 again (at most 100 steps are lost):
@@ -167,7 +167,10 @@ def keep_training(
 def _say_what_follows(stage: Stage, first: int) -> None:
     since = f" from step {first} on" if first else ""
     minutes = max(1, round(stage.minutes * (1 - first / stage.steps)))
-    log.say(f"training {stage.name}{since}: {stage.steps} steps, {minutes} minutes on two cores")
+    log.say(
+        f"training {stage.name}{since}: {stage.steps} steps, {minutes} minutes on two cores; "
+        "stopped, the same command goes on"
+    )
 
 
 def _means(shown: Sequence[dict[str, Any]]) -> str:

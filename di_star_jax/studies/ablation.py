@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Table 2 of the paper in miniature.
 
-    python -m di_star_jax.studies.ablation --workdir=runs/ablation
+    di-star ablation --workdir=runs/ablation
 
 Every row trains the same initial generator of the shapes world with a preset of configs/shapes.py,
 with several seeds, and is measured on held-out captions and identical noise. Writes ablation.md and
@@ -479,7 +479,7 @@ def _check_rows(args) -> None:
         if config.eval.oracle != "shapes" or not config.eval.prompts:
             raise UserError(
                 f"--config={args.config}, expected one of the shapes world, with eval.oracle="
-                "'shapes' and eval.prompts; use configs/shapes.py, or a copy of it"
+                "'shapes' and eval.prompts; use shapes, or a copy of configs/shapes.py"
             )
         captions = pathlib.Path(config.eval.prompts)
         if not captions.is_file():
@@ -538,7 +538,8 @@ def _run(
         run_init(world, _folder(workdir, INIT, "0"), first.weights.generator)
     for i, (row, seed) in enumerate(todo):
         left = _estimate(results_of(workdir), len(todo) - i)
-        log.say(f"{row}, seed {seed}: run {i + 1} of {len(todo)}, {left}")
+        go_on = "" if i else "; stopped, the same command goes on"
+        log.say(f"{row}, seed {seed}: run {i + 1} of {len(todo)}, {left}{go_on}")
         config = load_config(file, row)
         config.seed = int(seed)
         run_row(world, _folder(workdir, row, seed), config)
@@ -556,7 +557,7 @@ def _estimate(results: dict[str, list[dict]], count: int) -> str:
 def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("workdir", None, "Folder for what is done.", required=True)
-    flags.DEFINE_string("config", "configs/shapes.py", "Config file whose presets are run.")
+    flags.DEFINE_string("config", "shapes", "Config whose presets are run, by name or path.")
     flags.DEFINE_list("rows", [], f"Presets to run, all if not given: {', '.join(ROWS)}.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each row.")
     flags.DEFINE_string(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every objective on a mixture in the plane, with the real training step:
 
-`python -m di_star_jax.studies.mixture --out=docs`.
+`di-star mixture --out=runs/mixture`.
 
 The reference is the exact score of the mixture; generator and assistant are small networks. Each
 objective trains a one-step generator to convergence, without a reward and with two strengths of one
@@ -350,7 +350,9 @@ def main() -> None:
 def define_flags() -> None:
     """The command's flags."""
     flags.DEFINE_string("out", None, "Folder for mixture.md and mixture.png.", required=True)
-    flags.DEFINE_integer("steps", 4000, "Steps with each objective.", lower_bound=1)
+    flags.DEFINE_integer(
+        "steps", 4000, "Steps of the generator, with each objective.", lower_bound=1
+    )
 
 
 if __name__ == "__main__":
