@@ -529,3 +529,10 @@ def test_a_workdir_whose_export_would_be_refused_stops_a_run_before_it_begins(re
     (tmp_path / "run" / "diffusers" / "notes.md").touch()
     error = _error(train.run, config_for(reference), str(tmp_path / "run"))
     assert "notes.md" in error and os.listdir(tmp_path / "run") == ["diffusers"]
+
+
+def test_a_workdir_with_the_config_of_its_run_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert folders.is_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert not folders.is_model(tmp_path) and drawing.is_run(str(tmp_path))

@@ -192,8 +192,10 @@ def is_pipeline(folder: str | os.PathLike) -> bool:
 
 
 def is_model(folder: str | os.PathLike) -> bool:
-    """Whether a folder is a single model's."""
-    return (Path(folder) / "config.json").is_file() and not is_pipeline(folder)
+    """Whether a folder is a single model's; a run's workdir has a config.json of another kind."""
+    folder = Path(folder)
+    is_run = (folder / "checkpoints").is_dir()
+    return (folder / "config.json").is_file() and not is_run and not is_pipeline(folder)
 
 
 def check_inside(folder: Path, path: Path) -> None:
