@@ -53,7 +53,7 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         "sampler",
         None,
         sorted(samplers.SAMPLERS),
-        "How pictures are made: few_step for a generator, euler else, if not given.",
+        "If not given, few_step for a generator, else as the scheduler's file says, or euler.",
     )
     flags.DEFINE_integer(
         "steps",
