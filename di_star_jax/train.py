@@ -72,7 +72,6 @@ def follow(
     """`run`, in a folder that is there and with signals listened to."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     introduce(config, mesh)
-    check_export(folders.resolve(config.weights.reference), folder / FOLDER)
     warmup = config.assistant.warmup_steps
     total = warmup + config.train.steps
     with contextlib.ExitStack() as stack:
@@ -99,6 +98,7 @@ def follow(
 
         # Weights.
         with stop.free(), log.waiting("loading weights", "minutes for SDXL"):
+            check_export(folders.resolve(config.weights.reference), folder / FOLDER)
             parts = assembly.load_parts(config, mesh)
             method = assembly.method_of(config, parts)
             optimizers = assembly.optimizers_of(config)
@@ -163,6 +163,7 @@ def follow(
                     log.waiting(f"scoring {few.batches} batches"),
                 ):
                     report.scores(k + 1, few.measure(state.ema))
+        report.progress.close()
         if first < total:
             stop.doing = "the checkpoint"
             with log.waiting("saving the last checkpoint"):
