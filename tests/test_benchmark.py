@@ -213,6 +213,20 @@ def test_a_file_that_cannot_be_written_is_said_before_any_work(tmp_path, monkeyp
             benchmark._json_file(path)
 
 
+def test_products_in_programs_inside_of_programs_are_counted_once():
+    @jax.custom_vjp
+    def product(a, b):
+        return jax.jit(jnp.matmul)(a, b)
+
+    product.defvjp(lambda a, b: (product(a, b), None), lambda saved, g: (g, g))
+
+    def three_times(a):
+        return jax.lax.scan(lambda x, _: (product(x, a), None), a, length=3)[0]
+
+    square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    assert flops.count(jax.jit(three_times), square) == 3 * 2 * 8**3
+
+
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:7x5x3"])
 def test_an_unknown_topology_is_refused_in_one_line(name):
     with pytest.raises(UserError, match=f"topology='{name}'.*v5e:4x4"):

@@ -41,8 +41,12 @@ def _live(closed: core.ClosedJaxpr) -> core.Jaxpr:
 def _inner(params: dict) -> list[core.Jaxpr]:
     """The jaxprs among an equation's parameters."""
     values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else [p])]
-    closed = [v.jaxpr for v in values if isinstance(v, core.ClosedJaxpr)]
-    return closed + [v for v in values if isinstance(v, core.Jaxpr)]
+    # Once each: from JAX 0.11 on a closed jaxpr is a jaxpr too.
+    return [
+        v.jaxpr if isinstance(v, core.ClosedJaxpr) else v
+        for v in values
+        if isinstance(v, (core.ClosedJaxpr, core.Jaxpr))
+    ]
 
 
 def _total(
