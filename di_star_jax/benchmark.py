@@ -113,7 +113,7 @@ def _maker(
     def make(seed: jax.Array, std: jax.Array, mean: jax.Array) -> jax.Array:
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return jax.random.key(seed)
-        normal = jax.random.normal(jax.random.key(seed), shape)
+        normal = jax.random.normal(jax.random.key(seed, impl="rbg"), shape)
         return (mean + std * normal).astype(dtype)
 
     return jax.jit(make, out_shardings=sharding)
