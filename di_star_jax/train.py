@@ -72,6 +72,8 @@ def follow(
     """`run`, in a folder that is there and with signals listened to."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     introduce(config, mesh)
+    if Path(config.weights.reference).is_dir():  # one of the Hub's is looked at once it is here
+        check_export(Path(config.weights.reference), folder / FOLDER)
     warmup = config.assistant.warmup_steps
     total = warmup + config.train.steps
     with contextlib.ExitStack() as stack:

@@ -24,8 +24,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 from test_config import ROOT
-from test_config import load as load_config
-from test_train import UNET, write_pipeline
+from test_train import UNET, config_for, write_pipeline
 
 from di_star_jax import (
     assembly,
@@ -356,22 +355,7 @@ def test_noise_depends_on_seed_row_and_sample_alone_and_few_step_begins_with_the
 def test_the_table_of_a_run_and_an_evaluation_of_its_checkpoint_have_the_same_numbers(
     straight, folder, tmp_path
 ):
-    config = load_config("shapes")
-    config.update_from_flattened_dict(
-        {
-            "weights.reference": str(folder),
-            "weights.generator": str(folder / "generator"),
-            "weights.pickscore": str(folder / "reward"),
-            "weights.reward_tokenizer": str(folder / "tokenizer"),
-            "data.prompts": str(folder / "prompts.txt"),
-            "eval.prompts": str(folder / "prompts.txt"),
-            "eval.oracle": "",
-            "data.resolution": 16,
-            "data.batch_size": 8,
-            "eval.batch_size": 8,
-            "eval.samples": 2,
-        }
-    )
+    config = config_for(folder)
     mesh = sharding.make_mesh(-1, 1)
     parts = assembly.load_parts(config, mesh)
     settings = assembly.method_of(config, parts).settings
