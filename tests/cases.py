@@ -61,7 +61,9 @@ def main(argv: list[str]) -> int:
         return 2
     replay = Replay(wanted)
     options = ["-q", "-m", "case", "-p", "no:xdist", "--no-header"]
-    pytest.main([*options, str(Path(__file__).parent)], plugins=[replay])
+    ended = pytest.main([*options, str(Path(__file__).parent)], plugins=[replay])
+    if ended not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return int(ended)  # pytest has said why nothing could be replayed
     bad = 0
     for number in wanted:
         outcomes = replay.outcomes[number]

@@ -11,6 +11,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import parity
 import pytest
 import torch
 import transformers
@@ -25,7 +26,6 @@ from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import imagereward
 from di_star_jax.shapes import networks
-from tests import parity
 
 CHECKPOINT = Path(__file__).parents[1] / "di_star_jax" / "shapes" / "checkpoint"
 
