@@ -13,7 +13,6 @@ our own count (cost/flops.py), never XLA's.
 """
 
 import dataclasses
-import functools
 import gc
 import importlib
 import json
@@ -24,6 +23,7 @@ import resource
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,28 +84,31 @@ def materialise(args: tuple, seed: int = 0) -> tuple:
     else normal.
     """
 
+    kinds = {(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(args)}
+    with ThreadPoolExecutor() as pool:  # most of the time here is theirs
+        makers = dict(zip(kinds, pool.map(lambda kind: _maker(*kind), kinds)))
+
     def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
-        make = _maker(x.shape, x.dtype, x.sharding)
+        make = makers[x.shape, x.dtype, x.sharding]
         *parents, name = (jax.tree_util.keystr((key,), simple=True) for key in path)
         is_float = jnp.issubdtype(x.dtype, jnp.floating)
-        if name == "bias" or not is_float or _MOMENTS.intersection(parents):
-            return make(seed, 0.0, 0.0)
-        if name == "scale":
-            return make(seed, 0.0, 1.0)
         number = zlib.crc32(jax.tree_util.keystr(path).encode())  # the same in every process
-        std = _fan_in(x.shape) ** -0.5 if name == "kernel" else 1.0
-        return make(np.uint32(number ^ seed), std, 0.0)
+        std, mean = _fan_in(x.shape) ** -0.5 if name == "kernel" else 1.0, 0.0
+        if name == "bias" or not is_float or _MOMENTS.intersection(parents):
+            std = 0.0
+        elif name == "scale":
+            std, mean = 0.0, 1.0
+        return make(np.uint32(number ^ seed), np.float32(std), np.float32(mean))
 
     return jax.tree_util.tree_map_with_path(leaf, args)
 
 
-@functools.cache
 def _maker(
     shape: tuple[int, ...],
     dtype: Any,
     sharding: jax.sharding.Sharding,
-) -> Callable[[int, float, float], jax.Array]:
-    """make(seed, std, mean) -> array. One program for all leaves that are alike: few are compiled.
+) -> Callable[[np.uint32, np.float32, np.float32], jax.Array]:
+    """make(seed, std, mean) -> array, compiled: one program for all leaves that are alike.
 
     Zeros and ones are made by it too, with std 0.
     """
@@ -116,7 +119,8 @@ def _maker(
         normal = jax.random.normal(jax.random.key(seed, impl="rbg"), shape)
         return (mean + std * normal).astype(dtype)
 
-    return jax.jit(make, out_shardings=sharding)
+    number, value = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.uint32, jnp.float32))
+    return jax.jit(make, out_shardings=sharding).lower(number, value, value).compile()
 
 
 def _fan_in(shape: tuple[int, ...]) -> float:
