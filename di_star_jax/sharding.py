@@ -11,12 +11,14 @@ the batch's, and then a v5e:4x4 slice holds sixteen images' activations on every
 
 import functools
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from di_star_jax.errors import UserError
@@ -35,18 +37,58 @@ def make_mesh(
     *,
     devices=None,
 ) -> Mesh:
-    """A mesh over all devices.
+    """A mesh over all devices. Where they make up several TPU slices, data goes over these.
 
     Args:
       data: copies of the parameters; -1 is what is left.
       fsdp: devices over which one copy and its part of the batch are split; -1 is what is left.
       context: devices that share one image, by rows.
       devices: those to use; all there are if None.
-    Raises: UserError unless data * fsdp * context is the number of devices.
+    Raises: UserError unless data * fsdp * context is the number of devices, and for slices that
+      fsdp * context does not fit in or that differ in size.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(data, fsdp, context, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    sizes = slice_sizes(devices)
+    if len(sizes) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    check_slices(shape, sizes)
+    placed = mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // len(sizes), *shape[1:]),
+        (len(sizes), 1, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_sizes(devices: Sequence[jax.Device]) -> list[int]:
+    """Devices in each TPU slice; between slices is a network that is slower by a hundred times.
+
+    Other devices count as one slice: a GPU's partition says nothing of its network.
+    """
+    if devices[0].platform != "tpu":
+        return [len(devices)]
+    return list(Counter(getattr(device, "slice_index", 0) for device in devices).values())
+
+
+def check_slices(shape: tuple[int, int, int], sizes: list[int]) -> None:
+    """Refuses a mesh that would gather parameters between slices.
+
+    Args: shape, of the mesh; sizes, devices of each slice. Raises: UserError.
+    """
+    if len(set(sizes)) > 1:
+        raise UserError(
+            f"the slices have {', '.join(map(str, sizes))} devices, expected slices of one size; "
+            "start the run on equal ones"
+        )
+    data, fsdp, context = shape
+    if data % len(sizes):
+        raise UserError(
+            f"mesh fsdp={fsdp} x context={context} does not fit in a slice of {sizes[0]} devices, "
+            f"of which there are {len(sizes)}: only mesh.data={data} goes over the network between "
+            f"them; set mesh.data=-1 and mesh.fsdp to a divisor of {sizes[0] // context or 1}"
+        )
 
 
 def mesh_shape(
