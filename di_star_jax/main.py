@@ -3,6 +3,7 @@
 
     di-star train --config=shapes --workdir=runs/first
     di-star train --config=sdxl:sim --config.dry_run=True    # sizes and memory; no weights
+    di-star train --config=sdxl --config.dry_run=True --topology=v5e:8x16    # on 128 chips of v5e
 
 The same command again goes on where a run stopped. `--config=shapes --help` lists the presets
 and fields of a config.
@@ -18,15 +19,22 @@ from ml_collections import config_flags
 
 from di_star_jax.checks import check, check_workdir
 from di_star_jax.command import run as run_command
-from di_star_jax.cost.plan import planned_devices
+from di_star_jax.cost import plan, slices
 from di_star_jax.errors import UserError
 from di_star_jax.hosts import connect, keep_compiled
+from di_star_jax.sharding import check_slices, mesh_shape
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to do: shapes, sdxl, or the path of a file; :PRESET may follow."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for the run: checkpoints, logs and results."
+)
+_CHIPS = flags.DEFINE_integer(
+    "chips", None, "With --config.dry_run=True: how many devices to plan for.", lower_bound=1
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "With --config.dry_run=True: the TPU slice to plan for, such as v5e:8x16."
 )
 
 
@@ -35,12 +43,14 @@ def main() -> None:
     if config is None:
         raise UserError("no --config; give e.g. --config=shapes")
     if config.dry_run:
-        from di_star_jax.cost import plan
-
-        count, kind = jax.device_count(), jax.devices()[0].device_kind
-        check(config, planned_devices(config, count))
-        print("\n".join(plan.describe(plan.make(config, count, kind))))
+        print("\n".join(planned(config)))
         return
+    for flag in (_CHIPS, _TOPOLOGY):
+        if flag.value is not None:
+            raise UserError(
+                f"--{flag.name}={flag.value} is what a dry run plans for; add "
+                "--config.dry_run=True, or leave it out to run on the devices that are here"
+            )
     workdir = os.path.expanduser(_WORKDIR.value or "")  # expand() would change gs://
     check_workdir(workdir)
     connect(os.environ)
@@ -51,6 +61,25 @@ def main() -> None:
     from di_star_jax import train
 
     train.run(config, workdir, sys.argv[1:])
+
+
+def planned(config) -> list[str]:
+    """What a dry run says: of the devices that are named, or else of those that are here."""
+    if _CHIPS.value and _TOPOLOGY.value:
+        raise UserError("--chips with --topology: give one of the two")
+    if _CHIPS.value:
+        check(config, _CHIPS.value)
+        return plan.describe(plan.make(config, _CHIPS.value, "of any kind", _CHIPS.value))
+    if _TOPOLOGY.value:
+        wanted = slices.parse(_TOPOLOGY.value)
+        check(config, wanted.devices)
+        mesh = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, wanted.devices)
+        check_slices(mesh, [wanted.devices // wanted.count] * wanted.count)
+        made = plan.make(config, wanted.devices, wanted.device_kind, wanted.devices)
+        return [slices.describe(wanted), *plan.describe(made)]
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    check(config, plan.planned_devices(config, count))
+    return plan.describe(plan.make(config, count, kind))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ _FUSE_ALL_GATHER = (
 )
 
 PRESETS: dict[str, tuple[str, ...]] = {
+    # MaxText, MaxText/configs/2xv4-128.sh.
+    "v4": ("--xla_enable_async_all_gather=true",),
     # MaxText, maxtext_v5e_model_configs.py: the dense models.
     "v5e": _OVERLAP + _FUSE_ALL_GATHER,
     # tpu-recipes, training/v5p/SDXL-MaxDiffusion: for this very UNet, in training. Less its
@@ -60,6 +62,21 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "--xla_tpu_use_minor_sharding_for_major_trivial_input=true",
         "--xla_tpu_relayout_group_size_threshold_for_reduce_scatter=1",
         "--xla_tpu_assign_all_reduce_scatter_layout=true",
+    ),
+    # tpu-recipes, training/ironwood: what its dense models (gemma4-2b, llama3.1-70b) share.
+    # Collectives are the SparseCores' work, beside that of the TensorCores.
+    "tpu7x": (
+        "--xla_tpu_scoped_vmem_limit_kib=65536",
+        "--xla_tpu_bf16_emission_mode=NATIVE_EMISSION",
+        "--xla_enable_async_all_gather=true",
+        "--xla_tpu_prefer_async_allgather_to_allreduce=true",
+        "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false",
+        "--xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
+        "--xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true",
+        "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+        "--xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
+        "--xla_tpu_use_tc_device_shape_on_sc=true",
+        "--xla_sc_disable_megacore_partitioning=true",
     ),
     # MaxText's a3 (H100) scripts; the H200 is the same chip with more memory.
     "h100": (

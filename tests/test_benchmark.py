@@ -6,6 +6,7 @@ holds.
 import dataclasses
 import json
 import math
+import re
 import sys
 
 import jax
@@ -20,7 +21,7 @@ from test_step import CONFIGS
 from test_train import UNET
 
 from di_star_jax import benchmark, sharding
-from di_star_jax.cost import chips, flops, plan
+from di_star_jax.cost import chips, flops, plan, slices
 from di_star_jax.cost import compile as aot
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
@@ -102,6 +103,32 @@ def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(
     text = benchmark.report(result)
     assert "v5" in text and "GB arguments" in text and "roofline" in text
     assert "flags for v5e, not set; python -m di_star_jax.xla_flags v5e prints it" in text
+
+
+@pytest.mark.slow
+def test_gradients_cross_slices_once_a_step_and_nothing_else_does(folder, monkeypatch):
+    monkeypatch.setattr(sharding, "SMALL", 512)  # so that leaves of the tiny UNet are split, too
+    config = tiny(
+        folder,
+        **{"reward.pickscore": 0.0, "data.batch_size": 16, "compute.microbatches": 2},
+    )
+    mesh = sharding.make_mesh(-1, 4, devices=aot.topology_devices("2xv5e:2x2"))
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+    work = aot.train_work(config, mesh)
+    text = aot.compile_work(work, config, effort=-1.0).run.as_text()
+
+    # Of the entry, that is outside of all loops: once a step.
+    send = r"= \((\w+)\[([\d,]*)\].*?\) send\(.*_xla_megascale_reduce_operation=\"(\w+)"
+    sent = re.findall(send, text)
+    assert len(sent) == len(re.findall(r" send\(", text[text.index("\nENTRY ") :]))
+    assert len(sent) == len(re.findall(r" send\(", text))
+    assert {(kind, operation) for kind, _, operation in sent} == {("f32", "SUM")}
+    numbers = sum(math.prod(map(int, shape.split(","))) for _, shape, _ in sent)
+    # A chip sends its quarter of both gradients; small leaves are padded to tiles.
+    quarter = 2 * plan.parameters(work.args[0].generator) / 4
+    assert quarter <= numbers <= 1.5 * quarter
+    # All else stays in a slice of four.
+    assert set(re.findall(r"replica_groups=(\S+?),? ", text)) == {"{{0,1,2,3}}"}
 
 
 def test_all_gathers_are_those_of_the_split_weights(folder):
@@ -227,7 +254,7 @@ def test_products_in_programs_inside_of_programs_are_counted_once():
     assert flops.count(jax.jit(three_times), square) == 3 * 2 * 8**3
 
 
-@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:7x5x3"])
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:7x5x3", "0xv5e:2x2", "v5e:7x5"])
 def test_an_unknown_topology_is_refused_in_one_line(name):
     with pytest.raises(UserError, match=f"topology='{name}'.*v5e:4x4"):
         aot.topology_devices(name)
@@ -267,3 +294,23 @@ def test_chips_are_found_by_their_device_kind():
     assert chips.chip_of("TPU v5 lite") == "v5e" and chips.chip_of("NVIDIA H200") == "H200"
     assert chips.chip_of("NVIDIA A100-SXM4-80GB") == "A100" and chips.chip_of("cpu") is None
     assert math.isclose(chips.CHIPS["v6e"].flops, 918e12)
+    assert chips.chip_of("TPU v4") == "v4" and chips.chip_of("TPU7x") == "tpu7x"
+    assert 2 * chips.CHIPS["tpu7x"].flops == 2307e12  # two devices a chip
+
+
+@pytest.mark.parametrize(
+    "name, count, kind",
+    [
+        ("v4:2x2x1", 4, "TPU v4"),
+        ("tpu7x:2x2x1", 8, "TPU7x"),
+        ("2xv5e:2x2", 8, "TPU v5 lite"),
+        ("v5p:2x2x1", 4, "TPU v5"),
+        ("v6e:2x4", 8, "TPU v6 lite"),
+    ],
+)
+def test_a_topology_has_the_devices_that_jax_sees_there(name, count, kind):
+    devices = aot.topology_devices(name)
+    assert (len(devices), devices[0].device_kind) == (count, kind)
+    wanted = slices.parse(name)
+    assert (wanted.devices, wanted.device_kind) == (count, kind)
+    assert len(sharding.slice_sizes(devices)) == wanted.count

@@ -134,6 +134,63 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
     assert (got.data.batch_size, got.reward.pickscore, devices) == (32, 0.0, jax.device_count())
 
 
+@pytest.mark.case("first hour 21")
+@pytest.mark.parametrize(
+    "given, first, last",
+    [
+        (
+            ["--topology=v5e:8x16"],
+            "slice: v5e 8x16, 128 chips (v5litepod-128)\nmesh: data=8 x fsdp=16 x context=1 over "
+            "128 devices (TPU v5 lite)\nbatch: 128 images of 1024 pixels a step, 1 on a device\n",
+            "on v5e: 10.30 of 16.91 GB, fits\n",
+        ),
+        (
+            ["--topology=2xv5e:4x4"],
+            "slices: 2 of v5e 4x4, each 16 chips (v5litepod-16); only gradients cross the network "
+            "between them\nmesh: data=2 x fsdp=16 x context=1 over 32 devices (TPU v5 lite)\n",
+            "on v5e: 24.58 of 16.91 GB, does not fit; raise compute.microbatches or mesh.fsdp\n",
+        ),
+        (
+            ["--topology=tpu7x:2x2x2"],
+            "slice: tpu7x 2x2x2, 8 chips, 2 devices each (tpu7x-16)\nmesh: data=1 x fsdp=16 x "
+            "context=1 over 16 devices (TPU7x)\n",
+            "on tpu7x: 43.62 of 102.01 GB, fits\n",
+        ),
+        (
+            ["--chips=128"],
+            "mesh: data=8 x fsdp=16 x context=1 over 128 devices (of any kind)\n",
+            "A100 16, H100 16, H200 30\n",
+        ),
+    ],
+)
+def test_a_dry_run_plans_for_the_slice_that_is_named(command, given, first, last):
+    code, stdout, _ = command(SDXL, DRY, *given)
+    assert code == 0 and stdout.startswith(first) and stdout.endswith(last), stdout
+
+
+@pytest.mark.case("first hour 21")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([DRY, "--chips=24"], "mesh data=-1 x fsdp=16 does not make up the 24 devices"),
+        ([DRY, "--chips=8"], "mesh data=-1 x fsdp=16 does not make up the 8 devices"),
+        ([DRY, "--topology=v5litepod-128"], "expected a generation (v4, v5e, v5p, v6e, tpu7x)"),
+        ([DRY, "--topology=v5e:2x2x4"], "topology='v5e:2x2x4', expected a generation"),
+        ([DRY, "--topology=v5e:4x4", "--chips=16"], "--chips with --topology: give one"),
+        (
+            [DRY, "--topology=2xv5e:2x4", "--config.data.batch_size=16"],
+            "mesh fsdp=16 x context=1 does not fit in a slice of 8 devices, of which there are 2",
+        ),
+        (["--topology=v5e:4x4", "--workdir=x"], "--topology=v5e:4x4 is what a dry run plans for"),
+        ([DRY, "--chips=0"], "--chips=0: expected"),
+    ],
+)
+def test_a_slice_that_cannot_be_planned_for_is_refused_in_one_line(command, arguments, message):
+    code, _, stderr = command(SDXL, *arguments)
+    assert code == 2
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1 and message in stderr
+
+
 def test_a_run_starts_only_after_the_check(command, monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr("di_star_jax.train.run", lambda c, workdir, given: started.append(workdir))
@@ -158,6 +215,14 @@ def test_a_run_starts_only_after_the_check(command, monkeypatch, tmp_path):
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": ""}, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "1"}, None),
+        (
+            {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"},
+            "MEGASCALE_NUM_SLICES",
+        ),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, "TPU_PROCESS_ADDRESSES"),
+        ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476", "JAX_NUM_PROCESSES": "1"}, None),
         ({"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476"}, "JAX_COORDINATOR_ADDRESS"),
     ],
 )
@@ -183,6 +248,90 @@ def test_a_launcher_whose_other_processes_are_missing_is_refused(monkeypatch):
             {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
         )
     assert (given["num_processes"], given["process_id"]) == (2, 0)
+
+
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476"}
+TWO = {"JAX_NUM_PROCESSES": "2"}
+WORKERS = {"TPU_WORKER_HOSTNAMES": "a,b"}
+SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_COORDINATOR_ADDRESS": "a-0:8080"}
+STEP = {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, (None, None, None)),
+        (ADDRESS | TWO | {"JAX_PROCESS_ID": "1"}, ("10.0.0.1:8476", 2, 1)),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, ("10.0.0.1:8476", 1, 0)),
+        (STEP | {"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, (None, None, None)),
+        (WORKERS | {"TPU_WORKER_ID": "1"}, ("a:8482", 2, 1)),
+        (WORKERS | {"TPU_WORKER_ID": "1", "JAX_COORDINATOR_PORT": "99"}, ("a:99", 2, 1)),
+        # JAX reads the addresses first.
+        (
+            WORKERS | {"TPU_PROCESS_ADDRESSES": "c:8471,d:8471,e:8471", "TPU_WORKER_ID": "2"},
+            ("c:8482", 3, 2),
+        ),
+        (
+            WORKERS | SLICES | {"TPU_WORKER_ID": "1", "MEGASCALE_SLICE_ID": "1"},
+            ("a-0:8482", 4, 3),
+        ),
+        # Two slices of one host each.
+        (
+            {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "MEGASCALE_SLICE_ID": "1"}
+            | SLICES,
+            ("a-0:8482", 2, 1),
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, (None, None, None)),
+    ],
+)
+def test_a_process_is_told_its_place_by_its_launcher(env, expected):
+    assert hosts.group(env) == expected
+
+
+@pytest.mark.case("faults 23")
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"SLURM_NTASKS": ""}, "SLURM_NTASKS='', expected a whole number from 1"),
+        ({"SLURM_NTASKS": "two"}, "SLURM_NTASKS='two', expected a whole number"),
+        (ADDRESS, "needs JAX_NUM_PROCESSES and JAX_PROCESS_ID beside it"),
+        (ADDRESS | TWO, "needs JAX_PROCESS_ID beside it"),
+        (
+            ADDRESS | {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            "PROCESSES='two', expected",
+        ),
+        (ADDRESS | TWO | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID='-1', expected"),
+        (ADDRESS | TWO | {"JAX_PROCESS_ID": "2"}, "process 2 of 2: expected 0 to 1"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "10.0.0.1", "JAX_PROCESS_ID": "0"} | TWO,
+            "address is '10.0.0.1', expected HOST:PORT",
+        ),
+        (TWO | {"JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=2 needs JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID=1 needs JAX_COORDINATOR_ADDRESS beside it"),
+        ({"JAX_LOCAL_DEVICE_IDS": "0;1"}, "JAX_LOCAL_DEVICE_IDS=0;1, expected numbers"),
+        (STEP, "SLURM_NTASKS=2 needs SLURM_PROCID and SLURM_LOCALID beside it"),
+        (STEP | {"SLURM_PROCID": "2", "SLURM_LOCALID": "0"}, "SLURM_PROCID=2, expected 0 to 1"),
+        (WORKERS, "TPU_WORKER_HOSTNAMES=a,b needs TPU_WORKER_ID beside it"),
+        (WORKERS | {"TPU_WORKER_ID": "2"}, "TPU_WORKER_ID=2, expected 0 to 1"),
+        (WORKERS | {"TPU_WORKER_ID": ""}, "TPU_WORKER_ID"),
+        ({"TPU_WORKER_ID": "1"}, "TPU_WORKER_ID=1 needs TPU_WORKER_HOSTNAMES beside it"),
+        (
+            SLICES | WORKERS | {"TPU_WORKER_ID": "0"},
+            "MEGASCALE_NUM_SLICES=2 needs MEGASCALE_SLICE_ID beside it",
+        ),
+        (
+            SLICES | WORKERS | {"TPU_WORKER_ID": "0", "MEGASCALE_SLICE_ID": "2"},
+            "MEGASCALE_SLICE_ID=2, expected 0 to 1",
+        ),
+        (SLICES | {"MEGASCALE_SLICE_ID": "1"}, "needs TPU_WORKER_HOSTNAMES and TPU_WORKER_ID"),
+        ({"MEGASCALE_SLICE_ID": "1"}, "MEGASCALE_SLICE_ID=1 needs MEGASCALE_NUM_SLICES"),
+        ({"MEGASCALE_NUM_SLICES": "many"}, "MEGASCALE_NUM_SLICES='many', expected"),
+    ],
+)
+def test_variables_that_do_not_make_up_a_run_are_refused_in_one_line(env, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        hosts.connect(env)
+    assert "\n" not in str(error.value)
 
 
 CACHED = """

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -110,3 +112,38 @@ def test_a_tree_is_made_abstract_with_a_sharding_a_leaf_or_one_for_all():
     ]
     everywhere = sharding.abstract(tree, sharding.replicated(mesh))
     assert {x.sharding for x in jax.tree.leaves(everywhere)} == {sharding.replicated(mesh)}
+
+
+class Device(NamedTuple):
+    """Of a slice; what a mesh of several slices is made from, without their compiler."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def slices_of(*sizes):
+    numbers = [index for index, size in enumerate(sizes) for _ in range(size)]
+    return [Device(i, number) for i, number in enumerate(numbers)]
+
+
+@pytest.mark.parametrize(
+    "sizes, mesh, message",
+    [
+        ((4, 8), (-1, 4, 1), "the slices have 4, 8 devices, expected slices of one size"),
+        ((4, 4), (1, 8, 1), "mesh fsdp=8 x context=1 does not fit in a slice of 4 devices, of wh"),
+        ((4, 4), (1, 4, 2), "mesh fsdp=4 x context=2 does not fit in a slice of 4 devices, of wh"),
+    ],
+)
+def test_slices_that_parameters_would_have_to_cross_are_refused(sizes, mesh, message):
+    data, fsdp, context = mesh
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        sharding.make_mesh(data, fsdp, context, devices=slices_of(*sizes))
+    assert "\n" not in str(error.value)
+
+
+def test_gpus_of_several_hosts_are_one_slice():
+    gpus = [Device(i, i // 8, "gpu", "NVIDIA H100") for i in range(16)]
+    assert sharding.slice_sizes(gpus) == [16]
+    assert sharding.slice_sizes(slices_of(4, 4)) == [4, 4]

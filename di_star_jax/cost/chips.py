@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """A chip's limits.
+    """The limits of a device: a chip, of tpu7x half of one.
 
     flops: dense bfloat16, 1/s; memory: bytes that arrays can have; bandwidth: bytes/s of HBM;
-    network: bytes/s that a chip can send to its neighbours, all links together, one way.
+    network: bytes/s that it can send to its neighbours, all links together, one way.
     """
 
     flops: float
@@ -20,21 +20,27 @@ class Chip(NamedTuple):
 # Vendors' data sheets; memory of TPUs as libtpu's compiler reports it, of the H200 what its driver
 # shows.
 CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 270e9),
     "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 180e9),
     "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 540e9),
     "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 360e9),
+    # JAX sees a chip (2,307 TF, 192 GB) as two devices.
+    "tpu7x": Chip(2307e12 / 2, 95 * 2**30, 7380e9 / 2, 270e9),
     "A100": Chip(312e12, 79.2 * 2**30, 2039e9, 300e9),
     "H100": Chip(989e12, 79.2 * 2**30, 3350e9, 450e9),
     "H200": Chip(989e12, 139.8 * 2**30, 4800e9, 450e9),
 }
 # How `jax.Device.device_kind` names them.
 _KINDS = {
+    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
-    "TPU v5p": "v5p",
     "TPU v5": "v5p",
+    "TPU v5p": "v5p",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
 }
 
 
@@ -42,3 +48,8 @@ def chip_of(device_kind: str) -> str | None:
     """The key of CHIPS for a device, or None for one that is not there, such as a CPU."""
     named = next((name for name in ("H200", "H100", "A100") if name in device_kind), None)
     return _KINDS.get(device_kind, named)
+
+
+def device_kind(chip: str) -> str:
+    """What JAX calls a TPU. Args: chip, a key of CHIPS."""
+    return next(kind for kind, name in _KINDS.items() if name == chip)

@@ -5,7 +5,6 @@ The devices that they are compiled for need not be here.
 """
 
 import importlib.util
-import math
 import os
 import re
 import time
@@ -20,52 +19,48 @@ from jax.sharding import Mesh, NamedSharding
 
 from di_star_jax import assembly, drawing, sharding, step
 from di_star_jax.assembly import Parts
-from di_star_jax.cost import flops, plan
+from di_star_jax.cost import flops, plan, slices
 from di_star_jax.diffusion import Schedule
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines.folder import Pipeline, abstract_model
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS
 
-# Of TPUs: Cloud's name, cores per chip.
-GENERATIONS = {"v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
-
 
 def topology_devices(name: str) -> list:
-    """The devices of a TPU slice, from the TPU compiler alone.
+    """The devices of a TPU slice, or of several, from the TPU compiler alone.
 
-    Args: name, as "v5e:4x4", "v6e:2x4" or "v5p:2x2x1".
+    Args: name, as "v5e:4x4", "v5p:2x2x1" or "2xv5e:4x4" (see `cost.slices`).
     Raises: UserError for an unknown name, and where libtpu is not installed.
     """
-    generation, _, shape = name.partition(":")
-    if generation not in GENERATIONS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise UserError(
-            f"topology={name!r}, expected a generation and its chips, e.g. v5e:4x4, v6e:2x4 or "
-            "v5p:2x2x1"
-        )
+    wanted = slices.parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "the TPU compiler is not installed; pip install -e '.[tpu]' (no TPU is needed)"
         )
-    chips = math.prod(int(n) for n in shape.split("x"))
-    cloud, cores = GENERATIONS[generation]
     # libtpu would look for a TPU and for the machine's metadata server, and wait.
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE=f"{cloud}-{chips * cores}",
+        TPU_ACCELERATOR_TYPE=wanted.accelerator_type,
     )
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
+    options = {"num_slices": wanted.count} if wanted.count > 1 else {}
+    if wanted.generation == "v4":  # its two cores as one device, as on a real one
+        options["chip_config_name"] = "megacore"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{wanted.generation}:{wanted.shape}", **options
+        )
     except Exception as error:  # whatever libtpu says of a shape it does not have
         raise UserError(
             f"topology={name!r} is not one that libtpu knows ({str(error).splitlines()[0][:150]}); "
-            "try v5e:4x4, v6e:2x4 or v5p:2x2x1"
+            f"try {slices.EXAMPLES}"
         ) from None
+    return found.devices
 
 
 class Work(NamedTuple):

@@ -35,7 +35,7 @@ class Plan:
     Args:
       config: checked.
       mesh: devices by axis.
-      devices_here: of this machine; a dry run may be for more.
+      devices_here: of this machine, for which a dry run need not be; or of the slices named.
       device_kind: of these, as `jax.Device.device_kind` has it.
       parameters: how many, by component and reward.
       unknown: the config's fields that name models of unknown sizes.
@@ -82,12 +82,16 @@ def make(
     config,
     device_count: int,
     device_kind: str,
+    planned: int | None = None,
 ) -> Plan:
-    """The plan of a run on devices of one kind; of a dry run, for the mesh that it asks for.
+    """The plan of a run on devices of one kind.
 
+    Args: planned, devices that it is for; None for those given, and of a dry run for as many as the
+      mesh asks for.
     Raises: UserError for an unusable model folder, and where the mesh cannot split the UNet.
     """
-    planned = planned_devices(config, device_count) if config.dry_run else device_count
+    if planned is None:
+        planned = planned_devices(config, device_count) if config.dry_run else device_count
     sizes = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, planned)
     mesh = dict(zip(sharding.AXES, sizes))
     configs, unknown = model_configs(config)
@@ -305,4 +309,15 @@ def _memory_lines(plan: Plan) -> list[str]:
     return [
         *(f"memory per chip: {size / 1e9:7.2f} GB {name}" for name, size in sizes.items()),
         f"images per chip that fit: {images}",
+        *_verdict(plan),
     ]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    """Of a chip that is known, and that the plan is for."""
+    name = chip_of(plan.device_kind)
+    if name is None or plan.devices != plan.devices_here:
+        return []
+    need, have = plan.bytes / 1e9, CHIPS[name].memory / 1e9
+    verdict = "fits" if need <= have else "does not fit; raise compute.microbatches or mesh.fsdp"
+    return [f"on {name}: {need:.2f} of {have:.2f} GB, {verdict}"]
