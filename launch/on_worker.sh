@@ -48,11 +48,11 @@ rm -f run.status
 # setsid and nohup: the run outlives this connection.
 LIBTPU_INIT_ARGS="$flags" nohup setsid bash "$0" supervise "$@" >>run.log 2>&1 </dev/null &
 echo $! >run.pid
-for ((i = 0; i < ${WATCH:-60}; i++)); do
+for ((i = 0; i < 5 * ${WATCH:-60}; i++)); do
   if ! kill -0 "$(cat run.pid)" 2>/dev/null; then
     status="$(cat run.status 2>/dev/null || echo 1)"
     tail -n 5 run.log
     exit "$status"
   fi
-  sleep 1
+  sleep 0.2
 done

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two real processes with four CPU devices each, over loopback, against one process with eight."""
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -15,7 +17,7 @@ import pytest
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax import assembly, sharding, step
+from di_star_jax import assembly, hosts, sharding, step
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.storage import checkpoint
 
@@ -187,3 +189,126 @@ def test_when_one_process_dies_the_other_ends_within_a_minute():
         first.kill()
     assert "met" in out and first.returncode != 0
     assert time.time() - died < 40  # hosts.SILENCE is 10 here, and 30 in a run
+
+
+# Two processes that nobody told of each other but the variables of a launcher.
+MEET = """
+import os
+from di_star_jax import hosts
+hosts.connect(os.environ)
+import jax
+print(jax.process_index(), "of", jax.process_count(), flush=True)
+"""
+
+
+def launched(script, *each, **common):
+    """Processes with the variables of a launcher. Returns: of each (exit code, what it printed)."""
+    common |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=os.environ | common | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for variables in each
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, out) for process, out in zip(processes, said)]
+
+
+def test_two_slices_of_one_host_each_meet_by_what_gke_sets():
+    common = {
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+    }
+    slices = [{"MEGASCALE_SLICE_ID": str(i)} for i in range(2)]
+    assert launched(MEET, *slices, **common) == [(0, "0 of 2\n"), (0, "1 of 2\n")]
+
+
+# As on a TPU: its devices are there, and JAX has found them.
+ON_TPU = """
+import os
+from di_star_jax import hosts
+from jax._src.clusters import cloud_tpu_cluster
+cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+hosts.tpus_here = lambda env: True
+del os.environ["TPU_SKIP_MDS_QUERY"]  # which JAX sets where it finds none
+"""
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """The metadata server of each host: its path begins with the host's number."""
+
+    endpoints = "127.0.0.1,127.0.0.1"
+
+    def do_GET(self):  # noqa: N802, the library's name
+        _, number, *_, key = self.path.split("/")
+        values = {"agent-worker-number": number, "worker-network-endpoints": self.endpoints}
+        self.send_response(200 if self.headers["Metadata-Flavor"] == "Google" else 403)
+        self.end_headers()
+        self.wfile.write(values.get(key, "").encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata():
+    """The address of a metadata server."""
+    with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"localhost:{server.server_port}"
+        server.shutdown()
+
+
+def test_hosts_of_a_tpu_meet_by_its_metadata_alone(metadata):
+    both = [{"GCE_METADATA_IP": f"{metadata}/{i}"} for i in range(2)]
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    assert launched(ON_TPU + MEET, *both, **port) == [(0, "0 of 2\n"), (0, "1 of 2\n")]
+
+
+def test_the_only_host_of_a_tpu_runs_alone(metadata, monkeypatch):
+    monkeypatch.setattr(hosts, "tpus_here", lambda env: True)
+    env = {"GCE_METADATA_IP": f"{metadata}/0"}
+    assert hosts.is_one_of_several(env)
+    monkeypatch.setattr(Metadata, "endpoints", "127.0.0.1")
+    assert not hosts.is_one_of_several(env)
+    assert not hosts.is_one_of_several({"GCE_METADATA_IP": "localhost:1"})
+
+
+HURRIED = "from di_star_jax import hosts\nhosts.PATIENCE, hosts.HURRY = 2, 0.5\n"
+
+
+@pytest.mark.case("faults 23")
+@pytest.mark.parametrize(
+    "address, index, cause",
+    [
+        ("localhost:1", 1, "nothing answers at localhost:1; start process 0 there"),
+        ("nowhere.invalid:8476", 1, "no machine is called nowhere.invalid; check the name"),
+        ("localhost:{port}", 0, "not all have come to the first one; see the others' logs"),
+    ],
+)
+def test_processes_that_do_not_meet_end_with_one_line_in_the_time_that_is_said(
+    address, index, cause
+):
+    env = {
+        "JAX_COORDINATOR_ADDRESS": address.format(port=free_port()),
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(index),
+    }
+    began = time.time()
+    [(code, said)] = launched(HURRIED + MEET, env)
+    assert code == hosts.NOT_MET and time.time() - began < 30
+    waits, error = said.splitlines()
+    assert waits.startswith("waiting for the other processes at ") and "up to 2 s" in waits
+    assert error.startswith("error: the 2 processes of this run did not meet within 2 s")
+    assert cause in error

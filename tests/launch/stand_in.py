@@ -49,7 +49,9 @@ def main() -> int:
     words = [word for word in given if not word.startswith("-")]
     command = command_of([program, *words])
     known = DOCUMENTED[command] + DOCUMENTED.get(program, [])
-    options = dict(word.partition("=")[::2] for word in given if word.startswith("-") and word != "-")
+    options = dict(
+        word.partition("=")[::2] for word in given if word.startswith("-") and word != "-"
+    )
     with open(os.environ["CALLS"], "a") as calls:
         print(json.dumps([program, *given]), file=calls)
     unknown = sorted(set(options) - set(known))
