@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -244,6 +245,61 @@ def test_jobset_container_sets_the_flags_unless_they_are_set(fake):
         "LIBTPU_INIT_ARGS=",
         f"|{trained}",
     ]
+
+
+@pytest.mark.slow
+def test_jobset_container_trains_with_what_gke_sets(tmp_path):
+    # The command as it stands, on CPUs: two slices of one host each, and the shapes world in small.
+    container = container_of(jobset())
+    run = [
+        "--config=shapes",
+        f"--workdir={tmp_path}/run",
+        "--config.train.steps=2",
+        "--config.assistant.warmup_steps=0",
+        "--config.data.batch_size=4",
+        "--config.eval.prompts=",
+        "--config.reward.pickscore=0",
+    ]
+    python = pathlib.Path(sys.executable).parent
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    pods = [
+        subprocess.Popen(
+            [*container["command"], *run],
+            cwd=ROOT,
+            env={
+                "HOME": str(tmp_path),
+                "PATH": f"{python}:/usr/bin:/bin",
+                "PYTHONPATH": str(ROOT),
+                "JOB_COMPLETION_INDEX": "0",
+                "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+                "TPU_WORKER_ID": "0",
+                "TPU_WORKER_HOSTNAMES": "localhost",
+                "TPU_TOPOLOGY": "8x16",
+                "MEGASCALE_NUM_SLICES": "2",
+                "MEGASCALE_SLICE_ID": str(index),
+                "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080",
+                # of this test: no TPU, and no fixed port
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COORDINATOR_PORT": str(port),
+                "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+                "--xla_llvm_disable_expensive_passes=true",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [pod.communicate(timeout=400)[0] for pod in pods]
+    finally:
+        for pod in pods:
+            pod.kill()
+    assert [pod.returncode for pod in pods] == [0, 0], said
+    assert said[0].startswith(f"LIBTPU_INIT_ARGS={xla_flags.variable('v5e')}\n")
+    assert "over 2 devices (cpu)" in said[0] and f"exported {tmp_path}/run/diffusers" in said[0]
 
 
 @pytest.fixture
@@ -611,3 +667,31 @@ def test_compute_engine_refuses_what_it_does_not_know(clouds, changes, command, 
     done = clouds.run(LAUNCH / "compute_engine.sh", *command, **(ENGINE | changes))
     assert done.returncode == 2 and not clouds.calls()
     assert done.stderr.startswith("error: ") and message in done.stderr
+
+
+# ---- docs/clusters.md
+
+
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "clusters.md").read_text(), re.DOTALL)
+OF_CLOUDS = [block for block in BLOCKS if re.search(r"gcloud|kubectl|gcluster|launch/[ct]", block)]
+
+
+@pytest.mark.case("first hour 3")
+@pytest.mark.parametrize("block", OF_CLOUDS, ids=lambda block: block.split()[1])
+def test_commands_of_the_docs_work_as_printed(machines, block):
+    machines("docker", "exit 0")
+    names = [f"di-star-{i}" for i in range(8)]  # of the slice of Compute Engine
+    numbers = " ".join(f"{name}={i}" for i, name in enumerate(names))
+    done = machines.run("bash", "-ec", block, MACHINES=" ".join(names), NUMBERS=numbers)
+    assert done.returncode == 0, done.stderr
+    assert machines.calls()
+
+
+def test_the_docs_say_what_launchers_restart():
+    text = (ROOT / "docs" / "clusters.md").read_text()
+    rows = re.findall(r"^\| ([\d, ]+) \|.*\| (restart|do not restart)", text, re.MULTILINE)
+    said = {int(code): verdict for codes, verdict in rows for code in codes.split(",")}
+    assert sorted(code for code, verdict in said.items() if verdict == "restart") == RESTARTED
+    assert {code for code in said if code not in RESTARTED} == {1, 2, 130}
+    worker = (LAUNCH / "on_worker.sh").read_text()
+    assert " | ".join(map(str, RESTARTED)) + ")" in worker
