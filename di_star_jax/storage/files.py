@@ -12,6 +12,8 @@ from pathlib import Path
 
 from di_star_jax.errors import UserError
 
+MARKER = "di_star_jax.json"  # lists what was written into a folder: that alone is replaced
+
 
 def expand(path: str | os.PathLike) -> Path:
     """A path as a user gives it: ~ is the home folder, also where no shell has read it."""
@@ -104,3 +106,20 @@ def write_text(file: Path, text: str) -> None:
 def digest_of(file: Path) -> str:
     """sha256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def listing(folder: Path) -> dict[str, str | int]:
+    """All files in a folder by name, but for the marker: digests, of weights only the size."""
+    found = {}
+    for where, inner, files in os.walk(folder):
+        links = [name for name in inner if (Path(where) / name).is_symlink()]
+        for path in (Path(where) / name for name in sorted(files + links)):
+            found[path.relative_to(folder).as_posix()] = _content(path)
+    found.pop(MARKER, None)
+    return found
+
+
+def _content(path: Path) -> str | int:
+    if path.is_symlink() or not path.is_file():
+        return "no file"  # nothing that was written here
+    return path.stat().st_size if path.suffix == ".safetensors" else digest_of(path)

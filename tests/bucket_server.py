@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bucket's server on this machine, for tests: gcp-storage-emulator, with a log of requests.
+
+    python tests/bucket_server.py PORT LOG [FAILING]
+
+A line of LOG per request: method, path, bytes of its body. While the file FAILING exists, every
+other answer is 503. The emulator ignores ifGenerationMatch, which the service answers with 412
+where another generation is there [documented]; that is added here.
+"""
+
+import functools
+import itertools
+import os
+import sys
+from http import HTTPStatus, server
+from pathlib import Path
+
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import buckets, objects
+from gcp_storage_emulator.server import HANDLERS, RequestHandler
+from gcp_storage_emulator.storage import Storage
+
+BUCKET = "bkt"
+
+
+def insert(request, response, storage, *args):
+    """An upload, only where the generation is the one that is asked for."""
+    wanted = request.query.get("ifGenerationMatch")
+    if wanted:
+        try:
+            now = storage.get_file_obj(request.params["bucket_name"], request.query["name"][0])
+        except NotFound:
+            now = {"generation": "0"}
+        if now["generation"] != wanted[0]:
+            _ = request.data  # else the client finds its connection cut
+            response.status = HTTPStatus.PRECONDITION_FAILED
+            return
+    objects.insert(request, response, storage, *args)
+
+
+class Handler(RequestHandler):
+    count = itertools.count()
+    log = failing = None
+
+    def parse_request(self):
+        if not super().parse_request():
+            return False
+        size = self.headers.get("Content-Length") or 0
+        self.log.write(f"{self.command} {self.path} {size}\n")
+        self.log.flush()
+        if self.failing and os.path.exists(self.failing) and next(self.count) % 2:
+            self.rfile.read(int(size))
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
+            return False
+        return True
+
+
+def main(port: str, log: str, failing: str = "") -> None:
+    for _, handlers in HANDLERS:
+        for method, handler in handlers.items():
+            if handler is objects.insert:
+                handlers[method] = insert
+    storage = Storage(use_memory_fs=True)
+    buckets.create_bucket(BUCKET, storage)
+    Handler.log = Path(log).open("a", encoding="utf-8")
+    Handler.failing = failing
+    at = ("localhost", int(port))
+    server.HTTPServer(at, functools.partial(Handler, storage)).serve_forever()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
