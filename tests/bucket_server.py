@@ -62,10 +62,10 @@ def main(port: str, log: str, failing: str = "") -> None:
                 handlers[method] = insert
     storage = Storage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, storage)
-    Handler.log = Path(log).open("a", encoding="utf-8")
     Handler.failing = failing
     at = ("localhost", int(port))
-    server.HTTPServer(at, functools.partial(Handler, storage)).serve_forever()
+    with Path(log).open("a", encoding="utf-8") as Handler.log:
+        server.HTTPServer(at, functools.partial(Handler, storage)).serve_forever()
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import json
 import logging
 import os
 import re
-import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from di_star_jax.errors import UserError
 from di_star_jax.storage import files
-from di_star_jax.storage.files import MARKER, whole
+from di_star_jax.storage.files import MARKER, user_cache, whole
 
 _EXTRAS = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme: what reaches it
 _PATTERN = "[]*?#\\"  # what Orbax, TensorStore or fsspec take for a pattern or a version
@@ -52,8 +52,8 @@ def check_url(url: str) -> None:
     found = sorted(set(_PATTERN) & set(rest))
     if found or not rest.isprintable():
         raise UserError(
-            f"{url} has {' '.join(found) or 'control characters'} in it, which cannot be read back; "
-            "give a path without [ ] * ? # or a backslash"
+            f"{url} has {' '.join(found) or 'control characters'} in it, which cannot be read "
+            "back; give a path without [ ] * ? # or a backslash"
         )
     if {"", ".", ".."} & set(rest.rstrip("/").split("/")):
         raise UserError(f"{url} has an empty part, or a part . or ..; write the path plainly")
@@ -83,7 +83,7 @@ def fetch(
     if not found:
         raise UserError(f"nothing at {url}; check the name, or what the credentials may read")
     version = hashlib.sha256(json.dumps([url, found]).encode()).hexdigest()[:16]
-    root = _cache() / version / url.rstrip("/").rpartition("/")[2]
+    root = user_cache() / "buckets" / version / url.rstrip("/").rpartition("/")[2]
     wanted = {
         name: root / name
         for name in found
@@ -128,6 +128,41 @@ def listing(url: str) -> dict[str, tuple[str, int]]:
         if ".." in name.split("/") or "\\" in name or name.startswith("/"):
             raise UserError(f"{url} has an object {name!r}, whose name leads out; remove it")
     return names
+
+
+def reach(url: str) -> None:
+    """Raises: UserError where the bucket is not there, does not answer or may not be read."""
+    with _told(url, "read"):
+        _check_bucket(_connect(url), url)
+
+
+def check_workdir(url: str) -> None:
+    """Tries what a run and Orbax do in a bucket. Raises: UserError where that is refused."""
+    tried = child(url, f".tried-{uuid.uuid4().hex}")
+    write_text(tried, "tried", "0")
+    remove(tried)
+    bucket = url.partition("://")[2].partition("/")[0]
+    try:
+        _connect(url).call("GET", "b/{}", bucket, timeout=_WAIT)
+    except Exception as error:
+        raise UserError(
+            f"{url} can be written, but what gs://{bucket} is may not be asked, as Orbax does "
+            f"({type(error).__name__}); give the account storage.buckets.get, which the role "
+            "Storage Bucket Viewer has"
+        ) from None
+
+
+def files_in(url: str) -> list[str]:
+    """Names of the objects just below an address, not of those deeper down."""
+    with _told(url, "read"):
+        fs = _connect(url)
+        try:
+            found = fs.ls(url.rstrip("/"), detail=True, timeout=_WAIT)
+        except FileNotFoundError:
+            _check_bucket(fs, url)
+            return []
+    names = [one["name"].rpartition("/")[2] for one in found if one["type"] == "file"]
+    return [name for name in names if name]
 
 
 def committed(url: str) -> bool:
@@ -217,6 +252,18 @@ def put(file: Path, url: str) -> None:
     """Copies one file to a bucket; it is there whole, or not at all."""
     with _told(url, "written"):
         _connect(url).put_file(str(file), url)
+
+
+def get(url: str, file: Path) -> None:
+    """Copies one object here."""
+    with _told(url, "read"), whole(file) as partial:
+        _connect(url).get_file(url, str(partial))
+
+
+def move(url: str, new: str) -> None:
+    """Gives all objects below an address another one."""
+    with _told(url, "renamed"):
+        _connect(url).mv(url, new, recursive=True)
 
 
 def remove(*urls: str) -> None:
@@ -338,11 +385,6 @@ def _content(
             content = _connect(url).cat_file(child(url, name), timeout=_WAIT)
         return hashlib.sha256(content).hexdigest()
     return size if any(isinstance(each, int) for each in ours) else "not ours"
-
-
-def _cache() -> Path:
-    of_user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(of_user) / "di_star_jax" / "buckets"
 
 
 @contextlib.contextmanager

@@ -20,6 +20,12 @@ def expand(path: str | os.PathLike) -> Path:
     return Path(path).expanduser()
 
 
+def user_cache() -> Path:
+    """The folder of this user for what can be had again."""
+    of_user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(of_user) / "di_star_jax"
+
+
 def shown(path: str | os.PathLike) -> str:
     """A path as pages and tables name it, which others read: below the current folder, else its
     name alone. Names on the Hub and relative paths stay as they are.
@@ -71,6 +77,8 @@ def writable_folder(path: str, option: str) -> Path:
     Args: path; option, by which it was given.
     Raises: UserError where it cannot be made or written.
     """
+    if "://" in path:
+        raise UserError(f"{option}={path}, expected a folder on this machine; give one")
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
