@@ -4,8 +4,11 @@
     python tests/bucket_server.py PORT LOG [FAILING]
 
 A line of LOG per request: method, path, bytes of its body. While the file FAILING exists, every
-other answer is 503. The emulator ignores ifGenerationMatch, which the service answers with 412
-where another generation is there [documented]; that is added here.
+other answer is 503.
+
+The emulator ignores conditions on generations. Added here is what the service documents: 412 where
+another generation than ifGenerationMatch is there (0: none), 304 where that of ifGenerationNotMatch
+is, and the generation in a header of what is downloaded.
 """
 
 import functools
@@ -38,6 +41,19 @@ def insert(request, response, storage, *args):
     objects.insert(request, response, storage, *args)
 
 
+def get(request, response, storage, *args):
+    """An object or its content, with its generation."""
+    try:
+        now = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = now["generation"]
+        if request.query.get("ifGenerationNotMatch") == [now["generation"]]:
+            response.status = HTTPStatus.NOT_MODIFIED
+            return
+    except NotFound:
+        pass
+    objects.get(request, response, storage, *args)
+
+
 class Handler(RequestHandler):
     count = itertools.count()
     log = failing = None
@@ -58,8 +74,7 @@ class Handler(RequestHandler):
 def main(port: str, log: str, failing: str = "") -> None:
     for _, handlers in HANDLERS:
         for method, handler in handlers.items():
-            if handler is objects.insert:
-                handlers[method] = insert
+            handlers[method] = {objects.insert: insert, objects.get: get}.get(handler, handler)
     storage = Storage(use_memory_fs=True)
     buckets.create_bucket(BUCKET, storage)
     Handler.failing = failing

@@ -119,7 +119,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         Args: items, that a checkpoint has, such as "generator".
         """
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and self.folder.is_dir():  # in a bucket no folder is empty
             for path in list(self.folder.iterdir()):
                 if _is_leftover(path):
                     logging.warning("%s is what a killed save left; removed", path)
