@@ -575,4 +575,5 @@ def export(
     )
     if jax.process_index() == 0:
         workdir.upload(FOLDER)
-    log.say(workdir.named(f"exported {output}; to draw with it:\n{usage}"))
+    copy = ", in a copy on your disk" if workdir.url else ""
+    log.say(workdir.named(f"exported {output}; to draw with it{copy}:\n{usage}"))

@@ -3,8 +3,8 @@
 
     python tests/bucket_server.py PORT LOG [FAILING]
 
-A line of LOG per request: method, path, bytes of its body. While the file FAILING exists, every
-other answer is 503.
+A line of LOG per request: method, path, bytes of its body. Until the time that the file FAILING
+holds, every other answer is 503.
 
 The emulator ignores conditions on generations. Added here is what the service documents: 412 where
 another generation than ifGenerationMatch is there (0: none), 304 where that of ifGenerationNotMatch
@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 import sys
+import time
 from http import HTTPStatus, server
 from pathlib import Path
 
@@ -64,11 +65,17 @@ class Handler(RequestHandler):
         size = self.headers.get("Content-Length") or 0
         self.log.write(f"{self.command} {self.path} {size}\n")
         self.log.flush()
-        if self.failing and os.path.exists(self.failing) and next(self.count) % 2:
+        if self._fails():
             self.rfile.read(int(size))
             self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
             return False
         return True
+
+    def _fails(self):
+        if not self.failing or not os.path.exists(self.failing):
+            return False
+        until = float(Path(self.failing).read_text() or 0)
+        return time.time() < until and next(self.count) % 2 == 1
 
 
 def main(port: str, log: str, failing: str = "") -> None:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def check_url(url: str) -> None:
         )
     if {"", ".", ".."} & set(rest.rstrip("/").split("/")):
         raise UserError(f"{url} has an empty part, or a part . or ..; write the path plainly")
-    _prepare(scheme)
+    _prepare(scheme, os.environ.get("STORAGE_EMULATOR_HOST"))
 
 
 def child(url: str, name: str) -> str:
@@ -79,11 +80,12 @@ def fetch(
       fetched later, to the same place.
     Raises: UserError where nothing is there or it cannot be had.
     """
+    url = url.rstrip("/")
     found = listing(url)
     if not found:
         raise UserError(f"nothing at {url}; check the name, or what the credentials may read")
     version = hashlib.sha256(json.dumps([url, found]).encode()).hexdigest()[:16]
-    root = user_cache() / "buckets" / version / url.rstrip("/").rpartition("/")[2]
+    root = user_cache() / "buckets" / version / url.rpartition("/")[2]
     wanted = {
         name: root / name
         for name in found
@@ -277,15 +279,14 @@ def remove(*urls: str) -> None:
 
 
 @functools.cache
-def _prepare(scheme: str) -> None:
+def _prepare(scheme: str, emulator: str | None) -> None:
     """Settings of all that reaches a bucket, also of Orbax; to be made before the first use."""
     # A listing that is kept hides what other processes write.
     settings: dict[str, Any] = {"use_listings_cache": False}
-    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     if scheme == "gs" and emulator:
         address = emulator if "://" in emulator else f"http://{emulator}"
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", address)
-        # Else TensorStore says that it has no credentials, and asks a machine of Google's.
+        # Else TensorStore asks a machine of Google's for credentials.
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
         # Else gcsfs asks for the bucket's kind in a protocol that emulators do not have.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -306,15 +307,37 @@ def _prepare(scheme: str) -> None:
 
 def _connect(url: str) -> Any:
     check_url(url)
-    return _filesystem(url.partition("://")[0])
+    import fsspec
+
+    return fsspec.filesystem(url.partition("://")[0])
 
 
 @functools.cache
-def _filesystem(scheme: str) -> Any:
-    """One for all, looked at once: a server that is not there is said in seconds."""
-    import fsspec
+def sign_in(bucket: str) -> None:
+    """Lets TensorStore find its credentials, which it does once a process, and say nothing.
 
-    return fsspec.filesystem(scheme)
+    Else a line on stderr, where a machine's account is used, says that gcloud's file is missing.
+    """
+    import tensorstore
+
+    spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": {"max_retries": 2}}
+    with _without_stderr(), contextlib.suppress(Exception):  # said by what is done there next
+        tensorstore.KvStore.open(spec).result().read(".none").result()
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drops what any library writes there, those of C++ too."""
+    sys.stderr.flush()
+    usual = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(usual, 2)
+        os.close(usual)
+        os.close(nowhere)
 
 
 def _check_bucket(fs: Any, url: str) -> None:

@@ -303,6 +303,7 @@ def reference_of(metadata: dict, given: str | None) -> Path:
 
 def _absolute(folder: str | os.PathLike) -> Path | epath.Path:
     if buckets.is_remote(folder):
+        buckets.sign_in(str(folder).split("/")[2])
         return epath.Path(folder)
     return Path(os.path.abspath(expand(folder)))
 
