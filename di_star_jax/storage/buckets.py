@@ -264,8 +264,11 @@ def get(url: str, file: Path) -> None:
 
 def move(url: str, new: str) -> None:
     """Gives all objects below an address another one."""
-    with _told(url, "renamed"):
-        _connect(url).mv(url, new, recursive=True)
+    names = list(listing(url))
+    for name in names:  # all are there twice before the first is gone
+        with _told(url, "renamed"):
+            _connect(url).cp_file(child(url, name), child(new, name))
+    remove(*[child(url, name) for name in names])
 
 
 def remove(*urls: str) -> None:

@@ -86,7 +86,7 @@ def writable_folder(path: str, option: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=".try", dir=folder) as tried:
             (Path(tried) / "a").mkdir()
             (Path(tried) / "a" / "file").write_text("tried", encoding="utf-8")
-            (Path(tried) / "a").rename(Path(tried) / "b")
+            _try_rename(Path(tried) / "a")
         return folder
     except (OSError, ValueError) as error:  # a NUL byte is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
@@ -94,6 +94,16 @@ def writable_folder(path: str, option: str) -> Path:
         raise UserError(
             f"{option}={_short(path)} cannot be written ({reason}); give another folder"
         ) from None
+
+
+def _try_rename(folder: Path) -> None:
+    """Raises: OSError with a reason that a user can act on."""
+    try:
+        folder.rename(folder.with_name("b"))
+    except OSError as error:
+        reason = f"a folder cannot be renamed there: {error.strerror}"
+        advice = "of a mounted bucket give the address, gs://BUCKET/PATH"
+        raise OSError(error.errno, f"{reason}; {advice}") from None
 
 
 def _short(path: str) -> str:
