@@ -333,14 +333,13 @@ def _without_stderr() -> Iterator[None]:
     """Drops what any library writes there, those of C++ too."""
     sys.stderr.flush()
     usual = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
     try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
         yield
     finally:
         os.dup2(usual, 2)
         os.close(usual)
-        os.close(nowhere)
 
 
 def _check_bucket(fs: Any, url: str) -> None:
