@@ -321,11 +321,11 @@ def sign_in(bucket: str) -> None:
 
     Else a line on stderr, where a machine's account is used, says that gcloud's file is missing.
     """
-    import tensorstore
+    from tensorstore import KvStore
 
     spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": {"max_retries": 2}}
     with _without_stderr(), contextlib.suppress(Exception):  # said by what is done there next
-        tensorstore.KvStore.open(spec).result().read(".none").result()
+        KvStore.open(spec).result().read(".none").result()
 
 
 @contextlib.contextmanager
