@@ -55,7 +55,7 @@ class Writer:
 
         for file in sorted(Path(workdir).glob("events.out.tfevents.*")):
             _drop_events(file, first_step)
-        self._events = SummaryWriter(str(workdir))
+        self._events = SummaryWriter(str(workdir), flush_secs=10)
         path = Path(workdir) / "metrics.jsonl"
         kept, damaged = _usable_lines(path)
         if damaged:

@@ -26,7 +26,8 @@ from di_star_jax.storage.files import MARKER, user_cache, whole
 
 _EXTRAS = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme: what reaches it
 _PATTERN = "[]*?#\\"  # what Orbax, TensorStore or fsspec take for a pattern or a version
-_WAIT = 25.0  # seconds until a server counts as dead
+# Seconds until a server counts as dead; the search for credentials before it may take as long.
+_WAIT = 14.0
 _UNFINISHED = "replaces"  # of a folder's marker while it is being written: what was there before
 
 

@@ -53,6 +53,10 @@ class Workdir(contextlib.AbstractContextManager):
             return
         try:
             self.push()
+        except UserError as failed:
+            if error[0] is None:
+                raise
+            print(f"warning: {failed}", flush=True)  # what ends the run is said after it
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
