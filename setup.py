@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Install with `pip install -e .` (train), `.[test]` (tests), `.[docs]` (figures), `.[tpu]` or
-`.[cuda]` (accelerators).
+"""Install with `pip install -e .` (train), `.[test]` (tests), `.[docs]` (figures), `.[gcs]` or
+`.[s3]` (buckets), `.[tpu]` or `.[cuda]` (accelerators).
 """
 
 import re
@@ -13,6 +13,8 @@ INIT = Path(__file__).parent / "di_star_jax" / "__init__.py"
 # jaxlib 0.10.2 and 0.11.0 compute some fused reductions wrongly, or crash, on CPU. What is newer
 # than these bounds has not been tried.
 JAX = ">=0.10.1,!=0.10.2,!=0.11.0,<0.13"
+GCS = ["gcsfs>=2025.7,<2028"]
+S3 = ["s3fs>=2025.7,<2028"]
 
 setuptools.setup(
     name="di_star_jax",
@@ -65,10 +67,17 @@ setuptools.setup(
             "matplotlib>=3.9,<4",
             "ruff==0.17.*",  # another release formats otherwise
             f"jax[tpu]{JAX}",
+            *GCS,
+            *S3,
+            "gcp-storage-emulator>=2026.7",
+            "moto[server]>=5.1,<6",
+            "jsonschema>=4.20,<5",
         ],
         "docs": ["matplotlib>=3.9,<4"],
         # and with it torch and torchvision, where these two go together
         "fid": ["clean-fid>=0.1.35"],
+        "gcs": GCS,
+        "s3": S3,
         "tpu": [f"jax[tpu]{JAX}"],
         "cuda": [f"jax[cuda12]{JAX}"],
     },

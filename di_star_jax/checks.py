@@ -18,6 +18,7 @@ from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, add, listed, rewards_used, scales_of
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
+from di_star_jax.storage.buckets import is_remote
 from di_star_jax.storage.checkpoint import check_path
 from di_star_jax.storage.files import writable_folder
 
@@ -82,10 +83,9 @@ def check_workdir(workdir: str | None) -> None:
         raise UserError(
             "no --workdir; give a folder for checkpoints and results, e.g. --workdir=runs/first"
         )
-    if "://" in workdir:
-        raise UserError(
-            f"workdir={workdir}, expected a folder; mount the bucket (gcsfuse) and give its folder"
-        )
+    if is_remote(workdir):
+        check_path(workdir)
+        return
     parent = os.path.abspath(workdir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)

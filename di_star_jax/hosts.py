@@ -319,16 +319,21 @@ def _why_not_met(found: Group, said: str) -> str:
 # What they keep.
 
 
-def keep_compiled(folder: Path | None = None) -> None:
+def keep_compiled(folder: str | None = None) -> None:
     """Keeps what is compiled for later starts of any command.
 
     It goes to the folder that JAX_COMPILATION_CACHE_DIR names, else to `folder`, else to the
-    user's cache. One that cannot be written is said in a line.
+    user's cache. One that cannot be written is said in a line. Either may be a gs:// address.
     """
     # Else XLA's own cache beside it, by its path, is part of every key.
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if given and "://" in given:
+        return
+    if folder and "://" in folder and not given:
+        # Every program is asked for there, but only what takes long to compile is worth a copy.
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
         return
     try:
         where = Path(given or folder or _user_cache()).absolute()

@@ -35,19 +35,27 @@ class Writer:
 
     Other hosts write nothing. To be used with `with`, or closed.
 
-    Args: workdir; first_step: lines of `metrics.jsonl` beyond it, from a run that was cut short,
-      are dropped, and so are damaged ones, which a line says.
+    Args: workdir; first_step: lines of `metrics.jsonl` and events beyond it, from a run that was
+      cut short, are dropped, and so are damaged ones, which a line says; written: called when
+      something was.
     """
 
-    def __init__(self, workdir: str | os.PathLike, first_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        first_step: int = 0,
+        written: Callable[[], None] = lambda: None,
+    ):
         self._events = None
         self._lines = None
+        self._written = written
         if jax.process_index() != 0:
             return
         from tensorboardX import SummaryWriter  # half a second that other commands need not wait
 
-        purge = first_step + 1 if first_step else None
-        self._events = SummaryWriter(str(workdir), purge_step=purge)
+        for file in sorted(Path(workdir).glob("events.out.tfevents.*")):
+            _drop_events(file, first_step)
+        self._events = SummaryWriter(str(workdir), flush_secs=10)
         path = Path(workdir) / "metrics.jsonl"
         kept, damaged = _usable_lines(path)
         if damaged:
@@ -75,6 +83,7 @@ class Writer:
         self._events.file_writer.add_summary(Summary(value=named), step)
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
+        self._written()
 
     def image(
         self,
@@ -123,6 +132,30 @@ def _usable_lines(path: Path) -> tuple[list[tuple[int, str]], int]:
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             damaged += bool(line.strip())
     return usable, damaged
+
+
+def _drop_events(path: Path, last_step: int) -> None:
+    """Removes a file's events beyond a step, and what a kill has cut; the file, if none is left."""
+    from google.protobuf.message import DecodeError
+    from tensorboardX.proto.event_pb2 import Event
+
+    content = path.read_bytes()
+    kept = []
+    at = 0
+    while at + 16 < len(content):  # length, its checksum, event, its checksum
+        end = at + 16 + int.from_bytes(content[at : at + 8], "little")
+        try:
+            event = Event.FromString(content[at + 12 : end - 4])
+        except DecodeError:
+            break
+        if end <= len(content) and (event.file_version or event.step <= last_step):
+            kept.append((event, content[at:end]))
+        at = end
+    if all(event.file_version for event, _ in kept):
+        path.unlink()
+    elif sum(len(record) for _, record in kept) < len(content):
+        with whole(path) as partial:
+            partial.write_bytes(b"".join(record for _, record in kept))
 
 
 class Phase(NamedTuple):

@@ -11,7 +11,6 @@ and fields of a config.
 
 import os
 import sys
-from pathlib import Path
 
 import jax
 from absl import flags
@@ -23,12 +22,13 @@ from di_star_jax.cost import plan, slices
 from di_star_jax.errors import UserError
 from di_star_jax.hosts import connect, keep_compiled
 from di_star_jax.sharding import check_slices, mesh_shape
+from di_star_jax.storage.buckets import is_remote
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to do: shapes, sdxl, or the path of a file; :PRESET may follow."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for the run: checkpoints, logs and results."
+    "workdir", None, "Folder for the run, or a gs:// address: checkpoints, logs and results."
 )
 _CHIPS = flags.DEFINE_integer(
     "chips", None, "With --config.dry_run=True: how many devices to plan for.", lower_bound=1
@@ -55,8 +55,8 @@ def main() -> None:
     check_workdir(workdir)
     connect(os.environ)
     check(config, jax.device_count())
-    if jax.process_count() > 1:  # only the first writes, and all see the workdir
-        keep_compiled(Path(workdir) / "compiled")
+    if jax.process_count() > 1 or is_remote(workdir):  # only the first writes, all see the workdir
+        keep_compiled(f"{workdir}/compiled")
     # After distributed start-up, before which no device may be touched.
     from di_star_jax import train
 

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from di_star_jax import assembly, drawing, log, pictures, record, sharding, step
 from di_star_jax.assembly import Parts
-from di_star_jax.checks import make_workdir
 from di_star_jax.config import fields
 from di_star_jax.cost import flops, plan
 from di_star_jax.errors import UserError
@@ -37,6 +36,7 @@ from di_star_jax.rewards import rewards_used, scales_of
 from di_star_jax.stop import Stop
 from di_star_jax.storage import checkpoint, folders, weights
 from di_star_jax.storage.checkpoint import Checkpoints
+from di_star_jax.storage.workdir import Workdir
 
 COMPILING = "a minute for the shapes world, many for SDXL"
 
@@ -52,28 +52,30 @@ def run(
 
     Args:
       config: checked ml_collections.ConfigDict, as configs/sdxl.py.
-      workdir: gets config.json, checkpoints/, TensorBoard events, metrics.jsonl, and at the end
-        diffusers/ (a pipeline folder) and, with eval.prompts, samples.png and before_after.json.
+      workdir: a folder, or a gs:// address; gets config.json, checkpoints/, TensorBoard events,
+        metrics.jsonl, and at the end diffusers/ (a pipeline folder) and, with eval.prompts,
+        samples.png and before_after.json.
       arguments: of the command line, to say what they change.
     Raises: UserError for unusable inputs, a workdir of another run, a full disk, and a gradient
       that is not finite. SystemExit after Ctrl-C or SIGTERM, when the state is saved.
     """
-    folder = make_workdir(workdir)
-    with Stop() as stop, full_disk_in_one_line(folder):
-        follow(config, folder, arguments, stop)
+    with Workdir(workdir) as place, Stop() as stop, full_disk_in_one_line(place.folder):
+        follow(config, place, arguments, stop)
 
 
 def follow(
     config,
-    folder: Path,
+    workdir: Workdir,
     arguments: Sequence[str],
     stop: Stop,
 ) -> None:
     """`run`, in a folder that is there and with signals listened to."""
+    folder = workdir.folder
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     introduce(config, mesh)
     if Path(config.weights.reference).is_dir():  # one of the Hub's is looked at once it is here
         check_export(Path(config.weights.reference), folder / FOLDER)
+    workdir.check_folder(FOLDER)
     warmup = config.assistant.warmup_steps
     total = warmup + config.train.steps
     with contextlib.ExitStack() as stack:
@@ -81,19 +83,21 @@ def follow(
         with stop.free(), log.waiting("reading prompts"):
             prompts = {s: load_prompts(config, s, folder) for s in prompt_sections(config)}
         checkpoints = stack.enter_context(
-            Checkpoints(folder / checkpoint.FOLDER, keep=config.train.keep)
+            Checkpoints(workdir.at(checkpoint.FOLDER), keep=config.train.keep)
         )
+        checkpoints.tidy(step.TrainState._fields)
         latest = checkpoints.latest_step()
         record.agree(config, folder, arguments, prompts["data"].digest, latest)
         check_steps(config, latest)
         log.say(record.sentence(config, arguments))
         settings = eval_settings(config, prompts)
         done = record.finished(folder)
-        exported = done.get("step") == total == latest and is_exported(folder)
+        exported = done.get("step") == total == latest and is_exported(workdir)
         scored = done == {"step": total, "scored": settings} and is_scored(folder, settings)
         if exported and scored:
-            log.say(f"finished: all {total} steps are done, in {folder}")
-            log.say(f"{held_out.table(folder)}" if settings else f"exported {folder / FOLDER}")
+            log.say(f"finished: all {total} steps are done, in {workdir}")
+            table = held_out.table(folder) if settings else f"exported {folder / FOLDER}"
+            log.say(workdir.named(table))
             return
         if latest is not None:
             stop.goes_on = f"stopped at step {latest}; the same command goes on"
@@ -137,7 +141,9 @@ def follow(
 
         # The steps. Step k's metrics are fetched after step k + 1 is dispatched, so that the
         # devices never wait for the host.
-        writer = stack.enter_context(log.Writer(folder, first_step=first))
+        writer = stack.enter_context(
+            log.Writer(folder, first_step=first, written=workdir.push_sometimes)
+        )
         report = Report(config, writer, progress_of(config, first, costs, scorer), first)
         stack.enter_context(report.progress)
         report.begin(arguments, scorer, before)
@@ -155,6 +161,8 @@ def follow(
                 report.step(*pending)  # a state that is not finite is never saved
                 pending = None
                 with report.progress.paused("saving"):
+                    writer.flush()
+                    workdir.push()
                     checkpoints.save(k + 1, state, metadata_of(config, parts, method.settings))
             if stopping:
                 break
@@ -182,11 +190,12 @@ def follow(
             if jax.process_index() == 0:
                 held_out.compare(folder, scorer.prompts, after)
         if scorer and jax.process_index() == 0:
-            log.say(held_out.table(folder))
+            log.say(workdir.named(held_out.table(folder)))
         if not exported:
             stop.doing = "the export"
             with log.waiting("exporting the generator"):
-                export(parts, state.ema, total, metadata_of(config, parts, method.settings), folder)
+                metadata = metadata_of(config, parts, method.settings)
+                export(parts, state.ema, total, metadata, workdir)
         record.finish(folder, {"step": total, "scored": settings})
 
 
@@ -386,9 +395,9 @@ def eval_prompts(config, source: Source) -> list[Prompt]:
     return [source[i] for i in range(min(config.eval.num_prompts, len(source)))]
 
 
-def is_exported(folder: Path) -> bool:
+def is_exported(workdir: Workdir) -> bool:
     """Whether a run's workdir has an export."""
-    return (folder / FOLDER / "model_index.json").is_file()
+    return workdir.holds(FOLDER, "model_index.json")
 
 
 def is_scored(folder: Path, settings: dict[str, Any] | None) -> bool:
@@ -551,17 +560,20 @@ def export(
     generator: Any,
     step_number: int,
     metadata: dict,
-    folder: Path,
+    workdir: Workdir,
 ) -> None:
     """Writes the generator as a pipeline that diffusers draws with, and says how.
 
-    Args: metadata, of `metadata_of`. folder, the workdir, whose samples the model card shows.
+    Args: metadata, of `metadata_of`. workdir, whose samples the model card shows.
     """
-    output, picture = folder / FOLDER, folder / PICTURE
+    output, picture = workdir.folder / FOLDER, workdir.folder / PICTURE
     usage = export_pipeline(
         Unet(generator, metadata["unet_config"], tuple(metadata["generator_timesteps"])),
         About.of_run(metadata, f"ema, step {step_number}", picture if picture.exists() else None),
         reference_folder=parts.pipeline.folder,
         output=output,
     )
-    log.say(f"exported {output}; to draw with it:\n{usage}")
+    if jax.process_index() == 0:
+        workdir.upload(FOLDER)
+    copy = ", in a copy on your disk" if workdir.url else ""
+    log.say(workdir.named(f"exported {output}; to draw with it{copy}:\n{usage}"))

@@ -2,6 +2,7 @@
 """Checkpoints of a small state: restarts, partial reads, other devices, and wrong input."""
 
 import os
+import shutil
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -203,3 +204,45 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_it_is_written(tm
 def test_a_folder_that_would_be_taken_for_a_pattern_is_refused(tmp_path, name):
     assert "cannot be read back from" in _error(checkpoint.Checkpoints, tmp_path / name, 1)
     assert not (tmp_path / name).exists()
+
+
+def _strange(folder):
+    """Puts beside a run's checkpoints what is none. Returns: the steps that they seem to be of."""
+    (folder / "8").mkdir()  # empty
+    (folder / "9").mkdir()
+    (folder / "9" / "file").touch()  # foreign
+    shutil.copytree(folder / "7", folder / "10")  # by hand: of another step
+    shutil.copytree(folder / "7", folder / "11")
+    shutil.rmtree(folder / "11" / "ema")  # cut short
+    return ("8", "9", "10", "11")
+
+
+@pytest.mark.case("faults 29")
+def test_a_newest_folder_that_is_no_checkpoint_is_skipped_with_a_warning(saved, caplog):
+    _strange(saved)
+    shutil.rmtree(saved / "11")  # who reads one network does not ask for the others
+    with checkpoint.existing(saved) as checkpoints:
+        assert checkpoints.latest_step() == 7
+        _assert_same(checkpoints.restore_item(7, "ema", _abstract(_params(2))), _params(2))
+    for name in ("8", "9", "10"):
+        assert f"{saved}/{name} is no checkpoint; skipped" in caplog.text
+    assert sorted(os.listdir(saved)) == ["10", "7", "8", "9"], "nothing is changed"
+
+
+@pytest.mark.case("faults 29")
+def test_before_a_run_saves_leftovers_are_removed_and_what_is_strange_is_set_aside(saved, caplog):
+    strange = _strange(saved)
+    shutil.copytree(saved / "7", saved / "77.orbax-checkpoint-tmp-1234")
+    (saved / "notes.txt").touch()
+    with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+        checkpoints.tidy(State._fields)
+        assert checkpoints.latest_step() == 7
+        assert f"{saved}/77.orbax-checkpoint-tmp-1234 is what a killed save left" in caplog.text
+        aside = {f"{name}.set-aside" for name in strange}
+        assert set(os.listdir(saved)) == {"7", "notes.txt"} | aside
+        assert (saved / "9.set-aside" / "file").exists()
+        for step in (8, 9):
+            checkpoints.save(step, _state(step), {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [8, 9], "the strange ones do not count as the newest"
+    _assert_same(checkpoint.existing(saved).restore(9, _abstract(_state(9))), _state(9))

@@ -297,7 +297,13 @@ def test_a_dry_run_is_for_this_machine_only_where_the_mesh_fits_it():
     "name, message",
     [
         ("", "no --workdir"),
-        ("gs://bucket/run", "expected a folder; mount the bucket"),
+        (
+            "s3://bucket/run",
+            "Orbax writes checkpoints to no bucket but gs://.*give a gs:// address",
+        ),
+        ("ftp://bucket/run", "begins with ftp://, expected gs://"),
+        ("gs://bucket/lr[5e-7]", r"has \[ \] in it, which cannot be read back"),
+        ("gs:///run", "names no bucket, expected gs://BUCKET/PATH"),
         ("file", "file is a file, expected a folder"),
         ("file/run", "file is a file, expected a folder"),
     ],

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and folders that are whole or not there."""
 
+import errno
 import os
 
 import pytest
 
 from di_star_jax.errors import UserError
 from di_star_jax.storage import files
+from di_star_jax.storage.workdir import Workdir
 
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
@@ -51,3 +53,20 @@ def test_a_folder_to_write_in_is_made_or_refused_with_the_reason(tmp_path, monke
     ):
         with pytest.raises(UserError, match=rf"^--out=(?s:.)* \({reason}\); give another"):
             files.writable_folder(path, "--out")
+
+
+@pytest.mark.case("faults 25")
+def test_a_mount_that_cannot_rename_folders_is_refused_at_the_start(tmp_path, monkeypatch):
+    usual = os.rename
+
+    def rename(source, target, **options):  # as gcsfuse, which nothing can mount here
+        if os.path.isdir(source):
+            raise OSError(errno.EMFILE, "Too many open files")
+        usual(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(
+        UserError, match=r"renamed there: Too many open files; of a mounted bucket "
+    ):
+        Workdir(tmp_path / "mount")
+    assert list((tmp_path / "mount").iterdir()) == []

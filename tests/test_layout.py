@@ -129,7 +129,13 @@ def opens_text_by_locale(call):
         is_ours = isinstance(call.func, ast.Name) or owner == "files"  # storage.files.write_text
         return not is_ours and "encoding" not in said
     owner = getattr(getattr(call.func, "value", None), "id", "")
-    if name not in ("open", "fdopen") or owner in ("Image", "tarfile", "zipfile", "webbrowser"):
+    if name not in ("open", "fdopen") or owner in (
+        "Image",
+        "KvStore",
+        "tarfile",
+        "zipfile",
+        "webbrowser",
+    ):
         return False
     modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
     modes += call.args[0 if isinstance(call.func, ast.Attribute) and owner != "os" else 1 :][:1]

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 from test_config import ROOT
 
 from di_star_jax import log as metrics
@@ -33,7 +34,7 @@ def test_writer_appends_after_a_restart_and_drops_what_was_beyond_the_checkpoint
     assert any(path.name.startswith("events") for path in tmp_path.iterdir())
 
 
-@pytest.mark.case("faults 4")
+@pytest.mark.case("faults 4", "faults 30")
 def test_a_damaged_metrics_file_never_stops_a_resume_and_what_is_dropped_is_said(tmp_path, capsys):
     file = tmp_path / "metrics.jsonl"
     broken = [
@@ -51,6 +52,41 @@ def test_a_damaged_metrics_file_never_stops_a_resume_and_what_is_dropped_is_said
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.5}]
     assert "metrics.jsonl: 6 damaged lines dropped" in capsys.readouterr().out
+
+
+def shown(folder):
+    """{tag: [steps]} of all event files, and how many files there are."""
+    found = {}
+    files = sorted(folder.glob("events*"))
+    for file in files:
+        for event in events(file.read_bytes()):
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+    return found, len(files)
+
+
+def events(content):
+    while content:  # length, its checksum, event, its checksum
+        size = int.from_bytes(content[:8], "little")
+        yield Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]
+
+
+@pytest.mark.case("faults 32")
+def test_each_step_is_there_once_after_starts_that_were_killed(tmp_path):
+    for i, (first, last) in enumerate(((0, 3), (0, 5), (4, 6), (4, 8))):
+        with metrics.Writer(tmp_path, first_step=first) as writer:
+            for step in range(first + 1, last + 1):
+                writer.scalars(step, {"loss": float(step)})
+        (newest,) = set(tmp_path.glob("events*")) - set(tmp_path.glob("events*.start*"))
+        os.truncate(newest, newest.stat().st_size - 5)  # the last event is cut
+        newest.rename(f"{newest}.start{i}")  # those within one second have one name
+    with metrics.Writer(tmp_path, first_step=7) as writer:
+        writer.scalars(8, {"loss": 8.0})
+    found, files = shown(tmp_path)
+    assert sorted(found["loss"]) == [1, 2, 3, 4, 5, 6, 7, 8] and files == 3
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.case("first hour 26")

@@ -5,20 +5,29 @@ One item per field of the state, so that one network can be read without the res
 """
 
 import contextlib
+import json
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
 
 from di_star_jax.errors import UserError
-from di_star_jax.storage import folders
+from di_star_jax.storage import buckets, folders
 from di_star_jax.storage.files import expand
 
 FOLDER = "checkpoints"  # of a run, in its workdir
 _METADATA = "metadata"
+_SAVED = "_CHECKPOINT_METADATA"  # Orbax's own, in each step's folder
+_COMMITTED = "commit_success.txt"  # Orbax's, last of all on a bucket, where nothing is renamed
+_ASIDE = ".set-aside"  # ends the name of what stood in a checkpoint's place and is none
 _BESIDE = 1_000_000  # bytes of what is written beside the arrays
 _PATTERN = "[]*?\\"  # Orbax and TensorStore take these for a pattern: what is saved is not found
 
@@ -29,7 +38,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     Used in a `with`, or closed by hand: what is being written is on disk after that.
 
     Args:
-      folder: one run's own; no other job may write there.
+      folder: one run's own, here or at gs://; no other job may write there.
       keep: how many of the newest to keep, or None for all.
     Raises: UserError where the folder cannot be made, or not read back.
     """
@@ -37,6 +46,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __init__(self, folder: str | os.PathLike, keep: int | None):
         check_path(folder)
         self.folder = _absolute(folder)
+        self._known = {}  # step -> whether its folder is a checkpoint, or is to become one
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
@@ -61,20 +71,24 @@ class Checkpoints(contextlib.AbstractContextManager):
           metadata: stored as JSON: what an export needs, such as `unet_config` and `reference`.
         Raises: UserError where the disk has no room for it.
         """
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         self.check_room(state)
         items = {
             name: ocp.args.StandardSave({name: tree}) for name, tree in _fields(state)[0].items()
         }
+        self._known[step] = True
         self._manager.save(
             step,
             args=ocp.args.Composite(**items, **{_METADATA: ocp.args.JsonSave(metadata)}),
+            custom_metadata={"step": step},
             force=True,
         )
 
     def check_room(self, state: Any) -> None:
         """Raises: UserError where the disk has no room for one more checkpoint of `state`."""
+        if isinstance(self.folder, epath.Path):
+            return  # a bucket has no end
         need = 1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _BESIDE
         disk = shutil.disk_usage(self.folder)
         if disk.total and disk.free < need:  # some network drives know neither
@@ -85,7 +99,39 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def latest_step(self) -> int | None:
         """The newest step whose checkpoint is complete."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoint is there; of a folder that is none, a warning is said."""
+        found = sorted(self._manager.all_steps())
+        for step in found:
+            if step not in self._known:
+                self._known[step] = _is_ours(self.folder, step)
+                if not self._known[step]:
+                    logging.warning("%s is no checkpoint; skipped", self.folder / str(step))
+        return [step for step in found if self._known[step]]
+
+    def tidy(self, items: Sequence[str]) -> None:
+        """Removes what killed saves left; sets aside what is no checkpoint, with a warning.
+
+        Else such a folder would be the newest, and stand in the way of a save. To be called by all
+        processes of a run before its first save, with nobody else at work there.
+
+        Args: items, that a checkpoint has, such as "generator".
+        """
+        if jax.process_index() == 0 and self.folder.is_dir():  # in a bucket no folder is empty
+            for path in list(self.folder.iterdir()):
+                if _is_leftover(path):
+                    logging.warning("%s is what a killed save left; removed", path)
+                    _remove(path)
+                elif path.name.isdigit() and not _is_ours(self.folder, int(path.name), items):
+                    aside = path.with_name(path.name + _ASIDE)
+                    logging.warning("%s is no checkpoint of this run; now %s", path, aside.name)
+                    _rename(path, aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints tidied")
+        self._known = {}
+        self._manager.reload()
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """The whole state at `step`.
@@ -140,7 +186,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
 
     def _item_folder(self, step: int, name: str) -> Path:
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if step not in steps:
             raise UserError(
                 f"no checkpoint of step {step} in {self.folder}, there are {steps}; "
@@ -179,6 +225,14 @@ class Checkpoints(contextlib.AbstractContextManager):
 
 def check_path(folder: str | os.PathLike) -> None:
     """Raises: UserError for a folder whose checkpoints could not be read back."""
+    if buckets.is_remote(folder):
+        buckets.check_url(str(folder))
+        if not str(folder).startswith("gs://"):
+            raise UserError(
+                f"{folder}: Orbax writes checkpoints to no bucket but gs://, for it takes s3:// "
+                "for a relative path (its pull request 2739); give a gs:// address, or a folder"
+            )
+        return
     path = str(_absolute(folder))
     found = sorted(set(_PATTERN) & set(path))
     if found:
@@ -193,8 +247,13 @@ def existing(folder: str | os.PathLike) -> Checkpoints:
 
     Raises: UserError where there are none.
     """
+    check_path(folder)
+    if buckets.is_remote(folder):
+        buckets.reach(str(folder))
     for candidate in (_absolute(folder), _absolute(folder) / FOLDER):
-        if candidate.is_dir() and ocp.utils.checkpoint_steps(candidate):
+        if candidate.is_dir() and any(
+            _is_ours(candidate, step) for step in ocp.utils.checkpoint_steps(candidate)
+        ):
             return Checkpoints(candidate, keep=None)
     what = "no checkpoint in" if _absolute(folder).is_dir() else "no folder"
     raise UserError(
@@ -239,8 +298,60 @@ def reference_of(metadata: dict, given: str | None) -> Path:
         ) from None
 
 
-def _absolute(folder: str | os.PathLike) -> Path:
+# Folders, here or in a bucket.
+
+
+def _absolute(folder: str | os.PathLike) -> Path | epath.Path:
+    if buckets.is_remote(folder):
+        buckets.sign_in(str(folder).split("/")[2])
+        return epath.Path(folder)
     return Path(os.path.abspath(expand(folder)))
+
+
+def _is_ours(
+    folder: Path | epath.Path,
+    step: int,
+    items: Sequence[str] = (),
+) -> bool:
+    """Whether a step's folder is what `save` has left there, with all of `items`."""
+    path = folder / str(step)
+    try:
+        saved = json.loads((path / _SAVED).read_text(encoding="utf-8"))
+        at = (saved.get("custom_metadata") or {}).get("step", step)
+    except (OSError, ValueError, AttributeError):
+        return False
+    return at == step and all((path / name).is_dir() for name in (_METADATA, *items))
+
+
+def _is_leftover(path: Path | epath.Path) -> bool:
+    """Whether this is a checkpoint that was never finished: one that was is never taken for it."""
+    if re.fullmatch(r"\d+\.orbax-checkpoint-tmp.*", path.name):
+        return True
+    if not isinstance(path, epath.Path) or not path.name.isdigit():
+        return False
+    if (path / _COMMITTED).exists():
+        return False
+    try:
+        # Else all is there but for the last file, as where it was copied by hand.
+        return not json.loads((path / _SAVED).read_text(encoding="utf-8")).get(
+            "commit_timestamp_nsecs"
+        )
+    except (OSError, ValueError, AttributeError):
+        return True
+
+
+def _remove(path: Path | epath.Path) -> None:
+    if isinstance(path, epath.Path):
+        path.rmtree()
+    else:
+        shutil.rmtree(path)
+
+
+def _rename(path: Path | epath.Path, new: Path | epath.Path) -> None:
+    if isinstance(path, epath.Path):
+        buckets.move(str(path), str(new))
+    else:
+        path.rename(new)
 
 
 def _size(count: float) -> str:

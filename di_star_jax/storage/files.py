@@ -12,10 +12,18 @@ from pathlib import Path
 
 from di_star_jax.errors import UserError
 
+MARKER = "di_star_jax.json"  # lists what was written into a folder: that alone is replaced
+
 
 def expand(path: str | os.PathLike) -> Path:
     """A path as a user gives it: ~ is the home folder, also where no shell has read it."""
     return Path(path).expanduser()
+
+
+def user_cache() -> Path:
+    """The folder of this user for what can be had again."""
+    of_user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(of_user) / "di_star_jax"
 
 
 def shown(path: str | os.PathLike) -> str:
@@ -69,6 +77,8 @@ def writable_folder(path: str, option: str) -> Path:
     Args: path; option, by which it was given.
     Raises: UserError where it cannot be made or written.
     """
+    if "://" in path:
+        raise UserError(f"{option}={path}, expected a folder on this machine; give one")
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +86,7 @@ def writable_folder(path: str, option: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=".try", dir=folder) as tried:
             (Path(tried) / "a").mkdir()
             (Path(tried) / "a" / "file").write_text("tried", encoding="utf-8")
-            (Path(tried) / "a").rename(Path(tried) / "b")
+            _try_rename(Path(tried) / "a")
         return folder
     except (OSError, ValueError) as error:  # a NUL byte is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
@@ -84,6 +94,16 @@ def writable_folder(path: str, option: str) -> Path:
         raise UserError(
             f"{option}={_short(path)} cannot be written ({reason}); give another folder"
         ) from None
+
+
+def _try_rename(folder: Path) -> None:
+    """Raises: OSError with a reason that a user can act on."""
+    try:
+        folder.rename(folder.with_name("b"))
+    except OSError as error:
+        reason = f"a folder cannot be renamed there: {error.strerror}"
+        advice = "of a mounted bucket give the address, gs://BUCKET/PATH"
+        raise OSError(error.errno, f"{reason}; {advice}") from None
 
 
 def _short(path: str) -> str:
@@ -104,3 +124,20 @@ def write_text(file: Path, text: str) -> None:
 def digest_of(file: Path) -> str:
     """sha256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def listing(folder: Path) -> dict[str, str | int]:
+    """All files in a folder by name, but for the marker: digests, of weights only the size."""
+    found = {}
+    for where, inner, files in os.walk(folder):
+        links = [name for name in inner if (Path(where) / name).is_symlink()]
+        for path in (Path(where) / name for name in sorted(files + links)):
+            found[path.relative_to(folder).as_posix()] = _content(path)
+    found.pop(MARKER, None)
+    return found
+
+
+def _content(path: Path) -> str | int:
+    if path.is_symlink() or not path.is_file():
+        return "no file"  # nothing that was written here
+    return path.stat().st_size if path.suffix == ".safetensors" else digest_of(path)

@@ -18,11 +18,10 @@ import safetensors
 from absl import logging
 
 from di_star_jax.errors import UserError
-from di_star_jax.storage.files import digest_of, expand, whole_folder
+from di_star_jax.storage.files import MARKER, expand, listing, whole_folder
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems of weight files' names
 SCHEDULER = ("scheduler", "scheduler_config.json")  # folder and file, in a pipeline
-MARKER = "di_star_jax.json"  # lists what was written into a folder: that alone is replaced
 _STEMS = (DIFFUSERS, TRANSFORMERS, "pytorch_model")
 _TEXT = ["*.json", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -333,7 +332,7 @@ def new_folder(folder: str | os.PathLike, sources: Sequence[Path] = ()) -> Itera
     try:
         with whole_folder(expand(folder).resolve()) as partial:
             yield partial
-            write_object(partial / MARKER, {"files": _listing(partial)})
+            write_object(partial / MARKER, {"files": listing(partial)})
             check_output(folder, sources)  # again, for writing may have taken minutes
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -348,22 +347,5 @@ def _foreign(folder: Path) -> str | None:
     if (folder / MARKER).is_file():
         files = read_object(folder / MARKER).get("files")
     ours = files if isinstance(files, dict) else {}
-    found = _listing(folder)
+    found = listing(folder)
     return next((name for name, content in found.items() if ours.get(name) != content), None)
-
-
-def _listing(folder: Path) -> dict[str, str | int]:
-    """All files in a folder by name, but for the marker: digests, of weights only the size."""
-    listing = {}
-    for where, inner, files in os.walk(folder):
-        links = [name for name in inner if (Path(where) / name).is_symlink()]
-        for path in (Path(where) / name for name in sorted(files + links)):
-            listing[path.relative_to(folder).as_posix()] = _content(path)
-    listing.pop(MARKER, None)
-    return listing
-
-
-def _content(path: Path) -> str | int:
-    if path.is_symlink() or not path.is_file():
-        return "no file"  # nothing that was written here
-    return path.stat().st_size if path.suffix == ".safetensors" else digest_of(path)
