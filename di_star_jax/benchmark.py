@@ -45,7 +45,7 @@ from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError, check_all
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS, rewards_used, scales_of
-from di_star_jax.storage import files
+from di_star_jax.storage import buckets, files
 
 WARM_UP = 3
 # Third quartile over first of a ratio's repetitions, from which on it says little.
@@ -532,15 +532,21 @@ def main() -> None:
     file = _json_file(args.json)
     result = run(args.config, request)
     print(report(result))
-    if file:
-        files.write_text(file, json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1) + "\n"
+    if buckets.is_remote(args.json or ""):
+        buckets.write_text(args.json, text)
+    elif file:
+        files.write_text(file, text)
 
 
 def _json_file(path: str | None) -> Path | None:
     """Raises: UserError where it cannot be written, which an hour of measuring must not show."""
     if not path:
         return None
-    file = Path(path).expanduser()
+    if buckets.is_remote(path):
+        buckets.reach(path)
+        return None
+    file = files.expand(path)
     files.writable_folder(str(file.parent), "the folder of --json")
     if file.is_dir():
         raise UserError(f"--json={path} is a folder, expected a file; add a name, as result.json")
