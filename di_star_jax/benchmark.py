@@ -532,20 +532,25 @@ def main() -> None:
     file = _json_file(args.json)
     result = run(args.config, request)
     print(report(result))
+    if file:
+        _write(file, result)
+
+
+def _write(file: Path | str, result: dict) -> None:
     text = json.dumps(result, indent=1) + "\n"
-    if buckets.is_remote(args.json or ""):
-        buckets.write_text(args.json, text)
-    elif file:
+    if buckets.is_remote(file):
+        buckets.write_text(str(file), text)
+    else:
         files.write_text(file, text)
 
 
-def _json_file(path: str | None) -> Path | None:
+def _json_file(path: str | None) -> Path | str | None:
     """Raises: UserError where it cannot be written, which an hour of measuring must not show."""
     if not path:
         return None
     if buckets.is_remote(path):
         buckets.reach(path)
-        return None
+        return path
     file = files.expand(path)
     files.writable_folder(str(file.parent), "the folder of --json")
     if file.is_dir():
