@@ -45,7 +45,7 @@ from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError, check_all
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS, rewards_used, scales_of
-from di_star_jax.storage import files
+from di_star_jax.storage import buckets, files
 
 WARM_UP = 3
 # Third quartile over first of a ratio's repetitions, from which on it says little.
@@ -533,14 +533,25 @@ def main() -> None:
     result = run(args.config, request)
     print(report(result))
     if file:
-        files.write_text(file, json.dumps(result, indent=1) + "\n")
+        _write(file, result)
 
 
-def _json_file(path: str | None) -> Path | None:
+def _write(file: Path | str, result: dict) -> None:
+    text = json.dumps(result, indent=1) + "\n"
+    if buckets.is_remote(file):
+        buckets.write_text(str(file), text)
+    else:
+        files.write_text(file, text)
+
+
+def _json_file(path: str | None) -> Path | str | None:
     """Raises: UserError where it cannot be written, which an hour of measuring must not show."""
     if not path:
         return None
-    file = Path(path).expanduser()
+    if buckets.is_remote(path):
+        buckets.reach(path)
+        return path
+    file = files.expand(path)
     files.writable_folder(str(file.parent), "the folder of --json")
     if file.is_dir():
         raise UserError(f"--json={path} is a folder, expected a file; add a name, as result.json")

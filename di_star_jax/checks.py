@@ -18,7 +18,7 @@ from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, add, listed, rewards_used, scales_of
 from di_star_jax.samplers import generator_timesteps
 from di_star_jax.sharding import mesh_shape
-from di_star_jax.storage.buckets import is_remote
+from di_star_jax.storage.buckets import exists, is_remote
 from di_star_jax.storage.checkpoint import check_path
 from di_star_jax.storage.files import writable_folder
 
@@ -353,7 +353,11 @@ def _without_prompts(option: str, section) -> Missing:
     """A file that is not there. Args: section, of the config."""
     name, path = resolve(section.prompts, section.prompts_file, option)
     there = os.path.exists(path) if name else os.path.isfile(path)
-    if "://" in path or there:
+    if path.startswith(("http://", "https://")):
+        return []
+    if is_remote(path):
+        there = exists(path)
+    if there:
         return []
     option = f"{option}_file" if name else option
     return [
@@ -367,6 +371,8 @@ def _without_weights(
     advice: str,
 ) -> Missing:
     """A path that is not there; names on the Hub are looked up when they are loaded."""
+    if is_remote(value):
+        return [] if exists(value) else [(f"{name}={value}: no such folder", advice)]
     looks_local = (
         value.startswith((".", "/", "~"))
         or value.count("/") != 1

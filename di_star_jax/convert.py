@@ -29,7 +29,7 @@ from di_star_jax.pipelines.export import (
 )
 from di_star_jax.pipelines.folder import abstract_model, load_unet, model_class, read_config
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.storage import checkpoint, folders, weights
+from di_star_jax.storage import buckets, checkpoint, folders, weights
 from di_star_jax.storage.files import expand
 
 
@@ -47,8 +47,7 @@ def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
     Raises: UserError for an input that cannot be read, or an output that already holds something.
     """
     checkpoint.check_path(output)
-    output = expand(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if _is_taken(output):
         raise UserError(
             f"{output} exists and is not empty, so it is not overwritten; give another output"
         )
@@ -65,6 +64,14 @@ def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
         checkpoints.save(0, state, metadata)
 
 
+def _is_taken(output: str | os.PathLike) -> bool:
+    """Whether there is anything already."""
+    if buckets.is_remote(output):
+        return bool(buckets.listing(str(output)))
+    output = expand(output)
+    return output.exists() and (not output.is_dir() or any(output.iterdir()))
+
+
 class _Source(NamedTuple):
     """What `to_diffusers` reads. metadata: the run's. network: in words. params: of its UNet."""
 
@@ -74,7 +81,7 @@ class _Source(NamedTuple):
 
 
 def _restored(
-    folder: Path,
+    folder: os.PathLike,
     step: int | None,
     which: str,
     check: Callable[[dict], None],
@@ -96,22 +103,22 @@ def _restored(
         return _Source(metadata, f"{which}, step {step}", params)
 
 
-def _read_unet(folder: Path, reference: str | None) -> _Source:
+def _read_unet(folder: os.PathLike, reference: str | None) -> _Source:
     """A UNet's folder."""
     if not reference:
         raise UserError(
             f"{folder} holds a single model; say with --reference=FOLDER which pipeline its text "
             "encoders and VAE are from"
         )
-    unet = load_unet(folder)
+    unet = load_unet(folders.resolve(str(folder)))
     metadata = {"unet_config": unet.config, "reference": reference}
     return _Source(metadata, folder.resolve().name, unet.params)
 
 
 def to_diffusers(
-    folder: Path,
+    folder: str | os.PathLike,
     which: str,
-    output: Path,
+    output: str | os.PathLike,
     *,
     step: int | None,
     dtype: str,
@@ -125,7 +132,7 @@ def to_diffusers(
 
     Args:
       folder: a workdir, its folder of checkpoints, one checkpoint in it, or the folder of a UNet,
-        which is a one-step generator's but for "unet".
+        which is a one-step generator's but for "unet"; here or in a bucket, as output.
       which: item of the checkpoint: "generator", "ema", "assistant" or "unet".
       output: replaced as a whole if it is an earlier export.
       step: of the checkpoint, or None for the newest.
@@ -134,7 +141,7 @@ def to_diffusers(
     Returns: how diffusers draws with it, as lines of Python; "" for a single UNet.
     Raises: UserError for anything that is missing or does not fit.
     """
-    folder = expand(folder)
+    folder = checkpoint.place(folder) if buckets.is_remote(folder) else expand(folder)
     folders.check_output(output)
     if folders.is_pipeline(folder):
         raise UserError(f"{folder} is a pipeline already; give a workdir, or the folder of a UNet")
@@ -172,10 +179,10 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
     flags.DEFINE_string(
         "input",
         None,
-        "Folder or Hub name (to orbax); workdir or checkpoint (to diffusers).",
+        "Folder or Hub name (to orbax); workdir or checkpoint (to diffusers); or a gs:// address.",
         required=True,
     )
-    flags.DEFINE_string("output", None, "Folder to write.", required=True)
+    flags.DEFINE_string("output", None, "Folder to write, or a gs:// address.", required=True)
     flags.DEFINE_enum(
         "which",
         "ema",
@@ -204,9 +211,9 @@ def main() -> None:
         print(f"wrote {args.output}")
         return
     usage = to_diffusers(
-        Path(args.input),
+        args.input,
         args.which,
-        Path(args.output),
+        args.output,
         step=args.step,
         dtype=args.dtype,
         reference=args.reference_pipeline,

@@ -34,7 +34,7 @@ from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.samplers import EpsFn
-from di_star_jax.storage import checkpoint, folders, weights
+from di_star_jax.storage import buckets, checkpoint, folders, weights
 from di_star_jax.storage.files import expand
 
 
@@ -226,7 +226,7 @@ def load(
     """A pipeline, or the reference's with the UNet of a run's newest checkpoint in it, or another.
 
     Args:
-      source: pipeline folder, workdir, folder of a single UNet, or Hub name.
+      source: pipeline folder, workdir, folder of a single UNet, address of one, or Hub name.
       which: item of the checkpoint: "ema", "generator" or "assistant"; or "initial", the generator
         before the run. Of what has one network, "ema".
       mesh: of devices that share the parameters; None for one device.
@@ -256,9 +256,11 @@ def load(
 
 
 def is_run(source: str) -> bool:
-    """Whether this is a local folder that is neither a pipeline's nor a model's."""
-    folder = expand(source)
-    return folder.is_dir() and not folders.is_pipeline(folder) and not folders.is_model(folder)
+    """Whether this is a folder, here or in a bucket, that is neither a pipeline's nor a model's."""
+    is_remote = buckets.is_remote(source)
+    folder = source if is_remote else expand(source)
+    there = buckets.exists(source) if is_remote else folder.is_dir()
+    return there and not folders.is_pipeline(folder) and not folders.is_model(folder)
 
 
 def _load_run(

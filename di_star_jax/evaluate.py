@@ -29,8 +29,8 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     flags.DEFINE_string(
         "images",
         None,
-        "Folder of images in the prompts' order, or .json of prompt to file, in place "
-        "of --checkpoint. Transparency is dropped.",
+        "Folder of images in the prompts' order, here or in a bucket, or .json of prompt to file, "
+        "in place of --checkpoint. Transparency is dropped.",
     )
     flags.DEFINE_string(
         "prompts",
@@ -79,7 +79,7 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     )
     flags.DEFINE_string("name", None, "Name of the generator, in table and page.")
     flags.DEFINE_string("baseline", None, "--out of an earlier evaluation to compare with.")
-    flags.DEFINE_string("out", None, "Folder for the results.")
+    flags.DEFINE_string("out", None, "Folder for the results, or an address (gs://, s3://).")
     flags.DEFINE_integer("batch_size", 16, "Images at a time, over all devices.", lower_bound=1)
     flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the parameters.", lower_bound=1)
     flags.DEFINE_integer("max_prompts", 200, "Prompts whose images the page shows.", lower_bound=1)
@@ -132,9 +132,10 @@ def request() -> Request:
 
 
 def main() -> None:
-    out = evaluate(request()).folder
+    asked = request()
+    out = evaluate(asked).folder
     print((out / table.FILE).read_text(encoding="utf-8"))
-    print(f"wrote {results.FILE}, {results.SCORES}, {table.FILE} and {page.FILE} in {out}")
+    print(f"wrote {results.FILE}, {results.SCORES}, {table.FILE} and {page.FILE} in {asked.out}")
 
 
 if __name__ == "__main__":

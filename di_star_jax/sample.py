@@ -11,9 +11,11 @@ many, with guidance. Leaves 0000.png and so on, grid.png, and prompts.json, whic
 picture was drawn from and which `evaluate --images` reads.
 """
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -25,6 +27,7 @@ from di_star_jax.command import run as run_command
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines.folder import Pipeline
 from di_star_jax.shapes import scenes, tokenizer
+from di_star_jax.storage import buckets
 from di_star_jax.storage.files import expand, write_text
 
 SHIPPED = Path(tokenizer.__file__).parent / "checkpoint"
@@ -35,7 +38,10 @@ _TRIED = 6  # held-out captions, where no prompt is given
 def define_flags() -> None:  # not at import: other commands have flags of the same names
     """The flags that say what makes pictures and how; `evaluate` has them too."""
     flags.DEFINE_string(
-        "checkpoint", None, "Workdir of a run, folder of a pipeline or of a UNet, or Hub name."
+        "checkpoint",
+        None,
+        "Workdir of a run, folder of a pipeline or of a UNet, an address of one (gs://, s3://), or "
+        "Hub name.",
     )
     flags.DEFINE_string(
         "reference_pipeline",
@@ -160,8 +166,26 @@ def main() -> None:
     args = flags.FLAGS
     prompts = _prompts()
     asked().check()
-    out = expand(args.out)
-    open_folder(out)
+    with _folder(args.out) as out:
+        _draw(prompts, out)
+    if args.checkpoint is None:
+        log.say("next: di-star train --config=shapes --workdir=runs/shapes   # aligns it")
+
+
+@contextlib.contextmanager
+def _folder(name: str) -> Iterator[Path]:
+    """The folder for the pictures, opened; of a bucket a new one, which is uploaded in the end."""
+    if buckets.is_remote(name):
+        with buckets.new_folder(name) as out:
+            yield out
+        log.say(f"uploaded all to {name}")
+        return
+    open_folder(expand(name))
+    yield expand(name)
+
+
+def _draw(prompts: list[str], out: Path) -> None:
+    args = flags.FLAGS
     loaded = _load()
     _warn_of_unknown_words(loaded, prompts)
     sampling = drawing.sampling_of(asked(), loaded)
@@ -180,8 +204,6 @@ def main() -> None:
         f"wrote {_number(count, 'picture')}, {PROMPTS} and {out / 'grid.png'} in "
         f"{time.time() - began:.0f} s"
     )
-    if args.checkpoint is None:
-        log.say("next: di-star train --config=shapes --workdir=runs/shapes   # aligns it")
 
 
 def _number(count: int, what: str) -> str:
@@ -193,5 +215,5 @@ if __name__ == "__main__":
     flags.DEFINE_alias("reference", "reference_pipeline")
     flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
     flags.DEFINE_integer("num", 4, "Pictures of each prompt.", lower_bound=1)
-    flags.DEFINE_string("out", "samples", "Folder for the pictures.")
+    flags.DEFINE_string("out", "samples", "Folder for the pictures, or an address (gs://, s3://).")
     run_command(main)

@@ -126,7 +126,7 @@ def opens_text_by_locale(call):
     said = {keyword.arg for keyword in call.keywords}
     if name in ("read_text", "write_text"):
         owner = getattr(getattr(call.func, "value", None), "id", "")
-        is_ours = isinstance(call.func, ast.Name) or owner == "files"  # storage.files.write_text
+        is_ours = isinstance(call.func, ast.Name) or owner in ("files", "buckets")
         return not is_ours and "encoding" not in said
     owner = getattr(getattr(call.func, "value", None), "id", "")
     if name not in ("open", "fdopen") or owner in (

@@ -19,6 +19,7 @@ from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import REWARDS
+from di_star_jax.storage import buckets, folders
 
 SDXL_WIDTH = 320  # channels of its UNet's first level
 CPU = "cpu"  # its device kind
@@ -121,20 +122,27 @@ def model_configs(config) -> tuple[dict[str, dict], list[str]]:
     Raises: UserError for a local folder without a readable config.json.
     """
     reference, unknown = config.weights.reference, []
-    if Path(reference).is_dir():
-        found = _local(Path(reference))
+    if _has_configs(reference):
+        found = _local(folders.resolve_tokenizer(reference))
     else:
         found = dict(published.PIPELINES[reference]) if reference in published.PIPELINES else {}
         unknown += [] if found else [f"weights.reference={reference}"]
     for name, source in reward_sources(config).items():
         entry = REWARDS[name]
-        if source == "" or Path(source).is_dir():
-            found[name] = entry.read_config(Path(source))
+        if source == "":
+            found[name] = entry.read_config(Path())
+        elif _has_configs(source):
+            found[name] = entry.read_config(folders.resolve_tokenizer(source))
         elif source == entry.weights:
             found[name] = entry.published
         else:
             unknown.append(f"weights.{name}={source}")
     return found, unknown
+
+
+def _has_configs(source: str) -> bool:
+    """Whether a model's config.json can be read without a download of its weights."""
+    return buckets.is_remote(source) or Path(source).is_dir()
 
 
 def _local(folder: Path) -> dict[str, dict]:

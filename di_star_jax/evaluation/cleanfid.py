@@ -8,6 +8,7 @@ from types import ModuleType
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation.images import broken_among, images_in, is_16_bit, read_image
 from di_star_jax.pictures import save_png
+from di_star_jax.storage.buckets import local
 from di_star_jax.storage.files import shown
 
 # {metric: (clean-fid's model, what it does to an image)}
@@ -41,7 +42,7 @@ def check(names: list[str], reference: str) -> None:
     if reference.startswith(STATISTICS):
         _check_statistics(fid, names, reference.removeprefix(STATISTICS))
         return
-    theirs = images_in(Path(reference))
+    theirs = images_in(local(reference))
     broken = broken_among(theirs)
     if broken:
         raise UserError(
@@ -108,8 +109,8 @@ def distance(
         named |= dict(dataset_name=known, dataset_split="custom")
         against = f"its statistics {known}"
     else:
-        folder = reference
-        against = f"{len(images_in(Path(reference))):,} of {shown(reference)}"
+        folder = str(local(reference))
+        against = f"{len(images_in(local(reference))):,} of {shown(reference)}"
     with tempfile.TemporaryDirectory(dir=out, prefix=f"{name}_") as links:
         for i, file in enumerate(files):  # exactly the images that are scored
             link = Path(links) / f"{i:06d}{file.suffix.lower()}"

@@ -14,6 +14,7 @@ from di_star_jax.evaluation.job import Job
 from di_star_jax.evaluation.scores import load_reward, params_digest
 from di_star_jax.rewards import REWARDS, resolve
 from di_star_jax.shapes import scenes
+from di_star_jax.storage.buckets import local
 from di_star_jax.storage.files import digest_of
 
 
@@ -63,8 +64,9 @@ def _of_reward(
 def _of_features(job: Job, mesh: Mesh) -> dict:
     name = job.request.features
     model = load_features(job, mesh)
-    if "frechet" in job.metrics and Path(job.request.reference).is_file():
-        FeatureStatistics.load(job.request.reference, model.name)
+    reference = job.request.reference
+    if "frechet" in job.metrics and local(reference).is_file():
+        FeatureStatistics.load(local(reference), model.name)
     return {"features": name, "weights": job.sources[name], "sha256": model.digest}
 
 
@@ -75,7 +77,7 @@ def _of_reference(reference: str) -> dict:
 def _digest(reference: str) -> str:
     if reference.startswith(cleanfid.STATISTICS):
         return reference
-    path = Path(reference)
+    path = local(reference)
     if path.is_file():
         return digest_of(path)
     return listing_digest(images_in(path), path)

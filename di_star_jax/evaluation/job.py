@@ -25,8 +25,9 @@ from di_star_jax.prompts.sets import PROMPT_SETS
 from di_star_jax.prompts.source import Source
 from di_star_jax.prompts.source import load as load_prompts
 from di_star_jax.rewards import REWARDS, resolve
-from di_star_jax.storage import checkpoint, folders
-from di_star_jax.storage.files import write_text
+from di_star_jax.storage import buckets, checkpoint, folders
+from di_star_jax.storage.buckets import is_remote, local
+from di_star_jax.storage.files import expand, write_text
 
 # Stages, beside the metrics.
 READ, LOAD, DRAW = "reading the images", "loading the metrics' weights", "drawing the images"
@@ -131,7 +132,7 @@ def job_of(request: Request) -> Job:
     metadata = run_metadata(request.checkpoint)
     out = Path(request.out)
     _open_out(out)
-    listed = listed_images(Path(request.images)) if request.prompts is None else None
+    listed = listed_images(local(request.images)) if request.prompts is None else None
     where = request.prompts or _write_prompts(out, list(listed))
     source = load_prompts(where, out / PROMPTS, file=request.prompts_file or "")
     for note in source.notes:
@@ -164,15 +165,15 @@ def completed(request: Request) -> Request:
     """
     if request.prompts is not None:
         return request
-    if request.images is None or not (Path(request.images) / LISTED).is_file():
+    if request.images is None or not (local(request.images) / LISTED).is_file():
         raise UserError(
             f"no --prompts; give one of {', '.join(PROMPT_SETS)} or a file, or --images of a "
             f"folder with {LISTED}, as `sample` writes it"
         )
-    counts = [len(files) for files in listed_images(Path(request.images)).values()]
+    counts = [len(files) for files in listed_images(local(request.images)).values()]
     if request.samples not in (1, counts[0]):
         raise UserError(
-            f"--samples={request.samples}, but {Path(request.images) / LISTED} has {counts[0]} "
+            f"--samples={request.samples}, but {local(request.images) / LISTED} has {counts[0]} "
             "images a prompt; leave --samples out"
         )
     return dataclasses.replace(request, samples=counts[0])
@@ -193,7 +194,7 @@ def _files(
 ) -> list[list[Path]]:
     """[P][K] images: those that are given, or those that will be drawn."""
     if request.images:
-        return find_images(Path(request.images), prompts, request.samples, total)
+        return find_images(local(request.images), prompts, request.samples, total)
     folder = Path(request.out) / IMAGES
     return [
         [folder / f"{prompt.row:05d}_{k}.png" for k in range(request.samples)] for prompt in prompts
@@ -297,12 +298,13 @@ def check_inputs(request: Request) -> None:
 
 def _find_baseline(request: Request) -> None:
     if request.baseline:
-        results.check_finished(Path(request.baseline))
+        results.check_finished(local(request.baseline))
 
 
 def _find_checkpoint(request: Request) -> None:
     if request.checkpoint and _is_path(request.checkpoint):
-        folders.resolve(request.checkpoint)
+        if not is_remote(request.checkpoint) or not is_run(request.checkpoint):
+            folders.resolve(request.checkpoint)
         run_metadata(request.checkpoint)
 
 
@@ -310,13 +312,21 @@ def _find_prompts(request: Request) -> None:
     if request.prompts is None:
         return
     name, where = sets.resolve(request.prompts, request.prompts_file or "")
-    if "://" not in where:
-        sets.find(PROMPT_SETS[name] if name else sets.own_file(), Path(where))
+    if not where.startswith(("http://", "https://")):
+        sets.find(PROMPT_SETS[name] if name else sets.own_file(), local(where))
 
 
 def _find_images(request: Request) -> None:
     if request.images:
-        check_given(Path(request.images))
+        check_given(local(request.images))
+
+
+def _find_out(request: Request) -> None:
+    """Nothing is drawn for a place that cannot be written."""
+    if is_remote(request.out):
+        buckets.check_output(request.out)
+    else:
+        expand(request.out)
 
 
 def _find_packages(request: Request) -> None:
@@ -342,7 +352,9 @@ def _find_weights(request: Request) -> None:
             absent.append(str(error))
     tokenizer = request.tokenizer or metadata.get("weights", {}).get("reward_tokenizer", "")
     used = any(name in REWARDS and REWARDS[name].uses_tokenizer for name in request.metrics)
-    if used and tokenizer and _is_path(tokenizer) and not Path(tokenizer).is_dir():
+    if used and is_remote(tokenizer):
+        folders.resolve_tokenizer(tokenizer)
+    elif used and tokenizer and _is_path(tokenizer) and not Path(tokenizer).is_dir():
         absent.append(f"no folder {tokenizer} for --tokenizer")
     if absent:
         raise UserError("; ".join(absent))
@@ -358,7 +370,7 @@ def _find_reference(request: Request) -> None:
         )
     if not given or given.startswith(cleanfid.STATISTICS) and "frechet" not in users:
         return
-    reference = Path(given)
+    reference = local(given)
     if not reference.exists():
         raise UserError(
             f"--reference={given} does not exist; give a folder of images or an .npz of statistics"
@@ -383,6 +395,7 @@ _INPUTS = (
     _find_images,
     _find_prompts,
     _find_packages,
+    _find_out,
     _find_reference,
     _find_weights,
 )
@@ -390,7 +403,7 @@ _INPUTS = (
 
 def _is_path(source: str) -> bool:
     """Whether it cannot be a name on the Hub."""
-    return Path(source).exists() or source.startswith((".", "/", "~"))
+    return is_remote(source) or Path(source).exists() or source.startswith((".", "/", "~"))
 
 
 def _check_names(

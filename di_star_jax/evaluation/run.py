@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An evaluation from its request to its files."""
 
+import dataclasses
 import importlib.metadata
 import os
 import time
@@ -40,6 +41,7 @@ from di_star_jax.evaluation.statistics import over_noise, summary
 from di_star_jax.evaluation.store import Store
 from di_star_jax.prompts.sets import PROMPT_SETS
 from di_star_jax.rewards import REWARDS, resolve
+from di_star_jax.storage import buckets
 from di_star_jax.storage.files import write_text
 
 STORE = "scores.sqlite"
@@ -50,12 +52,20 @@ def evaluate(request: Request) -> Evaluation:
 
     Stopped, the same request continues. Finished, one with other metrics adds them.
 
+    Args: request, whose `out` may be in a bucket: then all is there in the end, and before that on
+      this machine.
     Raises: UserError.
     """
     request = completed(request)
     check(request)
     check_inputs(request)
-    baseline = results.read(Path(request.baseline)) if request.baseline else None
+    with buckets.continued_folder(request.out) as out:
+        return _evaluate_in(dataclasses.replace(request, out=str(out)))
+
+
+def _evaluate_in(request: Request) -> Evaluation:
+    """`evaluate` of a checked request whose results go to a folder on this machine."""
+    baseline = results.read(buckets.local(request.baseline)) if request.baseline else None
     job = job_of(request)
     given = asked(job)
     if baseline:
@@ -208,7 +218,7 @@ def _add_by_features(
         numbers.notes["diversity"] = f"over {job.request.samples} images a prompt; {model.name}"
     if "frechet" in job.metrics:
         kept = job.out / f"reference_{model.digest[:8]}.npz"
-        reference = Path(job.request.reference)
+        reference = buckets.local(job.request.reference)
         distance, note = features.distance_to_reference(found, model, reference, kept)
         numbers.distances["frechet"] = distance
         numbers.notes["frechet"] = note
@@ -253,7 +263,7 @@ def _own_groups(job: Job) -> tuple[str, ...]:
 
 def _below(file: Path, job: Job) -> str:
     """A file's place in the folder of images."""
-    given = Path(job.request.images or job.out)
+    given = buckets.local(job.request.images or str(job.out))
     base = given if given.is_dir() else given.parent
     return str(file.relative_to(base)) if file.is_relative_to(base) else file.name
 

@@ -8,6 +8,7 @@ from typing import Any
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation.images import listing_digest
 from di_star_jax.evaluation.job import STATE, Job
+from di_star_jax.storage.buckets import local
 from di_star_jax.storage.files import read_json, shown, write_text
 
 # As asked; what has drawn the images says it as it is.
@@ -28,7 +29,7 @@ def asked(job: Job) -> dict:
         "samples": request.samples,
     }
     if request.images:
-        base = Path(request.images)
+        base = local(request.images)
         base = base if base.is_dir() else base.parent
         files = [shot.file for shot in job.shots]
         return given | {"images_digest": listing_digest(files, base)}

@@ -128,7 +128,7 @@ def timesteps_of(scheduler: dict, one_step: int) -> tuple[int, ...]:
 # The folder.
 
 
-def check_export(reference_folder: Path, output: Path) -> None:
+def check_export(reference_folder: Path, output: str | os.PathLike) -> None:
     """Raises: UserError for what would stop `export_pipeline`; to be asked before long work."""
     folders.check_output(output, [reference_folder])
     folders.check_inside(reference_folder, reference_folder / "model_index.json")
@@ -186,7 +186,7 @@ def export_pipeline(
     Raises: UserError for a reference that lacks a component, or an output that cannot be written.
     """
     reference_folder = Path(reference_folder)
-    check_export(reference_folder, Path(output))
+    check_export(reference_folder, output)
     index = folders.read_config(reference_folder, name="model_index.json")
     if unet.timesteps:
         scheduler = generator_scheduler(reference_folder, unet.timesteps)

@@ -25,6 +25,7 @@ from di_star_jax.errors import UserError
 from di_star_jax.prompts import sets
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.sets import PROMPT_SETS, PromptSet
+from di_star_jax.storage import buckets
 from di_star_jax.storage.files import digest_of, read_json, whole, write_text
 
 TIMEOUT = 60.0  # seconds without an answer
@@ -242,9 +243,12 @@ def _fetch(
 ) -> Path:
     """Downloads a file, or each file of a set that is a folder of known names, once."""
     parts = urllib.parse.urlsplit(url)
+    if parts.scheme in buckets.SCHEMES:
+        return buckets.fetch(url, spec.folder or ("*",))
     if parts.scheme not in ("http", "https"):
         raise UserError(
-            f"{url} starts with {parts.scheme}://, expected http:// or https://; or give a path"
+            f"{url} starts with {parts.scheme}://, expected http:// or https://, gs:// or s3://; "
+            "or give a path"
         )
     folder = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
     if not spec.forms:

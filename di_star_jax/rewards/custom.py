@@ -21,7 +21,7 @@ import numpy as np
 
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.rewards.reward import Entry, Reward, Tokenize, no_prompts
-from di_star_jax.storage.files import expand
+from di_star_jax.storage import buckets
 
 _PIXELS = 512  # of the images of the trial
 
@@ -46,7 +46,7 @@ def entry(spec: str, pixels: int = _PIXELS) -> Entry:
     file, _, name = spec.rpartition(":")
     if not file or not name.isidentifier():
         raise UserError(f"reward {spec!r}, expected FILE:FUNCTION such as my.py:brightness")
-    path = expand(file)
+    path = buckets.local(file)
     if not path.is_file():
         raise UserError(f"reward {spec}: no file {path}; give FILE:FUNCTION with a file's path")
     module = _module(spec, path)

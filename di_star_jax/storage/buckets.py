@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from di_star_jax.storage import files
 from di_star_jax.storage.files import MARKER, user_cache, whole
 
 _EXTRAS = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme: what reaches it
+SCHEMES = tuple(_EXTRAS)
 _PATTERN = "[]*?#\\"  # what Orbax, TensorStore or fsspec take for a pattern or a version
 # Seconds until a server counts as dead; the search for credentials before it may take as long.
 _WAIT = 14.0
@@ -85,8 +87,8 @@ def fetch(
     found = listing(url)
     if not found:
         raise UserError(f"nothing at {url}; check the name, or what the credentials may read")
-    version = hashlib.sha256(json.dumps([url, found]).encode()).hexdigest()[:16]
-    root = user_cache() / "buckets" / version / url.rpartition("/")[2]
+    version = _short_hash(json.dumps([url, found]))
+    root = user_cache() / "buckets" / version / _name(url)
     wanted = {
         name: root / name
         for name in found
@@ -100,6 +102,29 @@ def fetch(
             if not path.exists():
                 _download(child(url, name) if name else url, path, found[name][1])
     return root
+
+
+def local(path: str | os.PathLike) -> Path:
+    """A file or folder to read, as a user gives it: a bucket's is fetched, once a process.
+
+    Raises: UserError as of `fetch`.
+    """
+    return _fetched(str(path)) if is_remote(path) else files.expand(path)
+
+
+_fetched = functools.cache(fetch)
+
+
+def exists(url: str) -> bool:
+    """Whether there is an object, or one below. Raises: UserError where that cannot be asked."""
+    with _told(url, "read"):
+        fs = _connect(url)
+        try:
+            fs.info(url.rstrip("/"), timeout=_WAIT)
+        except FileNotFoundError:
+            _check_bucket(fs, url)
+            return False
+    return True
 
 
 def read_text(url: str) -> Text | None:
@@ -251,6 +276,59 @@ def check_output(url: str) -> None:
             )
 
 
+@contextlib.contextmanager
+def new_folder(url: str) -> Iterator[Path]:
+    """A folder here to write in, which is uploaded in the end, and not after an error.
+
+    Raises: UserError where `upload` would refuse it.
+    """
+    check_output(url)
+    place = files.staging("outputs")
+    folder = place / _name(url)
+    folder.mkdir()
+    try:
+        with _named(folder, url):
+            yield folder
+        upload(folder, url)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def continued_folder(path: str) -> Iterator[Path]:
+    """A folder to go on writing in: `path`, or a copy of a bucket's, which is uploaded in the end.
+
+    The copy stays: after an error, work goes on from it on this machine.
+
+    Raises: UserError where `upload` would refuse it.
+    """
+    if not is_remote(path):
+        yield files.expand(path)
+        return
+    check_output(path)
+    folder = user_cache() / "continued" / _short_hash(path.rstrip("/")) / _name(path)
+    there = read_text(child(path, MARKER))
+    seen = folder / MARKER  # of the bucket, when both were last the same
+    is_same = seen.exists() and there and seen.read_text(encoding="utf-8") == there.text
+    if there and _UNFINISHED not in _parsed(there.text) and not is_same:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(fetch(path), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _named(folder, path):
+        yield folder
+    upload(folder, path)
+    get(child(path, MARKER), seen)
+
+
+@contextlib.contextmanager
+def _named(folder: Path, url: str) -> Iterator[None]:
+    """What a user can mend in a folder that stands for a bucket's, by the name of the bucket's."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(str(folder), url)) from None
+
+
 def put(file: Path, url: str) -> None:
     """Copies one file to a bucket; it is there whole, or not at all."""
     with _told(url, "written"):
@@ -385,6 +463,14 @@ def _advice(url: str, error: Exception) -> str:
 
 
 # Small parts.
+
+
+def _name(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[2]
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _version(info: dict) -> str:

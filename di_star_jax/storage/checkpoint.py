@@ -45,7 +45,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def __init__(self, folder: str | os.PathLike, keep: int | None):
         check_path(folder)
-        self.folder = _absolute(folder)
+        self.folder = place(folder)
         self._known = {}  # step -> whether its folder is a checkpoint, or is to become one
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def check_path(folder: str | os.PathLike) -> None:
                 "for a relative path (its pull request 2739); give a gs:// address, or a folder"
             )
         return
-    path = str(_absolute(folder))
+    path = str(place(folder))
     found = sorted(set(_PATTERN) & set(path))
     if found:
         raise UserError(
@@ -250,12 +250,12 @@ def existing(folder: str | os.PathLike) -> Checkpoints:
     check_path(folder)
     if buckets.is_remote(folder):
         buckets.reach(str(folder))
-    for candidate in (_absolute(folder), _absolute(folder) / FOLDER):
+    for candidate in (place(folder), place(folder) / FOLDER):
         if candidate.is_dir() and any(
             _is_ours(candidate, step) for step in ocp.utils.checkpoint_steps(candidate)
         ):
             return Checkpoints(candidate, keep=None)
-    what = "no checkpoint in" if _absolute(folder).is_dir() else "no folder"
+    what = "no checkpoint in" if place(folder).is_dir() else "no folder"
     raise UserError(
         f"{what} {folder}; give the workdir of a run that has saved one, or its {FOLDER} folder"
     )
@@ -273,6 +273,8 @@ def located(metadata: dict) -> dict:
     began_in = metadata.get("directory", ".")
 
     def find(source):
+        if buckets.is_remote(source):
+            return source
         candidates = (Path(began_in) / expand(source), expand(source)) if source else ()
         return next((str(path) for path in candidates if path.exists()), source)
 
@@ -301,7 +303,8 @@ def reference_of(metadata: dict, given: str | None) -> Path:
 # Folders, here or in a bucket.
 
 
-def _absolute(folder: str | os.PathLike) -> Path | epath.Path:
+def place(folder: str | os.PathLike) -> Path | epath.Path:
+    """An absolute path, here or in a bucket."""
     if buckets.is_remote(folder):
         buckets.sign_in(str(folder).split("/")[2])
         return epath.Path(folder)

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,14 @@ MARKER = "di_star_jax.json"  # lists what was written into a folder: that alone 
 
 
 def expand(path: str | os.PathLike) -> Path:
-    """A path as a user gives it: ~ is the home folder, also where no shell has read it."""
+    """A path on this machine as a user gives it: ~ is the home folder, also where no shell has
+    read it. Raises: UserError for an address.
+    """
+    if re.match(r"\w\w+:/", str(path)):
+        scheme = str(path).partition(":")[0]
+        if "://" in str(path):
+            raise UserError(f"{path} is an address, expected a path on this machine; give one")
+        raise UserError(f"{path} has one slash behind {scheme}:, expected {scheme}://BUCKET/PATH")
     return Path(path).expanduser()
 
 
@@ -26,10 +34,23 @@ def user_cache() -> Path:
     return Path(of_user) / "di_star_jax"
 
 
+def staging(kind: str) -> Path:
+    """A new folder of this process in the user's cache; those of processes that were killed go."""
+    root = user_cache() / kind
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.iterdir():
+        pid = path.name.partition("-")[0]
+        if not Path("/proc", pid).exists():
+            shutil.rmtree(path, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root))
+
+
 def shown(path: str | os.PathLike) -> str:
     """A path as pages and tables name it, which others read: below the current folder, else its
-    name alone. Names on the Hub and relative paths stay as they are.
+    name alone. Names on the Hub, addresses and relative paths stay as they are.
     """
+    if "://" in str(path):
+        return str(path)
     path = Path(path)
     if not path.is_absolute():
         return str(path)

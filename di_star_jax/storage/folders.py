@@ -18,6 +18,7 @@ import safetensors
 from absl import logging
 
 from di_star_jax.errors import UserError
+from di_star_jax.storage import buckets
 from di_star_jax.storage.files import MARKER, expand, listing, whole_folder
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems of weight files' names
@@ -81,16 +82,16 @@ def write_object(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# From the Hub.
+# From a bucket or the Hub.
 
 
 def resolve(name: str) -> Path:
-    """A local folder for a folder's or a Hub repository's name.
+    """A local folder for a folder's, a bucket's or a Hub repository's name.
 
-    Of the Hub's, safetensors, json and txt files only.
+    Of the latter two, safetensors, json and txt files only.
 
-    Raises: UserError for a path that is no folder (without asking the network), or when the Hub
-      does not deliver.
+    Raises: UserError for a path that is no folder (without asking the network), or when bucket or
+      Hub do not deliver.
     """
     if _is_folder(name):
         return expand(name)
@@ -120,7 +121,9 @@ def resolve_tokenizer(name: str) -> Path:
 
 
 def _is_folder(name: str) -> bool:
-    """Whether `name` is local. Raises: UserError if it cannot be a repository's either."""
+    """Whether `name` is local. Raises: UserError if it is nothing to be fetched either."""
+    if buckets.is_remote(name):
+        return False
     if expand(name).is_dir():
         return True
     if expand(name).exists():
@@ -141,6 +144,11 @@ def _fetch(
     patterns: list[str],
     ignore: str | None = None,
 ) -> Path:
+    if buckets.is_remote(name):
+        folder = buckets.fetch(name, patterns, ignore)
+        if folder.is_file():
+            raise UserError(f"{name} is a file, expected a folder in the layout of diffusers")
+        return folder
     endpoint = huggingface_hub.constants.ENDPOINT
     if not endpoint.startswith(("https://", "http://")):
         raise UserError(
@@ -187,14 +195,21 @@ def components(pipeline: str | os.PathLike) -> list[str]:
 
 def is_pipeline(folder: str | os.PathLike) -> bool:
     """Whether a folder is a pipeline's."""
-    return (Path(folder) / "model_index.json").is_file()
+    return _holds(folder, "model_index.json")
 
 
 def is_model(folder: str | os.PathLike) -> bool:
     """Whether a folder is a single model's; a run's workdir has a config.json of another kind."""
-    folder = Path(folder)
-    is_run = (folder / "checkpoints").is_dir()
-    return (folder / "config.json").is_file() and not is_run and not is_pipeline(folder)
+    is_run = _holds(folder, "checkpoints")
+    return _holds(folder, "config.json") and not is_run and not is_pipeline(folder)
+
+
+def _holds(folder: str | os.PathLike, name: str) -> bool:
+    """Whether something of this name is in a folder, here or in a bucket."""
+    if buckets.is_remote(folder):
+        return buckets.exists(buckets.child(str(folder), name))
+    path = Path(folder) / name
+    return path.is_file() or path.is_dir()
 
 
 def check_inside(folder: Path, path: Path) -> None:
@@ -299,6 +314,9 @@ def check_output(folder: str | os.PathLike, sources: Sequence[Path] = ()) -> Non
 
     Args: sources, what is read meanwhile: the folder may be none of them, in none, around none.
     """
+    if buckets.is_remote(folder):
+        buckets.check_output(str(folder))
+        return
     real = expand(folder).resolve()
     if Path.cwd().is_relative_to(real):
         raise UserError(
@@ -330,6 +348,10 @@ def new_folder(folder: str | os.PathLike, sources: Sequence[Path] = ()) -> Itera
     """
     check_output(folder, sources)
     try:
+        if buckets.is_remote(folder):
+            with buckets.new_folder(str(folder)) as partial:
+                yield partial
+            return
         with whole_folder(expand(folder).resolve()) as partial:
             yield partial
             write_object(partial / MARKER, {"files": listing(partial)})

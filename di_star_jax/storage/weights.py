@@ -320,7 +320,7 @@ def save(
     """
     params = whole_on_each_host(params)
     if jax.process_index() == 0:
-        with folders.new_folder(Path(folder)) as partial:
+        with folders.new_folder(folder) as partial:
             write_model(partial, params, config=config, file_name=file_name, dtype=dtype)
 
 

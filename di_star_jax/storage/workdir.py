@@ -9,16 +9,14 @@ a run goes on and put back as they change: a bucket knows no appending.
 import contextlib
 import os
 import shutil
-import tempfile
 import time
-from pathlib import Path
 
 import jax
 
 from di_star_jax.errors import UserError
 from di_star_jax.storage import buckets
 from di_star_jax.storage.checkpoint import check_path
-from di_star_jax.storage.files import user_cache, writable_folder
+from di_star_jax.storage.files import staging, writable_folder
 
 _PAUSE = 10.0  # seconds between two copies of what changes
 
@@ -43,7 +41,7 @@ class Workdir(contextlib.AbstractContextManager):
             self.folder = writable_folder(str(name), "workdir")
             return
         buckets.check_workdir(self.url)
-        self.folder = _staging()
+        self.folder = staging("workdirs")
         for file in buckets.files_in(self.url):
             buckets.get(self.at(file), self.folder / file)
         self._sent = self._files()
@@ -116,14 +114,3 @@ class Workdir(contextlib.AbstractContextManager):
     def _files(self) -> dict[str, tuple[int, int]]:
         paths = [path for path in self.folder.iterdir() if path.name[0] != "." and path.is_file()]
         return {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in paths}
-
-
-def _staging() -> Path:
-    """A new folder of this process; those of processes that were killed are removed."""
-    root = user_cache() / "workdirs"
-    root.mkdir(parents=True, exist_ok=True)
-    for path in root.iterdir():
-        pid = path.name.partition("-")[0]
-        if not Path("/proc", pid).exists():
-            shutil.rmtree(path, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root))

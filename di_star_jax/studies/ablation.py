@@ -440,7 +440,7 @@ row trains on; the Frechet distance is to the teacher's 50-step pictures in that
 
 def main() -> None:
     args = flags.FLAGS
-    workdir, out = (pathlib.Path(path).expanduser() for path in (args.workdir, _out(args)))
+    workdir, out = map(files.expand, (args.workdir, _out(args)))
     check_all(
         check_matplotlib,
         lambda: _check_rows(args),

@@ -30,7 +30,7 @@ def page(config_file: Path) -> str:
 
 
 def main() -> None:
-    files.write_text(Path(flags.FLAGS.out).expanduser(), page(Path(flags.FLAGS.config)))
+    files.write_text(files.expand(flags.FLAGS.out), page(Path(flags.FLAGS.config)))
 
 
 def define_flags() -> None:

@@ -343,7 +343,7 @@ their weights are {weights}.
 def main() -> None:
     out = flags.FLAGS.out
     check_all(check_matplotlib, lambda: files.writable_folder(out, "--out"))
-    run(pathlib.Path(out).expanduser(), flags.FLAGS.steps)
+    run(files.expand(out), flags.FLAGS.steps)
     log.say(f"wrote mixture.md and mixture.png in {out}")
 
 
