@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from di_star_jax import config
-from di_star_jax.errors import UserError, exit_on_user_error, suggest
+from di_star_jax.errors import DONE, INTERRUPTED, UserError, exit_on_user_error, suggest
 from di_star_jax.hosts import keep_compiled
 
-INTERRUPTED = 130  # what shells say of a command that Ctrl-C ended
 _GRACE = 3.0  # seconds for `with` blocks to end in
 _HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
 
@@ -103,7 +102,7 @@ def parse(argv: list[str]) -> list[str]:
 
     if any(arg in _HELP for arg in argv[1:]):
         print(help_text(argv))
-        sys.exit(0)
+        sys.exit(DONE)
     if takes_config():
         argv = config.with_file(argv)
         sys.argv = list(argv)  # where ml_collections looks for the fields

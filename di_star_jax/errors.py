@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user can mend, said in one line."""
+"""What a user can mend, said in one line, and the exit codes by which launchers decide."""
 
 import difflib
 import os
@@ -8,6 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# Exit codes. A launcher starts the same command again after STOPPED, LOST and death by a signal,
+# and not after the others: docs/clusters.md.
+DONE = 0
+BUG = 1  # with a traceback
+MISTAKE = 2  # the user's: it would be made again
+STOPPED = 75  # by SIGTERM, with the state saved (EX_TEMPFAIL of sysexits.h)
+LOST = 76  # another process of the run died, or cannot be reached
+INTERRUPTED = 130  # by Ctrl-C, with the state saved; what shells say of it
+
 
 class UserError(Exception):
     """A mistake the user can mend: one line that says what was given, what is expected and how to
@@ -15,19 +24,32 @@ class UserError(Exception):
     """
 
 
+class LostError(Exception):
+    """The processes of a run have lost each other: one line that says which."""
+
+
+def line_of(error: UserError) -> str:
+    """What it says, without what a config file's own error has before it."""
+    return re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
+
+
 def exit_on_user_error(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, ending with one line on stderr and exit code 2 where the user erred."""
+    """`function`, ending with one line on stderr and exit code 2 where the user erred.
+
+    With LOST where processes have lost each other.
+    """
 
     def wrapped(*args):
         try:
             return function(*args)
         except UserError as error:
-            # A config file's own error comes with its traceback: the last line says it.
-            line = re.sub(r"^[\w.]*Error: ", "", str(error).strip().splitlines()[-1])
-            print(f"error: {line}", file=sys.stderr)
-            sys.exit(2)
+            print(f"error: {line_of(error)}", file=sys.stderr)
+            sys.exit(MISTAKE)
+        except LostError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(LOST)
         except BrokenPipeError:  # of `di-star ... | head`, which has seen enough
-            os._exit(0)
+            os._exit(DONE)
 
     return wrapped
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 
+from di_star_jax import processes
 from di_star_jax.errors import UserError
 
 SILENCE = 30  # seconds without a sign of life after which the other processes end too
@@ -272,6 +273,7 @@ def connect(env: Mapping[str, str]) -> None:
             f"{said} says that there are several processes, but only this one is seen; start the "
             "command on every host" + (f", or unset {variable} to run alone" if variable else "")
         )
+    processes.watch(SILENCE)
 
 
 @contextlib.contextmanager

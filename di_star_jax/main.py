@@ -22,6 +22,7 @@ from di_star_jax.cost import plan, slices
 from di_star_jax.errors import UserError
 from di_star_jax.hosts import connect, keep_compiled
 from di_star_jax.sharding import check_slices, mesh_shape
+from di_star_jax.processes import one_for_all
 from di_star_jax.storage.buckets import is_remote
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -54,7 +55,8 @@ def main() -> None:
     workdir = os.path.expanduser(_WORKDIR.value or "")  # expand() would change gs://
     check_workdir(workdir)
     connect(os.environ)
-    check(config, jax.device_count())
+    with one_for_all():
+        check(config, jax.device_count())
     if jax.process_count() > 1 or is_remote(workdir):  # only the first writes, all see the workdir
         keep_compiled(f"{workdir}/compiled")
     # After distributed start-up, before which no device may be touched.

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
-from di_star_jax import log
+from di_star_jax import log, processes
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError
 from di_star_jax.objectives import OUTSIDE
@@ -116,8 +115,7 @@ def agree(
         if changed:
             log.say(f"changed since the last start: {_told(changed)}")
             said.append({"step": step} | {name: list(both) for name, both in changed.items()})
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("config read")
+    processes.gather("config read")
     if jax.process_index() == 0:
         content = now | {"changes": said, "finished": kept.get("finished", {})}
         files.write_text(folder / FILE, json.dumps(content, indent=1) + "\n")

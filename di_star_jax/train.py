@@ -2,6 +2,7 @@
 """A run from weights to weights: build, restore, loop, log, save, export."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import re
@@ -10,21 +11,31 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from di_star_jax import assembly, drawing, log, pictures, record, sharding, step
+from di_star_jax import (
+    assembly,
+    drawing,
+    lock,
+    log,
+    pictures,
+    processes,
+    record,
+    rewards,
+    sharding,
+    step,
+)
 from di_star_jax.assembly import Parts
 from di_star_jax.config import fields
 from di_star_jax.cost import flops, plan
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import held_out
 from di_star_jax.evaluation.held_out import HeldOut
-from di_star_jax.gradients import Settings
+from di_star_jax.gradients import Method, Settings
 from di_star_jax.models import attention
 from di_star_jax.pipelines.card import PICTURE, About
 from di_star_jax.pipelines.export import FOLDER, Unet, check_export, export_pipeline
@@ -34,11 +45,13 @@ from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.source import PromptStream, Source
 from di_star_jax.rewards import rewards_used, scales_of
 from di_star_jax.stop import Stop
-from di_star_jax.storage import checkpoint, folders, weights
+from di_star_jax.storage import checkpoint, files, folders, weights
 from di_star_jax.storage.checkpoint import Checkpoints
 from di_star_jax.storage.workdir import Workdir
 
 COMPILING = "a minute for the shapes world, many for SDXL"
+WARMUP, TRAINING = "warm-up step", "training step"
+AT_START = 300.0  # seconds for all processes to come, once they are connected
 
 
 def run(
@@ -59,7 +72,13 @@ def run(
     Raises: UserError for unusable inputs, a workdir of another run, a full disk, and a gradient
       that is not finite. SystemExit after Ctrl-C or SIGTERM, when the state is saved.
     """
-    with Workdir(workdir) as place, Stop() as stop, full_disk_in_one_line(place.folder):
+    with processes.one_for_all(), Stop() as stop, contextlib.ExitStack() as stack:
+        with stop.free():
+            agree_on_start(config)
+            stack.enter_context(lock.held(workdir))
+        place = stack.enter_context(Workdir(workdir))
+        stack.enter_context(full_disk_in_one_line(place.folder))
+        log.say(stop.promise())
         follow(config, place, arguments, stop)
 
 
@@ -70,133 +89,327 @@ def follow(
     stop: Stop,
 ) -> None:
     """`run`, in a folder that is there and with signals listened to."""
-    folder = workdir.folder
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     introduce(config, mesh)
-    if Path(config.weights.reference).is_dir():  # one of the Hub's is looked at once it is here
-        check_export(Path(config.weights.reference), folder / FOLDER)
-    workdir.check_folder(FOLDER)
-    warmup = config.assistant.warmup_steps
-    total = warmup + config.train.steps
+    check_outputs(config, workdir)
     with contextlib.ExitStack() as stack:
-        # What is asked for and what is there, before any weights.
         with stop.free(), log.waiting("reading prompts"):
-            prompts = {s: load_prompts(config, s, folder) for s in prompt_sections(config)}
+            prompts = {s: load_prompts(config, s, workdir.folder) for s in prompt_sections(config)}
         checkpoints = stack.enter_context(
             Checkpoints(workdir.at(checkpoint.FOLDER), keep=config.train.keep)
         )
         checkpoints.tidy(step.TrainState._fields)
-        latest = checkpoints.latest_step()
-        record.agree(config, folder, arguments, prompts["data"].digest, latest)
-        check_steps(config, latest)
-        log.say(record.sentence(config, arguments))
-        settings = eval_settings(config, prompts)
-        done = record.finished(folder)
-        exported = done.get("step") == total == latest and is_exported(workdir)
-        scored = done == {"step": total, "scored": settings} and is_scored(folder, settings)
-        if exported and scored:
-            log.say(f"finished: all {total} steps are done, in {workdir}")
-            table = held_out.table(folder) if settings else f"exported {folder / FOLDER}"
-            log.say(workdir.named(table))
+        begun = begin(config, workdir, arguments, prompts, checkpoints.latest_step())
+        if begun.exported and begun.scored:
+            show_finished(begun, workdir)
             return
-        if latest is not None:
-            stop.goes_on = f"stopped at step {latest}; the same command goes on"
+        if begun.latest is not None:
+            stop.goes_on = f"stopped at step {begun.latest}; the same command goes on"
 
-        # Weights.
         with stop.free(), log.waiting("loading weights", "minutes for SDXL"):
-            check_export(folders.resolve(config.weights.reference), folder / FOLDER)
-            parts = assembly.load_parts(config, mesh)
-            method = assembly.method_of(config, parts)
-            optimizers = assembly.optimizers_of(config)
-            frozen = parts.frozen()
-            state = load_state(config, parts, mesh, checkpoints, optimizers)
-        first = int(state.step)
-        if first < total:
+            agree_on_weights(config, begun.latest)
+            check_export(folders.resolve(config.weights.reference), workdir.folder / FOLDER)
+            loaded = load(config, mesh, prompts)
+            state = load_state(config, loaded, checkpoints)
+        if int(state.step) < begun.total:
             checkpoints.check_room(state)
-        scorer = scorer_of(config, parts, method.settings, mesh, prompts)
-        batch_at = batches(config, parts, mesh, prompts["data"])
+        before = score_before(config, loaded, state, begun, workdir, stop)
+        steps, costs = compile_steps(config, loaded, state, stop)
 
-        # Before: scores and pictures of the generator as it came.
-        before = None
-        if scorer and not scored and (first == 0 or not held_out.has_before(folder, settings)):
-            with stop.free():
-                before = score_initial(config, parts, state, scorer)
-            if jax.process_index() == 0:
-                held_out.keep_before(folder, settings, before)
-
-        # Compiled ahead, so that no step waits for it.
-        key = jax.random.key(config.seed)
-        steps = {}
-        costs = {}
-        for name, make, until in (
-            ("warm-up step", step.make_warmup_step, warmup),
-            ("training step", step.make_train_step, total),
-        ):
-            if first < until:
-                jitted = assembly.jit_step(make(method, optimizers, mesh), state, mesh)
-                with stop.free(), log.waiting(f"compiling the {name}", COMPILING):
-                    traced = jitted.trace(state, frozen, batch_at(first), key)
-                    steps[name] = traced.lower().compile()
-                costs[name] = flops.count_traced(traced.jaxpr)
-
-        # The steps. Step k's metrics are fetched after step k + 1 is dispatched, so that the
-        # devices never wait for the host.
+        first = int(state.step)
         writer = stack.enter_context(
-            log.Writer(folder, first_step=first, written=workdir.push_sometimes)
+            log.Writer(workdir.folder, first_step=first, written=workdir.push_sometimes)
         )
-        report = Report(config, writer, progress_of(config, first, costs, scorer), first)
+        report = Report(config, writer, progress_of(config, first, costs, loaded.scorer), first)
         stack.enter_context(report.progress)
-        report.begin(arguments, scorer, before)
-        pending = None
-        stopping = False
-        for k in range(first, total):
-            stop.doing = f"step {k + 1} and its checkpoint"
-            update = steps["warm-up step" if k < warmup else "training step"]
-            state, metrics = update(state, frozen, batch_at(k), key)
-            if pending is not None:
-                report.step(*pending)
-            pending = (k + 1, metrics)
-            stopping = stop.reached(mesh)
-            if stopping or (k + 1) % config.train.save_every == 0 or k + 1 == total:
-                report.step(*pending)  # a state that is not finite is never saved
-                pending = None
-                with report.progress.paused("saving"):
-                    writer.flush()
-                    workdir.push()
-                    checkpoints.save(k + 1, state, metadata_of(config, parts, method.settings))
-            if stopping:
-                break
-            if scorer and config.eval_every and (k + 1) % config.eval_every == 0:
-                few = scorer.first()
-                with (
-                    report.progress.paused("scoring"),
-                    log.waiting(f"scoring {few.batches} batches"),
-                ):
-                    report.scores(k + 1, few.measure(state.ema))
-        report.progress.close()
-        if first < total:
-            stop.doing = "the checkpoint"
-            with log.waiting("saving the last checkpoint"):
-                checkpoints.wait()
-            stop.goes_on = f"stopped at step {int(state.step)}; the same command goes on"
-        stop.leave_if_asked()
+        report.begin(arguments, loaded.scorer, before)
+        output = Output(workdir, checkpoints, writer, report)
+        state = take_steps(config, loaded, steps, state, output, stop)
+        finish(loaded, state, begun, output, stop)
 
-        # After.
-        if scorer and not scored:
-            writer.flush()
-            with stop.free():
-                after = scorer.measure(state.ema, "scoring the trained generator")
-            report.scores(total, after)
-            if jax.process_index() == 0:
-                held_out.compare(folder, scorer.prompts, after)
-        if scorer and jax.process_index() == 0:
-            log.say(workdir.named(held_out.table(folder)))
-        if not exported:
-            stop.doing = "the export"
-            with log.waiting("exporting the generator"):
-                metadata = metadata_of(config, parts, method.settings)
-                export(parts, state.ema, total, metadata, workdir)
-        record.finish(folder, {"step": total, "scored": settings})
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """What is asked for and what is there, before any weights.
+
+    Attributes: settings, of the scores, or None; latest, step of the newest checkpoint, or None;
+      total, steps; exported, scored: whether an earlier start has left those results.
+    """
+
+    settings: dict[str, Any] | None
+    latest: int | None
+    total: int
+    exported: bool
+    scored: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What the steps are made of, which never changes.
+
+    Attributes: method, optimizers: of the steps; scorer, or None without eval.prompts; batch_at,
+      step -> its token ids; metadata, of each checkpoint.
+    """
+
+    mesh: Mesh
+    parts: Parts
+    method: Method
+    optimizers: step.Optimizers
+    scorer: HeldOut | None
+    batch_at: Callable[[int], dict]
+    metadata: dict[str, Any]
+
+
+class Output(NamedTuple):
+    """Where the results go."""
+
+    workdir: Workdir
+    checkpoints: Checkpoints
+    writer: log.Writer
+    report: "Report"
+
+
+# Before the steps.
+
+
+def agree_on_start(config) -> None:
+    """Raises: UserError where the processes of a run were not started alike."""
+    code = {f"version of {name}": version for name, version in record.versions().items()}
+    devices = {"local devices": jax.local_device_count(), "device": jax.devices()[0].device_kind}
+    processes.agree(
+        "start", fields(config) | code | devices | {"commit": record.git_hash()}, AT_START
+    )
+
+
+def agree_on_weights(config, latest: int | None) -> None:
+    """Raises: UserError where the processes of a run see other weights.
+
+    What is on the Hub is downloaded here. Args: latest, step of the newest checkpoint, which has
+    the trained networks; or None.
+    """
+    if processes.alone():
+        return
+    names = ("reference",) if latest is not None else ("reference", "generator", "assistant")
+    found = {name: folders.resolve(config.weights[name]) for name in names if config.weights[name]}
+    for name, source in assembly.reward_sources(config).items():
+        found |= {name: rewards.resolve(name, source)} if source else {}
+    digests = {f"weights.{name}": files.sampled_digest(path) for name, path in found.items()}
+    processes.agree("weights", digests)
+
+
+def check_outputs(config, workdir: Workdir) -> None:
+    """Raises: UserError where the export could not be written at the end."""
+    if Path(config.weights.reference).is_dir():  # one of the Hub's is looked at once it is here
+        check_export(Path(config.weights.reference), workdir.folder / FOLDER)
+    workdir.check_folder(FOLDER)
+
+
+def begin(
+    config,
+    workdir: Workdir,
+    arguments: Sequence[str],
+    prompts: dict[str, Source],
+    latest: int | None,
+) -> Begun:
+    """Compares what is asked for with what is there, and writes what this start is.
+
+    Raises: UserError for a workdir of another run, and processes that see different things.
+    """
+    digests = {f"{section}.prompts": source.digest for section, source in prompts.items()}
+    processes.agree("prompts and checkpoints", digests | {"newest checkpoint": latest})
+    record.agree(config, workdir.folder, arguments, prompts["data"].digest, latest)
+    check_steps(config, latest)
+    log.say(record.sentence(config, arguments))
+    total = total_of(config)
+    settings = eval_settings(config, prompts)
+    done = record.finished(workdir.folder)
+    exported = done.get("step") == total == latest and is_exported(workdir)
+    scored = done == {"step": total, "scored": settings} and is_scored(workdir.folder, settings)
+    return Begun(settings, latest, total, of_first(exported), of_first(scored))
+
+
+def of_first(answer: bool) -> bool:
+    """What the first process says: a network drive may show two processes different things."""
+    return processes.gather("what is done", str(answer))[0] == "True"
+
+
+def total_of(config) -> int:
+    """Steps of a whole run."""
+    return config.assistant.warmup_steps + config.train.steps
+
+
+def show_finished(begun: Begun, workdir: Workdir) -> None:
+    """Says what an earlier start has left."""
+    log.say(f"finished: all {begun.total} steps are done, in {workdir}")
+    exported = f"exported {workdir.folder / FOLDER}"
+    log.say(workdir.named(held_out.table(workdir.folder) if begun.settings else exported))
+
+
+def load(
+    config,
+    mesh: Mesh,
+    prompts: dict[str, Source],
+) -> Loaded:
+    """The networks that are not trained, and what the steps are made of."""
+    parts = assembly.load_parts(config, mesh)
+    method = assembly.method_of(config, parts)
+    return Loaded(
+        mesh=mesh,
+        parts=parts,
+        method=method,
+        optimizers=assembly.optimizers_of(config),
+        scorer=scorer_of(config, parts, method.settings, mesh, prompts),
+        batch_at=batches(config, parts, mesh, prompts["data"]),
+        metadata=metadata_of(config, parts, method.settings),
+    )
+
+
+def score_before(
+    config,
+    loaded: Loaded,
+    state: step.TrainState,
+    begun: Begun,
+    workdir: Workdir,
+    stop: Stop,
+) -> held_out.Measured | None:
+    """Scores and pictures of the generator as it came; None where they are there or not wanted."""
+    if loaded.scorer is None or begun.scored:
+        return None
+    is_there = int(state.step) > 0 and held_out.has_before(workdir.folder, begun.settings)
+    if of_first(is_there):
+        return None
+    with stop.free():
+        before = score_initial(config, state, loaded.scorer)
+    if jax.process_index() == 0:
+        held_out.keep_before(workdir.folder, begun.settings, before)
+    return before
+
+
+def compile_steps(
+    config,
+    loaded: Loaded,
+    state: step.TrainState,
+    stop: Stop,
+) -> tuple[dict[str, Callable], dict[str, int]]:
+    """The kinds of steps that are still to be taken, compiled ahead, so that no step waits for it.
+
+    Returns: {kind: step}, {kind: its FLOPs}.
+    """
+    first = int(state.step)
+    key = jax.random.key(config.seed)
+    steps = {}
+    costs = {}
+    for name, make, until in (
+        (WARMUP, step.make_warmup_step, config.assistant.warmup_steps),
+        (TRAINING, step.make_train_step, total_of(config)),
+    ):
+        if first >= until:
+            continue
+        plain = make(loaded.method, loaded.optimizers, loaded.mesh)
+        jitted = assembly.jit_step(plain, state, loaded.mesh)
+        with stop.free(), log.waiting(f"compiling the {name}", COMPILING):
+            traced = jitted.trace(state, loaded.parts.frozen(), loaded.batch_at(first), key)
+            steps[name] = traced.lower().compile()
+        costs[name] = flops.count_traced(traced.jaxpr)
+    return steps, costs
+
+
+# The steps and after.
+
+
+def take_steps(
+    config,
+    loaded: Loaded,
+    steps: dict[str, Callable],
+    state: step.TrainState,
+    output: Output,
+    stop: Stop,
+) -> step.TrainState:
+    """The state after the last step, when it is saved. Raises: SystemExit where a signal came.
+
+    Step k's metrics are fetched after step k + 1 is dispatched, so that the devices never wait for
+    the host.
+    """
+    first, total = int(state.step), total_of(config)
+    frozen = loaded.parts.frozen()
+    key = jax.random.key(config.seed)
+    report = output.report
+    pending = None
+    for k in range(first, total):
+        stop.doing = f"step {k + 1} and its checkpoint"
+        update = steps[WARMUP if k < config.assistant.warmup_steps else TRAINING]
+        state, metrics = update(state, frozen, loaded.batch_at(k), key)
+        if pending is not None:
+            report.step(*pending)
+        pending = (k + 1, metrics)
+        stopping = stop.reached(loaded.mesh)
+        if stopping or (k + 1) % config.train.save_every == 0 or k + 1 == total:
+            report.step(*pending)  # a state that is not finite is never saved
+            pending = None
+            save(k + 1, state, loaded.metadata, output)
+        if stopping:
+            break
+        if loaded.scorer and config.eval_every and (k + 1) % config.eval_every == 0:
+            score_few(k + 1, state, loaded.scorer, report)
+    report.progress.close()
+    if first < total:
+        stop.doing = "the checkpoint"
+        with log.waiting("saving the last checkpoint"):
+            output.checkpoints.wait()
+        stop.goes_on = f"stopped at step {int(state.step)}; the same command goes on"
+    stop.leave_if_asked()
+    return state
+
+
+def save(
+    k: int,
+    state: step.TrainState,
+    metadata: dict[str, Any],
+    output: Output,
+) -> None:
+    """Begins to write the state after k steps, and what was said until then."""
+    with output.report.progress.paused("saving"):
+        output.writer.flush()
+        output.workdir.push()
+        output.checkpoints.save(k, state, metadata)
+
+
+def score_few(
+    k: int,
+    state: step.TrainState,
+    scorer: HeldOut,
+    report: "Report",
+) -> None:
+    """Scores a few images in the course of a run."""
+    few = scorer.first()
+    with report.progress.paused("scoring"), log.waiting(f"scoring {few.batches} batches"):
+        report.scores(k, few.measure(state.ema))
+
+
+def finish(
+    loaded: Loaded,
+    state: step.TrainState,
+    begun: Begun,
+    output: Output,
+    stop: Stop,
+) -> None:
+    """Scores and exports the trained generator."""
+    folder, scorer, total = output.workdir.folder, loaded.scorer, begun.total
+    if scorer and not begun.scored:
+        output.writer.flush()
+        with stop.free():
+            after = scorer.measure(state.ema, "scoring the trained generator")
+        output.report.scores(total, after)
+        if jax.process_index() == 0:
+            held_out.compare(folder, scorer.prompts, after)
+    if scorer and jax.process_index() == 0:
+        log.say(output.workdir.named(held_out.table(folder)))
+    if not begun.exported:
+        stop.doing = "the export"
+        with log.waiting("exporting the generator"):
+            export(loaded.parts, state.ema, total, loaded.metadata, output.workdir)
+    record.finish(folder, {"step": total, "scored": begun.settings})
+    processes.gather("the end")  # the first one writes for minutes, more than JAX would wait
 
 
 class Report:
@@ -216,7 +429,7 @@ class Report:
         self._config = config
         self._writer = writer
         self._first = first
-        self._total = config.assistant.warmup_steps + config.train.steps
+        self._total = total_of(config)
         self._rates = rates_of(config)
         self._scored = set()  # steps
         self._batches = 0  # of the scoring at the end
@@ -309,13 +522,13 @@ def _is_full_disk(error: BaseException | None) -> bool:
 
 def shown(values: dict[str, float]) -> str:
     """Of a step's metrics, what a line has room for: its rewards, or else its losses."""
-    rewards = [
+    scores = [
         f"{name.removeprefix('reward/')} {value:.4f}"
         for name, value in values.items()
         if name.startswith("reward/") and name.count("/") == 1 and name != "reward/total"
     ]
     losses = ("assistant/loss", "regulariser/loss")
-    return ", ".join(rewards or [f"{name} {values[name]:.4g}" for name in losses if name in values])
+    return ", ".join(scores or [f"{name} {values[name]:.4g}" for name in losses if name in values])
 
 
 def rates_of(config) -> Callable[[int], dict[str, float]]:
@@ -342,14 +555,14 @@ def progress_of(
 ) -> log.Progress:
     """The run's progress, which knows its phases and pauses. Args: costs, FLOPs by kind of step."""
     warmup = config.assistant.warmup_steps
-    total = warmup + config.train.steps
+    total = total_of(config)
     each = config.eval_every if scorer else 0
-    training = costs.get("training step", 1)
+    training = costs.get(TRAINING, 1)
     return log.Progress(
         total,
         first,
         phases=[
-            log.Phase(warmup, costs.get("warm-up step", training)),
+            log.Phase(warmup, costs.get(WARMUP, training)),
             log.Phase(total, training),
         ],
         pauses={
@@ -368,7 +581,7 @@ def prompt_sections(config) -> list[str]:
 def check_steps(config, latest: int | None) -> None:
     """Raises: UserError where a run has gone beyond the steps that are asked for."""
     warmup = config.assistant.warmup_steps
-    total = warmup + config.train.steps
+    total = total_of(config)
     if latest is not None and latest > total:
         raise UserError(
             f"train.steps={config.train.steps} after {warmup} of warm-up end at step {total}, but "
@@ -407,7 +620,6 @@ def is_scored(folder: Path, settings: dict[str, Any] | None) -> bool:
 
 def score_initial(
     config,
-    parts: Parts,
     state: step.TrainState,
     scorer: HeldOut,
 ) -> held_out.Measured:
@@ -433,13 +645,12 @@ def introduce(config, mesh: Mesh) -> None:
 
 def load_state(
     config,
-    parts: Parts,
-    mesh: Mesh,
+    loaded: Loaded,
     checkpoints: Checkpoints,
-    optimizers: step.Optimizers,
 ) -> step.TrainState:
     """The newest checkpoint's state, or that of step 0 from generator's and assistant's weights."""
-    abstract = assembly.abstract_state(parts.models["unet"], optimizers, mesh)
+    parts, optimizers = loaded.parts, loaded.optimizers
+    abstract = assembly.abstract_state(parts.models["unet"], optimizers, loaded.mesh)
     latest = checkpoints.latest_step()
     if latest is not None:
         log.say(f"continuing at step {latest} of the checkpoints in {checkpoints.folder}")
@@ -498,7 +709,7 @@ def load_prompts(
 
     if jax.process_index() == 0:
         load()
-    multihost_utils.sync_global_devices(f"{section}.prompts")
+    processes.gather(f"{section}.prompts")
     return load()
 
 

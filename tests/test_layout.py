@@ -15,10 +15,11 @@ PACKAGE = Path(di_star_jax.__file__).parent
 # ending in / is a folder; models/attention stands above what the rest of models/ needs.
 ORDER = """
 errors
+processes
 config diffusion sharding hosts pictures xla_flags storage/
 command log
 prompts/ models/
-objectives samplers stop pipelines/
+objectives samplers stop lock pipelines/
 rewards/ gradients
 schemes checks record
 step
