@@ -30,6 +30,7 @@ from di_star_jax.errors import BUG, LOST, MISTAKE, LostError, UserError, line_of
 PATIENCE = 1800.0  # seconds for the others to come; that one has died is seen long before
 _POLL = 0.5  # seconds between two looks at what the others say
 _LAST = 5.0  # seconds that the first process, on which all depend, waits for the others at its end
+_HURRY = 1.5  # as that, before JAX aborts the process
 _LONG = 10**10  # milliseconds
 _KEYS = "di_star_jax"
 
@@ -199,10 +200,11 @@ def leave(
         if line:
             print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
+    patience = _HURRY if code == LOST else _LAST
     for close in _closing:
-        _within(_LAST, close)
+        _within(patience, close)
     if _client() is not None and note:
-        _within(_LAST, lambda: _say_goodbye(note))
+        _within(patience, lambda: _say_goodbye(note))
     os._exit(code)
 
 
@@ -337,7 +339,8 @@ def _watch_lives(client: Any, seen: set[str]) -> None:
             return
         _within(1.0, lambda: _read(client, seen))  # it may have told why
         line = _lost(str(error))
-        leave(LOST, f"error: {line}", _note("lost", LOST, line))
+        has_service = not line.startswith("process 0 ")
+        leave(LOST, f"error: {line}", _note("lost", LOST, line) if has_service else "")
 
 
 def _watch_notes(client: Any, seen: set[str]) -> None:
