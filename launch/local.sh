@@ -17,15 +17,15 @@ share=$((${#gpus[@]} / processes))
 port="${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}"
 
 pids=()
-# JAX holds SIGTERM back until its step is done, which never is where a process has died: hence SIGKILL, PATIENCE (10)
-# seconds later.
+# A process that no longer answers is killed PATIENCE (10) seconds later.
 stop() {
   kill "${pids[@]}" 2>/dev/null || true
   for ((i = 0; i < 10 * ${PATIENCE:-10}; i++)); do kill -0 "${pids[@]}" 2>/dev/null || break; sleep 0.1; done
   { kill -9 "${pids[@]}" || true; wait; } 2>/dev/null
 }
-# Asked to stop from outside, all are alive and may take the time to save.
-trap 'kill "${pids[@]}" 2>/dev/null; wait; exit 143' TERM INT
+# Asked to stop from outside, all are alive and may take the time to save. Ctrl-C has reached them by itself.
+asked=0
+trap 'asked=$((asked + 1)); kill "${pids[@]}" 2>/dev/null || true' TERM INT
 for ((i = 0; i < processes; i++)); do
   (
     export JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$processes" JAX_PROCESS_ID="$i"
@@ -38,12 +38,25 @@ for ((i = 0; i < processes; i++)); do
   ) &
   pids+=($!)
 done
-for _ in "${pids[@]}"; do
+# Exit codes: docs/clusters.md. 0, 75 (saved), 130 (Ctrl-C) and 76 (lost another process) come from all of them by
+# themselves; 76 and 0 never are the cause.
+cause=0
+left="$processes"
+while [ "$left" -gt 0 ]; do
+  before="$asked"
   status=0
   wait -n || status=$?
-  if [ "$status" != 0 ]; then
-    echo "error: a process ended with exit code $status; ending the others" >&2
-    stop
-    exit "$status"
-  fi
+  # 143 and 130 also say that a signal to this script has ended the waiting.
+  if [ "$before" != "$asked" ] && { [ "$status" = 143 ] || [ "$status" = 130 ]; }; then continue; fi
+  left=$((left - 1))
+  case "$status" in
+    0 | 76) if [ "$cause" = 0 ]; then cause="$status"; fi ;;
+    75 | 130) if [ "$cause" = 0 ] || [ "$cause" = 76 ]; then cause="$status"; fi ;;
+    *)
+      echo "error: a process ended with exit code $status; ending the others" >&2
+      stop
+      exit "$status"
+      ;;
+  esac
 done
+exit "$cause"

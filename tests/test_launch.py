@@ -444,6 +444,33 @@ def test_local_ends_all_processes_when_one_dies(fake, tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+@pytest.mark.parametrize(
+    "first, second, code",
+    [(76, 1, 1), (2, 76, 2), (75, 75, 75), (0, 0, 0), (76, 76, 76), (76, 137, 137), (130, 76, 130)],
+)
+def test_local_ends_with_the_code_of_the_cause_and_not_of_the_victims(fake, first, second, code):
+    late = 'if [ "$JAX_PROCESS_ID" = 0 ]; then exit {}; fi; sleep 0.3; exit {}'
+    fake("python", late.format(first, second))
+    done = fake.run(LAUNCH / "local.sh", *RUN, PROCESSES="2", PORT="123", PATIENCE="5")
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.case("faults 27")
+def test_local_hands_sigterm_on_and_ends_as_its_processes_do(fake, tmp_path):
+    fake(
+        "python",
+        'trap "sleep 0.5; exit 75" TERM; touch "$0.$JAX_PROCESS_ID"; while true; do sleep 0.1; done',
+    )
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "2", "PORT": "123"}
+    running = subprocess.Popen([LAUNCH / "local.sh", *RUN], env=env, cwd=ROOT)
+    for _ in range(100):
+        if all((tmp_path / f"python.{i}").exists() for i in range(2)):
+            break
+        time.sleep(0.1)
+    running.terminate()
+    assert running.wait(timeout=20) == 75
+
+
 def test_local_refuses_gpus_that_do_not_split(fake):
     done = fake.run(LAUNCH / "local.sh", *RUN, PROCESSES="2", CUDA_VISIBLE_DEVICES="0,1,2")
     assert done.returncode == 2 and done.stderr.startswith("error: 3 GPUs")
