@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import math
 import re
 import shutil
 import sys
@@ -433,6 +434,7 @@ class Report:
         self._rates = rates_of(config)
         self._scored = set()  # steps
         self._batches = 0  # of the scoring at the end
+        self._each = math.inf  # seconds of one
 
     def begin(
         self,
@@ -478,7 +480,9 @@ class Report:
         self._scored.add(k)
         self._writer.scalars(k, {f"eval/{name}": v for name, v in measured.first.items()})
         self._writer.image(k, "samples", pictures.image_grid(measured.images, 8))
-        self.progress.expect("final", measured.seconds * self._batches)
+        if measured.seconds:  # of a few batches only, it may be more than the usual
+            self._each = min(self._each, measured.seconds)
+            self.progress.expect("final", self._each * self._batches)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ does not import jax.
 
 import sys
 
-from di_star_jax.errors import UserError
+from di_star_jax.errors import MISTAKE, UserError
 
 # MaxText's CF_FOR_ALL_GATHER (the next layer's parameters are gathered while this one computes),
 # but for its fusions, and DATA_PARALLEL_OVERLAP (sums of gradients over the data axis are pipelined
@@ -112,4 +112,4 @@ if __name__ == "__main__":
         print(variable(" ".join(sys.argv[1:])))
     except UserError as error:  # exit_on_user_error would need absl; a bare Python is enough here
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)

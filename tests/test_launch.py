@@ -459,7 +459,7 @@ def test_local_ends_with_the_code_of_the_cause_and_not_of_the_victims(fake, firs
 def test_local_hands_sigterm_on_and_ends_as_its_processes_do(fake, tmp_path):
     fake(
         "python",
-        'trap "sleep 0.5; exit 75" TERM; touch "$0.$JAX_PROCESS_ID"; while true; do sleep 0.1; done',
+        'trap "sleep 0.5; exit 75" TERM; touch "$0.$JAX_PROCESS_ID"; while true; do sleep .1; done',
     )
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "2", "PORT": "123"}
     running = subprocess.Popen([LAUNCH / "local.sh", *RUN], env=env, cwd=ROOT)

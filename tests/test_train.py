@@ -289,7 +289,7 @@ class Process:
         return self._process.wait(timeout=60), "".join(self.lines)
 
 
-@pytest.mark.case("first hour 7")
+@pytest.mark.case("first hour 7", "faults 27")
 def test_ctrl_c_and_sigterm_save_and_say_that_the_same_command_goes_on(folder, straight, tmp_path):
     changes = {"train.steps": 100_000, "train.save_every": 100_000, "eval.prompts": ""}
     run = Process(folder, tmp_path, **changes)
@@ -359,6 +359,11 @@ def test_a_stopped_run_continues_to_the_same_weights_and_compiles_nothing_anew(
         missed.clear()
         train.run(config_for(folder, **{"train.steps": steps, "eval.prompts": ""}), str(tmp_path))
     assert not missed
+    straight_lines, lines = (
+        [x for x in (run / "metrics.jsonl").read_text().splitlines() if "eval/" not in x]
+        for run in (straight, tmp_path)
+    )
+    assert lines == straight_lines
     for name in ("generator", "assistant", "ema"):
         a, b = unet_of(straight, 4, name), unet_of(tmp_path, 4, name)
         assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))), (

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,8 @@ class Measured(NamedTuple):
     """What `HeldOut.measure` finds.
 
     scores: by name, of all prompts. first: of the first batch alone, FEW images of each, as in the
-    course of a run. images: [PICTURED, H, W, 3] of the first prompts. seconds: of a batch; 0 where
-    only one was drawn, for the first may wait for the compiler.
+    course of a run. images: [PICTURED, H, W, 3] of the first prompts. seconds: of a usual batch; 0
+    where only one was drawn, for the first may wait for the compiler, as may the first scores.
     """
 
     scores: dict[str, float]
@@ -103,7 +104,7 @@ class HeldOut:
                 pictured.append(drawn[0].images)
         values = jax.tree.map(lambda *parts: np.concatenate(parts), *parts)
         images = np.concatenate(pictured)[:PICTURED]
-        seconds = sum(timed[1:]) / max(len(timed) - 1, 1)
+        seconds = statistics.median(timed[1:]) if len(timed) > 1 else 0.0
         return Measured(_means(values), _means(first), images, seconds)
 
     def _batch(
