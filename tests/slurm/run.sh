@@ -97,6 +97,7 @@ saved() { find "$run/checkpoints" -mindepth 1 -maxdepth 1 -printf '%f\n' | grep 
 done_steps() { sed -nE 's/.*"step": ([0-9]+).*/\1/p' "$run/metrics.jsonl" 2>/dev/null; }
 stepped() { [ "$(first)" ] && [ "$(done_steps | tail -n 1)" -gt $(($(first) + 1)) ]; }
 goes_on() { [ "$(first)" = $((at + 1)) ]; }
+over() { ! pgrep -f -- "--workdir=$run" >/dev/null; }
 nothing_lost() { at="$(saved)" && [ "$at" = "$(done_steps | tail -n 1)" ]; }
 every_step_once() { diff -q <(done_steps) <(seq "$at") >/dev/null; }
 submit() { # OPTION... -- FIELD...
@@ -140,28 +141,30 @@ within 30 "$(sbatch --version): five nodes are idle" all_idle
 submit --gpus-per-node=0 -- --config.train.steps=100000
 within 300 "it makes steps" stepped
 scancel "$job"
-within 40 "scancel: it ends within KillWait, 30 seconds" is JobState CANCELLED
-within 40 "all nodes are idle" all_idle
+within 40 "scancel: it ends within KillWait, 30 seconds" over
+within 40 "its nodes are idle" all_idle
+expect "its state is CANCELLED" is JobState CANCELLED
 expect "saved what was done: step $(saved)" nothing_lost
 expect "not started again" is Restarts 0
 
 submit --gpus-per-node=0 --time=3 --signal=TERM@90 -- --config.train.steps=100000
 within 300 "it goes on at step $((at + 1))" goes_on
-within 200 "its time limit is near: SIGTERM, and it puts itself back into the queue" is Restarts 1
-expect "exit code $code" logged "^exit code $code: into the queue again, restart 1 of at most 20"
+within 200 "SIGTERM before its time limit: it puts itself back into the queue" is Restarts 1
+expect "for exit code $code" logged "^exit code $code: into the queue again, restart 1 of at most 20"
 expect "saved what was done: step $(saved)" nothing_lost
 scontrol update job="$job" TimeLimit=UNLIMITED
 within 300 "it goes on at step $((at + 1)), in the same log" goes_on
 within 60 "and makes steps" stepped
 scontrol requeue "$job"
-within 60 "scontrol requeue" is Restarts 2
+within 60 "scontrol requeue: it ends within KillWait, 30 seconds" over
+expect "and waits for its next start" is Restarts 2
 expect "saved what was done: step $(saved)" nothing_lost
 within 300 "it goes on at step $((at + 1))" goes_on
 within 60 "and makes steps" stepped
 lost="$([ "$(field BatchHost)" = n1 ] && echo n2 || echo n1)"
 node_dies "$lost"
 say "node $lost dies, of $(field NodeList)"
-within 120 "back in the queue" is Restarts 3
+within 150 "the job is back in the queue" is Restarts 3
 within 300 "it goes on at step $((at + 1))" goes_on
 expect "on other nodes: $(field NodeList)" test "$(sinfo --noheader --states=down --format=%n)" = "$lost"
 within 60 "and makes steps" stepped
