@@ -96,7 +96,7 @@ first() { [ -f "$log" ] && tac "$log" | sed '/^0: mesh:/q' | tac | grep -oE 'ste
 saved() { find "$run/checkpoints" -mindepth 1 -maxdepth 1 -printf '%f\n' | grep -E '^[0-9]+$' | sort -n | tail -n 1; }
 done_steps() { sed -nE 's/.*"step": ([0-9]+).*/\1/p' "$run/metrics.jsonl" 2>/dev/null; }
 stepped() { [ "$(first)" ] && [ "$(done_steps | tail -n 1)" -gt $(($(first) + 1)) ]; }
-goes_on() { [ "$(first)" = $((at + 1)) ]; }
+goes_on() { [ -f "$log" ] && [ "$(grep -c '^0: mesh:' "$log")" = "$1" ] && [ "$(first)" = $((at + 1)) ]; } # START, by its number
 over() { ! pgrep -f -- "--workdir=$run" >/dev/null; }
 nothing_lost() { at="$(saved)" && [ "$at" = "$(done_steps | tail -n 1)" ]; }
 every_step_once() { diff -q <(done_steps) <(seq "$at") >/dev/null; }
@@ -148,24 +148,24 @@ expect "saved what was done: step $(saved)" nothing_lost
 expect "not started again" is Restarts 0
 
 submit --gpus-per-node=0 --time=3 --signal=TERM@90 -- --config.train.steps=100000
-within 300 "it goes on at step $((at + 1))" goes_on
+within 300 "it goes on at step $((at + 1))" goes_on 1
 within 200 "SIGTERM before its time limit: it puts itself back into the queue" is Restarts 1
 expect "for exit code $code" logged "^exit code $code: into the queue again, restart 1 of at most 20"
 expect "saved what was done: step $(saved)" nothing_lost
 scontrol update job="$job" TimeLimit=UNLIMITED
-within 300 "it goes on at step $((at + 1)), in the same log" goes_on
+within 300 "it goes on at step $((at + 1)), in the same log" goes_on 2
 within 60 "and makes steps" stepped
 scontrol requeue "$job"
 within 60 "scontrol requeue: it ends within KillWait, 30 seconds" over
 expect "and waits for its next start" is Restarts 2
 expect "saved what was done: step $(saved)" nothing_lost
-within 300 "it goes on at step $((at + 1))" goes_on
+within 300 "it goes on at step $((at + 1))" goes_on 3
 within 60 "and makes steps" stepped
 lost="$([ "$(field BatchHost)" = n1 ] && echo n2 || echo n1)"
 node_dies "$lost"
 say "node $lost dies, of $(field NodeList)"
 within 150 "the job is back in the queue" is Restarts 3
-within 300 "it goes on at step $((at + 1))" goes_on
+within 300 "it goes on at step $((at + 1))" goes_on 4
 expect "on other nodes: $(field NodeList)" test "$(sinfo --noheader --states=down --format=%n)" = "$lost"
 within 60 "and makes steps" stepped
 scancel --signal=INT "$job"
