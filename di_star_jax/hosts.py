@@ -18,12 +18,11 @@ from typing import NamedTuple
 import jax
 
 from di_star_jax import processes
-from di_star_jax.errors import UserError
+from di_star_jax.errors import LOST, UserError
 
 SILENCE = 30  # seconds without a sign of life after which the other processes end too
 PATIENCE = 300  # seconds that the processes of a run wait for each other at its start
 HURRY = 10  # seconds after which it is said that they wait
-NOT_MET = 76  # exit code where they did not find each other: may be started again
 TPU_PORT = "8482"  # of the first process where only hosts are named; JAX's own
 _MORE_OF_SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")  # what JAX reads beside
 _MORE_OF_SLICES = ("MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
@@ -245,7 +244,7 @@ def connect(env: Mapping[str, str]) -> None:
 
     A launcher is GKE, Cloud TPU (which says in its metadata how many hosts there are), Slurm, or
     whoever sets JAX_* variables (launch/). Where the others do not come within `PATIENCE` seconds
-    the process ends with one line and the exit code `NOT_MET`.
+    the process ends with one line and the exit code `errors.LOST`.
 
     Raises: UserError for variables that contradict each other, and where the others are not seen.
     """
@@ -292,7 +291,7 @@ def _patience(found: Group, said: str) -> Iterator[None]:
         )
         if not met.wait(max(PATIENCE - HURRY, 0)):
             print(f"error: {_why_not_met(found, said)}", file=sys.stderr, flush=True)
-            os._exit(NOT_MET)
+            os._exit(LOST)
 
     threading.Thread(target=watch, daemon=True).start()
     try:

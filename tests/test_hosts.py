@@ -17,7 +17,7 @@ import pytest
 from test_config import ROOT
 from test_train import UNET, write_pipeline
 
-from di_star_jax import assembly, hosts, sharding, step
+from di_star_jax import assembly, errors, hosts, sharding, step
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.storage import checkpoint
 
@@ -307,7 +307,7 @@ def test_processes_that_do_not_meet_end_with_one_line_in_the_time_that_is_said(
     }
     began = time.time()
     [(code, said)] = launched(HURRIED + MEET, env)
-    assert code == hosts.NOT_MET and time.time() - began < 30
+    assert code == errors.LOST and time.time() - began < 30
     waits, error = said.splitlines()
     assert waits.startswith("waiting for the other processes at ") and "up to 2 s" in waits
     assert error.startswith("error: the 2 processes of this run did not meet within 2 s")

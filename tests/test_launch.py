@@ -21,7 +21,7 @@ import jsonschema
 import pytest
 import yaml
 
-from di_star_jax import hosts, xla_flags
+from di_star_jax import errors, xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -217,7 +217,7 @@ def test_jobset_restarts_by_exit_code_and_gives_a_run_time_to_save():
     assert {code for code in range(1, 256) if action_on(document, code) == "RestartJobSet"} == set(
         RESTARTED
     )
-    assert hosts.NOT_MET in RESTARTED
+    assert errors.LOST in RESTARTED
     assert action_on(document, 1, disrupted=True) == "RestartJobSet"
     assert pod_of(document)["terminationGracePeriodSeconds"] == 600
     assert document["spec"]["failurePolicy"]["restartStrategy"] == "BlockingRecreate"
