@@ -21,8 +21,8 @@ from di_star_jax.command import run as run_command
 from di_star_jax.cost import plan, slices
 from di_star_jax.errors import UserError
 from di_star_jax.hosts import connect, keep_compiled
-from di_star_jax.sharding import check_slices, mesh_shape
 from di_star_jax.processes import one_for_all
+from di_star_jax.sharding import check_slices, mesh_shape
 from di_star_jax.storage.buckets import is_remote
 
 _CONFIG = config_flags.DEFINE_config_file(
