@@ -387,7 +387,8 @@ def test_a_run_in_a_bucket_that_is_killed_in_a_save_goes_on_to_the_same_state(bu
     events = buckets.fetch(url, ["events*"])
     found = tensorboard(events)
     assert [k for k, _ in found["assistant/lr"]] == [1, 2, 3, 4]
-    before = len(bucket.log)
+    bucket.forget()
     code, said = Process(folder, url).end()
     assert code == 0 and "finished: all 4 steps are done, in gs://bkt/runs/killed" in said
-    assert len(bucket.log) - before < 150
+    for results in ("checkpoints/", "diffusers/"):
+        assert not uploads(bucket, f"runs/killed/{results}"), "all was there"

@@ -95,7 +95,7 @@ def command(monkeypatch, capsys):
         ([SDXL, DRY, "surplus"], "got 'surplus', expected flags only"),
         ([SDXL + ":nothing", DRY], "unknown preset 'nothing', expected one of di_star, di_star_l2"),
         ([SDXL, "--config.mesh.fsdp=8"], "no --workdir"),
-        ([SDXL, "--workdir=gs://bucket/run"], "mount the bucket"),
+        ([SDXL, "--workdir=s3://bucket/run"], "checkpoints to no bucket but gs://"),
         ([SDXL, "--workdri=x"], "unknown flag --workdri, did you mean workdir?"),
         (["--config=configs/nowhere.py"], "no config file configs/nowhere.py"),
         (["--config.seed=3"], "--config.seed without --config"),

@@ -159,7 +159,9 @@ def test_an_export_in_a_bucket_is_that_of_the_disk_and_replaces_only_its_own(s3,
         )
 
     export(folder, tmp_path / "export")
-    export(f"{s3}/pipeline", f"{s3}/export")
+    usage = export(f"{s3}/pipeline", f"{s3}/export")
+    assert usage.startswith(f"# first: aws s3 cp --recursive {s3}/export export\n")
+    assert 'from_pretrained("export"' in usage
     assert buckets.committed(f"{s3}/export")
     assert contents(buckets.fetch(f"{s3}/export")) == contents(tmp_path / "export")
     export(f"{s3}/pipeline", f"{s3}/export")  # in place of the first
@@ -355,10 +357,10 @@ def test_a_run_is_not_sought_in_s3(s3, folder):
     assert "Orbax writes checkpoints to no bucket but gs://" in error
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+def closed_port():
+    """One that has a number in it which servers refuse by."""
+    ports = range(40100, 40200)
+    return next(port for port in ports if socket.socket().connect_ex(("localhost", port)))
 
 
 def lines_of(process):
@@ -369,7 +371,7 @@ def lines_of(process):
 
 @pytest.mark.slow
 def test_a_dead_server_and_missing_credentials_are_one_line_in_half_a_minute(tmp_path):
-    closed = f"http://localhost:{free_port()}"
+    closed = f"http://localhost:{closed_port()}"
     key = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
     cases = {
         "gs": ("gs://bkt/run", {"STORAGE_EMULATOR_HOST": closed}, "check the network"),

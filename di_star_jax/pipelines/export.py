@@ -14,7 +14,7 @@ import numpy as np
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import card
 from di_star_jax.pipelines.scheduler import NUM_TRAIN_TIMESTEPS, betas_of
-from di_star_jax.storage import folders
+from di_star_jax.storage import buckets, folders
 from di_star_jax.storage.weights import (
     stored_tensors,
     whole_on_each_host,
@@ -196,7 +196,7 @@ def export_pipeline(
     call = card.Call(dtype, len(unet.timesteps), named)
     params = whole_on_each_host(unet.params)
     if jax.process_index() != 0:
-        return card.usage(str(output), call)
+        return _usage(str(output), call)
     names = _copied(reference_folder)
     with folders.new_folder(output, [reference_folder]) as partial:
         for name in names:
@@ -220,7 +220,18 @@ def export_pipeline(
             shutil.copyfile(about.picture, partial / card.PICTURE)
         text = card.text(about, Path(output).resolve().name, call)
         (partial / "README.md").write_text(text, encoding="utf-8")
-    return card.usage(str(output), call)
+    return _usage(str(output), call)
+
+
+def _usage(output: str, call: card.Call) -> str:
+    """As `card.usage`; diffusers reads from no bucket, so of one with the copy before it."""
+    if not buckets.is_remote(output):
+        return card.usage(output, call)
+    name = Path(output).name
+    copy = f"gcloud storage cp -r {output} ."
+    if output.startswith("s3://"):
+        copy = f"aws s3 cp --recursive {output} {name}"
+    return f"# first: {copy}\n{card.usage(name, call)}"
 
 
 def weights_name(stem: str, dtype: str) -> str:

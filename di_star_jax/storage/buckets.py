@@ -451,7 +451,7 @@ def _told(url: str, done: str) -> Iterator[None]:
 
 def _advice(url: str, error: Exception) -> str:
     said = f"{type(error).__name__} {error}"
-    denied = r"40[13]|Forbidden|Anonymous|redential|PermissionError|AccessDenied|Access Denied"
+    denied = r"\b40[13]\b|Forbidden|Anonymous|redential|PermissionError|AccessDenied|Access Denied"
     if not re.search(denied, said):
         return "check the network and the service, and run the same command again"
     if url.startswith("gs://"):
