@@ -33,6 +33,7 @@ _LAST = 5.0  # seconds that the first process, on which all depend, waits for th
 _HURRY = 1.5  # as that, before JAX aborts the process
 _LONG = 10**10  # milliseconds
 _KEYS = "di_star_jax"
+_STATUS = "(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): "
 
 _ending = threading.Lock()
 _over = threading.Event()
@@ -76,7 +77,7 @@ def gather(
         client.key_value_set(f"{key}/{jax.process_index():08d}", json.dumps(text))
         client.wait_at_barrier(key, int(1000 * patience))
         said = sorted(client.key_value_dir_get(f"{key}/"))
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
         raise LostError(_missing(name, str(error), patience)) from None
     return [json.loads(value) for _, value in said]
 
@@ -175,7 +176,8 @@ def one_for_all() -> Iterator[None]:
 
 def _of_runtime(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        # Raised while a program is started, it is a ValueError with the same words.
+        if isinstance(error, jax.errors.JaxRuntimeError) or re.match(_STATUS, str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -334,7 +336,7 @@ def _watch_lives(client: Any, seen: set[str]) -> None:
     # A barrier to which nobody else comes fails as soon as a process is known to be dead.
     try:
         client.wait_at_barrier(f"{_KEYS}/lives/{jax.process_index()}", _LONG)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
         if _over.is_set():
             return
         _within(1.0, lambda: _read(client, seen))  # it may have told why

@@ -26,7 +26,7 @@ def case(stop):
 {case}
 with processes.one_for_all(), Stop() as stop:
     case(stop)
-processes.gather("the end")
+    processes.gather("the end")
 print("whole", flush=True)
 """
 
@@ -94,13 +94,14 @@ def test_an_error_of_one_process_ends_the_other_at_once(raised, codes):
     "work", ["time.sleep(50)", pytest.param("processes.gather('x')", marks=pytest.mark.slow)]
 )
 def test_a_killed_process_ends_the_other_within_a_minute_with_76(victim, work):
-    pair = Pair(f"{work}").met()
+    pair = Pair(f"if me != {victim}:\n    {work}\ntime.sleep(50)").met()
     pair.each[victim].kill()
     codes, lines, seconds = pair.end()
     assert codes[victim] == -9 and codes[1 - victim] == 76, lines
     assert seconds < 30  # hosts.SILENCE is 10 here, 30 in a run
-    said = [line for line in lines[1 - victim] if line.startswith("error: ")]
-    assert len(said) == 1 and said[0].startswith(f"error: process {victim} of 2 has died")
+    said = "\n".join(lines[1 - victim])  # JAX's own lines may come into the middle of it
+    assert said.count("error: process ") == 1
+    assert f"error: process {victim} of 2 has died or cannot be reached" in said
     assert "Traceback" not in "".join(lines[1 - victim])
 
 
