@@ -319,9 +319,11 @@ def test_small_files_are_copied_as_they_change_and_fetched_when_a_run_goes_on(bu
             assert len(buckets.read_text(f"{url}/metrics.jsonl").text.splitlines()) == 2
         (first / "config.json").write_text("{}")
     assert not first.exists()
+    buckets.write_text(f"{url}/.tried-by-another-process", "tried")
     bucket.forget()
     with Workdir(url) as workdir:
         assert (workdir.folder / "config.json").read_text() == "{}"
+        assert not list(workdir.folder.glob(".*"))
         with log.Writer(workdir.folder, first_step=1):
             pass
     assert not [name for name, _ in uploads(bucket, "small/run/config.json")], "it has not changed"

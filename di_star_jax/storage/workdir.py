@@ -43,7 +43,8 @@ class Workdir(contextlib.AbstractContextManager):
         buckets.check_workdir(self.url)
         self.folder = staging("workdirs")
         for file in buckets.files_in(self.url):
-            buckets.get(self.at(file), self.folder / file)
+            if file[0] != ".":  # such as what another process tries just now
+                buckets.get(self.at(file), self.folder / file)
         self._sent = self._files()
 
     def __exit__(self, *error: object) -> None:
