@@ -319,12 +319,14 @@ def watch(silence: float) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would swallow it until it is asked
     if sys.platform == "linux":
         # JAX aborts the process where another one has died. That waits six seconds (the signal's
-        # number), in which `_watch_lives` ends it with the code and the line that are due.
+        # number), in which the threads below end it with the code and the line that are due.
         libc = ctypes.CDLL(None)
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
         libc.signal.restype = ctypes.c_void_p
         libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
     seen: set[str] = set()
+    if jax.process_index():
+        threading.Thread(target=_watch_first, daemon=True).start()
     for target in (_watch_lives, _watch_notes):
         thread = threading.Thread(target=target, args=(client, seen), daemon=True)
         thread.start()
@@ -343,6 +345,26 @@ def _watch_lives(client: Any, seen: set[str]) -> None:
         line = _lost(str(error))
         has_service = not line.startswith("process 0 ")
         leave(LOST, f"error: {line}", _note("lost", LOST, line) if has_service else "")
+
+
+def _watch_first() -> None:
+    # The service that would tell is the first process's own. What its death is noticed by is an
+    # idle connection to the same port, which the system closes.
+    from jax._src import distributed
+
+    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    while not _over.is_set():
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as line:
+                line.settimeout(None)
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                while line.recv(1024):
+                    pass
+        except ConnectionRefusedError:
+            if not _over.is_set():
+                leave(LOST, f"error: {_lost('')}")
+        except OSError:  # of the network, or at its end: JAX's heartbeat will tell
+            _over.wait(1.0)
 
 
 def _watch_notes(client: Any, seen: set[str]) -> None:
