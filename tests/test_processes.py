@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes over loopback: what they must share, and that they end together, each in time."""
 
-import contextlib
 import signal
+import threading
 import time
 
 import pytest
@@ -42,23 +42,41 @@ class Pair:
             for i in range(count)
         ]
 
-    def met(self):
-        for process in self.each:
-            for line in process.stdout:
-                if line == "met\n":
-                    break
+        self.lines = [[] for _ in self.each]
+        self._readers = [
+            threading.Thread(target=self._read, args=(i,), daemon=True) for i in range(count)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, i):
+        for line in self.each[i].stdout:
+            self.lines[i].append(line.rstrip("\n"))
+
+    def until(self, text):
+        """Waits until each process has said it."""
+        deadline = time.time() + 60
+        while not all(text in lines for lines in self.lines):
+            assert time.time() < deadline, self.lines
+            time.sleep(0.02)
         self.since = time.time()
         return self
 
+    def met(self):
+        return self.until("met")
+
     def end(self):
+        deadline = time.time() + 60
         try:
-            said = [process.communicate(timeout=60)[0] for process in self.each]
+            codes = [p.wait(timeout=max(0, deadline - time.time())) for p in self.each]
         finally:
             for process in self.each:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-        lines = [[x for x in one.splitlines() if not x.startswith("[Gloo]")] for one in said]
-        return [process.returncode for process in self.each], lines, time.time() - self.since
+                process.kill()
+        seconds = time.time() - self.since
+        for reader in self._readers:
+            reader.join()
+        lines = [[x for x in one if not x.startswith("[Gloo]")] for one in self.lines]
+        return codes, [one[one.index("met") + 1 :] for one in lines], seconds
 
 
 def test_what_one_process_has_otherwise_is_said_by_all_and_they_end_with_2():
@@ -138,8 +156,7 @@ def test_a_process_that_does_not_come_is_named_in_time():
 @pytest.mark.case("faults 27")
 def test_a_signal_to_one_process_ends_both_where_there_is_nothing_to_lose():
     pair = Pair("with stop.free():\n    print('free', flush=True)\n    time.sleep(50)").met()
-    for process in pair.each:
-        assert process.stdout.readline() == "free\n"
+    pair.until("free")
     pair.each[1].send_signal(signal.SIGTERM)
     codes, lines, seconds = pair.end()
     assert codes == [75, 75] and seconds < 10, lines
@@ -155,8 +172,7 @@ def test_a_signal_to_one_process_after_the_last_vote_is_the_others_too(number, c
     # The second process gets it where neither is free, and asks nobody before it leaves.
     work = "print('at work', flush=True)\ntime.sleep(2 + me)\nstop.leave_if_asked()\ntime.sleep(50)"
     pair = Pair(work).met()
-    for process in pair.each:
-        assert process.stdout.readline() == "at work\n"
+    pair.until("at work")
     pair.each[1].send_signal(number)
     codes, lines, seconds = pair.end()
     assert codes == [code, code] and 1 < seconds < 12, lines
@@ -167,7 +183,7 @@ def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not():
     for second, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
         pair = Pair("print('at work', flush=True)\ntime.sleep(4)\nstop.leave_if_asked()", count=1)
         pair.met()
-        pair.each[0].stdout.readline()
+        pair.until("at work")
         pair.each[0].send_signal(signal.SIGTERM)
         time.sleep(1)
         pair.each[0].send_signal(second)
