@@ -131,21 +131,6 @@ def test_a_collective_whose_other_end_has_died_is_no_bug_of_this_process():
     assert codes == [76, -9] and "Traceback" not in "".join(lines[0]), lines
 
 
-@pytest.mark.slow
-def test_steps_whose_other_end_has_died_are_no_bug_of_this_process():
-    # What a step before left behind is raised where the next one is dispatched, as a ValueError.
-    work = """
-from di_star_jax import sharding
-mesh = sharding.make_mesh(2, 1)
-for k in range(10**6):
-    stop.reached(mesh)
-    if me == 1 and k == 20:
-        os.kill(os.getpid(), 9)
-"""
-    codes, lines, _ = Pair(work).met().end()
-    assert codes == [76, -9] and "Traceback" not in "".join(lines[0]), lines
-
-
 def test_a_process_that_does_not_come_is_named_in_time():
     late = "processes.gather('the party', patience=2.0) if me == 0 else time.sleep(50)"
     codes, lines, seconds = Pair(late).met().end()
