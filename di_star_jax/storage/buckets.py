@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ from di_star_jax.storage.files import MARKER, user_cache, whole
 _EXTRAS = {"gs": "gcsfs", "s3": "s3fs"}  # by scheme: what reaches it
 SCHEMES = tuple(_EXTRAS)
 _PATTERN = "[]*?#\\"  # what Orbax, TensorStore or fsspec take for a pattern or a version
-# Seconds until a server counts as dead; the search for credentials before it may take as long.
-_WAIT = 14.0
+_WAIT = 14.0  # seconds until a server counts as dead
+_METADATA = 5.0  # seconds that a new machine's own server of credentials may need to be there
 _UNFINISHED = "replaces"  # of a folder's marker while it is being written: what was there before
 
 
@@ -391,7 +392,29 @@ def _connect(url: str) -> Any:
     check_url(url)
     import fsspec
 
-    return fsspec.filesystem(url.partition("://")[0])
+    scheme = url.partition("://")[0]
+    if scheme == "gs" and _without_credentials():
+        fsspec.config.conf["gs"]["token"] = "anon"  # what is public can still be read
+    return fsspec.filesystem(scheme)
+
+
+def _without_credentials() -> bool:
+    return not os.environ.get("STORAGE_EMULATOR_HOST") and not _has_credentials()
+
+
+@functools.cache
+def _has_credentials() -> bool:
+    """Whether Google's libraries find any. gcsfs itself would go on asking for a quarter minute."""
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
+
+    for pause in (_METADATA, 0.0):
+        try:
+            google.auth.default()
+            return True
+        except DefaultCredentialsError:
+            time.sleep(pause)
+    return False
 
 
 @functools.cache
@@ -446,16 +469,20 @@ def _told(url: str, done: str) -> Iterator[None]:
         raise UserError(f"{url} cannot be {done}: it is not there") from None
     except Exception as error:  # of a dozen libraries, with no class in common
         reason = " ".join(str(error).split()) or type(error).__name__
+        if type(error).__name__ == "FSTimeoutError":
+            reason = f"no answer in {_WAIT:.0f} s"
         raise UserError(f"{url} cannot be {done} ({reason[:200]}); {_advice(url, error)}") from None
 
 
 def _advice(url: str, error: Exception) -> str:
     said = f"{type(error).__name__} {error}"
+    is_anonymous = url.startswith("gs://") and _without_credentials()
     denied = r"\b40[13]\b|Forbidden|Anonymous|redential|PermissionError|AccessDenied|Access Denied"
-    if not re.search(denied, said):
+    if not is_anonymous and not re.search(denied, said):
         return "check the network and the service, and run the same command again"
     if url.startswith("gs://"):
-        return (
+        found = "no credentials were found: " if is_anonymous else ""
+        return found + (
             "log in with `gcloud auth application-default login`, or let the machine's service "
             "account use the bucket (Storage Object Admin)"
         )
