@@ -144,17 +144,19 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
             "128 devices (TPU v5 lite)\nbatch: 128 images of 1024 pixels a step, 1 on a device\n",
             "on v5e: 10.30 of 16.91 GB, fits\n",
         ),
-        (
+        pytest.param(
             ["--topology=2xv5e:4x4"],
             "slices: 2 of v5e 4x4, each 16 chips (v5litepod-16); only gradients cross the network "
             "between them\nmesh: data=2 x fsdp=16 x context=1 over 32 devices (TPU v5 lite)\n",
             "on v5e: 24.58 of 16.91 GB, does not fit; raise compute.microbatches or mesh.fsdp\n",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["--topology=tpu7x:2x2x2"],
             "slice: tpu7x 2x2x2, 8 chips, 2 devices each (tpu7x-16)\nmesh: data=1 x fsdp=16 x "
             "context=1 over 16 devices (TPU7x)\n",
             "on tpu7x: 43.62 of 102.01 GB, fits\n",
+            marks=pytest.mark.slow,
         ),
         (
             ["--chips=128"],

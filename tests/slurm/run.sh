@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Runs launch/slurm.sbatch under a real Slurm with five nodes on this machine: tests/slurm/run.sh
 # Wants root, Debian or Ubuntu, and on the PATH a `python` with the tests' packages. Ends with 1 at the first expectation
-# that fails. Daemons, network, host names and files are its own and end with it (unshare).
+# that fails, after ten minutes otherwise. Daemons, network, host names and files are its own and end with it (unshare).
 set -euo pipefail
 root="$(cd "$(dirname "$0")/../.." && pwd)"
 fail() { echo "error: $*" >&2; exit 1; }
@@ -166,7 +166,8 @@ within 60 "and makes steps" stepped
 lost="$([ "$(field BatchHost)" = n1 ] && echo n2 || echo n1)"
 node_dies "$lost"
 say "node $lost dies, of $(field NodeList)"
-within 60 "the other process ends with exit code 76" logged 'srun: error: n.: task .: Exited with exit code 76'
+# By itself with 76, or with 134 where JAX is quicker to abort it: a restart is due after both.
+within 60 "the other process ends by itself" logged 'srun: error: n.: task .: Exited with exit code (76|134)'
 within 150 "Slurm takes the node for dead, and the job goes back into the queue" is Restarts 3
 within 300 "it goes on at step $((at + 1))" goes_on 4
 expect "on other nodes: $(field NodeList)" elsewhere
@@ -191,8 +192,8 @@ victim="$(python_of n3)"
 expect "Slurm gives it two GPUs of a node: JAX_LOCAL_DEVICE_IDS=0,1" grep -qzx JAX_LOCAL_DEVICE_IDS=0,1 "/proc/$victim/environ"
 kill -9 "$victim"
 within 60 "its process dies" is JobState FAILED
-expect "with exit code 137" is ExitCode 137:0
-expect "RESTARTS=0: not started again" logged '^error: exit code 137, after 0 restarts; RESTARTS=0 allows no more'
+expect "by a signal, and the other one is ended" logged 'srun: error: n3: task 0: Exited with exit code 137'
+expect "RESTARTS=0: not started again" logged '^error: exit code 1(37|43), after 0 restarts; RESTARTS=0 allows no more'
 
 submit --gpus-per-node=0 -- --config.data.batch_size=3
 within 60 "a user's error: it ends" is JobState FAILED
