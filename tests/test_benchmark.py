@@ -105,7 +105,7 @@ def test_the_step_compiles_for_a_tpu_slice_with_its_kernels_and_doubles_nothing(
     assert "flags for v5e, not set; python -m di_star_jax.xla_flags v5e prints it" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradients_cross_slices_once_a_step_and_nothing_else_does(folder, monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 512)  # so that leaves of the tiny UNet are split, too
     config = tiny(

@@ -453,7 +453,7 @@ def test_the_full_size_model_has_the_published_parameter_counts_and_traces():
     assert scores.shape == (2,) and scores.dtype == jnp.float32
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_full_size_model_equals_transformers():
     """Takes about 6 GB and a minute."""
     module = _randomise(TorchImageReward(imagereward.PUBLISHED, LARGE))

@@ -347,7 +347,7 @@ def test_a_copy_that_fails_in_the_middle_is_said_and_made_later(bucket, monkeypa
 # A whole run.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("faults 29", "faults 30", "faults 32")
 def test_a_run_in_a_bucket_that_is_killed_in_a_save_goes_on_to_the_same_state(bucket, tmp_path):
     folder = write_pipeline(tmp_path / "pipeline")

@@ -945,7 +945,7 @@ def full_inputs():
     return np.clip(images_of(1024, 1024, batch=1)[0], -1, 1), ids
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_size_hpsv2_equals_open_clip(tokenizer, tmp_path):
     """Takes about 10 GB and two minutes."""
     module = parity.randomise(OpenClip(published.CLIP_H14))
@@ -962,7 +962,7 @@ def test_full_size_hpsv2_equals_open_clip(tokenizer, tmp_path):
     np.testing.assert_allclose(scores, expected, atol=2e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_size_clipscore_and_aesthetic_equal_transformers(tokenizer, tmp_path):
     """Takes about 6 GB and a minute."""
     reference, mlp = transformers_clip(published.CLIP_L14), head(768)

@@ -252,7 +252,7 @@ def test_jobset_container_sets_the_flags_unless_they_are_set(fake):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_jobset_container_trains_with_what_gke_sets(tmp_path):
     # The command as it stands, on CPUs: two slices of one host each, and the shapes world in small.
     container = container_of(jobset())

@@ -64,7 +64,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("devices, processes", [(4, 1), (2, 1), (1, 1), (4, 2)])
 def test_a_run_goes_on_alike_with_other_devices_and_processes(begun, tmp_path, devices, processes):
     folder, straight, first = begun

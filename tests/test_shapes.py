@@ -148,7 +148,7 @@ def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     assert np.mean((first > second) == (prob > 0.5), where=clear) > 0.8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_stage_of_the_pretraining_runs_and_a_second_start_changes_nothing(
     tmp_path, monkeypatch
 ):
