@@ -317,8 +317,8 @@ def _initial(
 class Asked(NamedTuple):
     """Sampling as a user asks for it; what is None is the pipeline's own.
 
-    timesteps: of few_step, falling. steps, guidance_scale: of the other samplers, 50 and 5.0.
-    resolution: pixels.
+    timesteps: of few_step, falling. steps, guidance_scale: of the other samplers; 50 and 7.5 for
+    SDXL, 50 and 5 for the shapes world. resolution: pixels.
     """
 
     sampler: str | None
@@ -362,8 +362,10 @@ def sampling_of(asked: Asked, loaded: Pipeline) -> Sampling:
             f"--timestep={asked.timesteps[0]} with --sampler={sampler}, which takes --steps; leave "
             "one of the two out"
         )
-    times, settings = scheduler.spacing(loaded.scheduler, sampler, asked.steps or 50)
-    guidance_scale = 5.0 if asked.guidance_scale is None else asked.guidance_scale
+    teacher, guidance_scale = loaded.family.teacher, asked.guidance_scale
+    times, settings = scheduler.spacing(loaded.scheduler, sampler, asked.steps or teacher.steps)
+    if guidance_scale is None:
+        guidance_scale = scheduler.guidance_scale_of(loaded.scheduler, teacher.guidance_scale)
     return Sampling(sampler, times, guidance_scale, shape, settings)
 
 

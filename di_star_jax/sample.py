@@ -4,11 +4,13 @@
     di-star sample                                     # a grid by the generator that is shipped
     di-star sample --prompt="two red circles on a gray background"
     di-star sample --checkpoint=WORKDIR --prompt="..." --num=4 --seed=0 --out=DIR
-    di-star sample --checkpoint=PIPELINE --sampler=ddim --steps=50 --guidance_scale=5 --prompt="..."
+    di-star sample --checkpoint=PIPELINE --prompt="..."      # a teacher: 50 steps, guidance 7.5
+    di-star sample --checkpoint=PIPELINE --sampler=ddim --steps=20 --guidance_scale=5 --prompt="..."
 
 A workdir or an exported generator makes its pictures in one step; the pipeline of a teacher takes
-many, with guidance. Leaves 0000.png and so on, grid.png, and prompts.json, which says what each
-picture was drawn from and which `evaluate --images` reads.
+many, with guidance. For SDXL the defaults are those of the paper's SDXL rows: 50 steps of the
+folder's scheduler, guidance 7.5. Leaves 0000.png and so on, grid.png, and prompts.json, which says
+what each picture was drawn from and which `evaluate --images` reads.
 """
 
 import contextlib
@@ -64,14 +66,16 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     flags.DEFINE_integer(
         "steps",
         None,
-        "Steps of the samplers ddim, euler and dpm_solver_pp; 50 if not given.",
+        "Steps of the samplers ddim, euler and dpm_solver_pp; if not given 50, as in the paper's "
+        "SDXL rows.",
         lower_bound=1,
         upper_bound=1000,
     )
     flags.DEFINE_float(
         "guidance_scale",
         None,
-        "Guidance of the samplers ddim, euler and dpm_solver_pp; 5 if not given, 1 is none.",
+        "Guidance of the samplers ddim, euler and dpm_solver_pp; if not given, 7.5 for SDXL, as in "
+        "the paper's SDXL rows, and 5 for the shapes world; 1 is none.",
         lower_bound=0.0,
     )
     flags.DEFINE_multi_integer(
@@ -190,9 +194,11 @@ def _draw(prompts: list[str], out: Path) -> None:
     _warn_of_unknown_words(loaded, prompts)
     sampling = drawing.sampling_of(asked(), loaded)
     count, steps = len(prompts) * args.num, len(sampling.timesteps)
+    guidance = f", guidance {sampling.guidance_scale:g}" if sampling.guided else ""
     log.say(
-        f"drawing {_number(count, 'picture')} by {sampling.sampler} in {_number(steps, 'step')}; "
-        "compiling comes first, a quarter of a minute for the shapes world and many for SDXL"
+        f"drawing {_number(count, 'picture')} by {sampling.sampler} in {_number(steps, 'step')}"
+        f"{guidance}; compiling comes first, a quarter of a minute for the shapes world and many "
+        "for SDXL"
     )
     began = time.time()
     each = [prompt for prompt in prompts for _ in range(args.num)]

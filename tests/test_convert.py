@@ -234,6 +234,32 @@ def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_p
     assert np.abs(np.round(255 * ours) - np.round(255 * theirs)).max() <= 1, "2 are allowed"
 
 
+@pytest.mark.slow
+def test_a_teacher_is_drawn_by_default_as_the_papers_authors_draw_sdxl(reference):
+    """Their notebook: the folder's scheduler, 50 steps, guidance 7.5."""
+    loaded = drawing.load(str(reference), "ema")
+    sampling = drawing.sampling_of(drawing.Asked(None, None, None, (), None), loaded)
+    assert (sampling.sampler, len(sampling.timesteps), sampling.guidance_scale) == (
+        "euler",
+        50,
+        7.5,
+    )
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    ours = drawing.draw_prompts(loaded, sampling)(["a b c"], noise.numpy().transpose(0, 2, 3, 1))
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(reference)
+    assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a b c",
+        latents=noise,
+        num_inference_steps=50,
+        guidance_scale=7.5,
+        output_type="np",
+    ).images
+    assert theirs.std() > 0.02, "not a flat image"
+    np.testing.assert_allclose(ours / 2 + 0.5, theirs, atol=1e-3)
+
+
 def test_a_few_step_generator_keeps_its_times_and_draws_what_diffusers_draws(
     workdir, tmp_path, monkeypatch, caplog
 ):

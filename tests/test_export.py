@@ -153,6 +153,7 @@ def test_the_model_cards_code_runs_as_it_stands(
     folder = exported(times)
     code = call_of(folder)
     assert arguments in code and len(code.splitlines()) <= 5
+    assert "# the steps and guidance that it was trained for" in code
     card = (folder / "README.md").read_text()
     assert "pickscore (scale 100)" in card and "ema, step 30" in card and "## Licence" in card
     noise = iter(noise_for(times))

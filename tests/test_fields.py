@@ -20,8 +20,8 @@ from flax import nnx
 from di_star_jax import drawing, samplers
 from di_star_jax.errors import UserError
 from di_star_jax.models import blip, clip, config, published, unet, vae
+from di_star_jax.pipelines import export, scheduler
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines import scheduler
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import imagereward
@@ -632,6 +632,63 @@ def test_a_trailing_file_is_drawn_from_its_last_time_as_diffusers_draws_it(copy)
         output_type="np",
     ).images
     np.testing.assert_allclose(ours / 2 + 0.5, theirs, atol=1e-4)
+
+
+NOTHING = drawing.Asked(None, None, None, (), None)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return pipeline.load_pipeline(CHECKPOINT)
+
+
+def with_scheduler(loaded: pipeline.Pipeline, file: dict) -> pipeline.Pipeline:
+    times = export.timesteps_of(file, SDXL.one_step)
+    return loaded._replace(scheduler=scheduler.SchedulerFile(file), timesteps=times)
+
+
+@pytest.mark.parametrize(
+    "file, sampler, theirs",
+    [
+        (OF_SDXL, "euler", diffusers.EulerDiscreteScheduler),
+        ({**OF_SDXL, "_class_name": "DDIMScheduler"}, "ddim", diffusers.DDIMScheduler),
+        (
+            {**OF_SDXL, "_class_name": "DPMSolverMultistepScheduler"},
+            "dpm_solver_pp",
+            diffusers.DPMSolverMultistepScheduler,
+        ),
+        (OF_SD15, "euler", diffusers.EulerDiscreteScheduler),  # PNDM's is not ported
+    ],
+)
+def test_a_teacher_is_drawn_by_default_by_its_folders_scheduler_with_the_papers_settings(
+    shapes, file, sampler, theirs
+):
+    sampling = drawing.sampling_of(NOTHING, with_scheduler(shapes, file))
+    built = theirs.from_config(file)
+    built.set_timesteps(50)
+    assert sampling.sampler == sampler and sampling.timesteps.tolist() == built.timesteps.tolist()
+    assert sampling.guidance_scale == 7.5
+
+
+def test_a_generator_has_no_guidance_by_default_and_the_shapes_world_its_own(shapes):
+    assert shapes.scheduler.config == networks.SCHEDULER
+    found = drawing.sampling_of(NOTHING, shapes)
+    assert (found.sampler, len(found.timesteps), found.guidance_scale) == ("euler", 50, 5.0)
+    asked = drawing.sampling_of(NOTHING._replace(steps=7, guidance_scale=3.0), shapes)
+    assert (len(asked.timesteps), asked.guidance_scale) == (7, 3.0)
+    lcm = with_scheduler(shapes, {**OF_SDXL, "_class_name": "LCMScheduler"})
+    generator = drawing.sampling_of(NOTHING, lcm)
+    assert (generator.sampler, generator.timesteps.tolist()) == ("few_step", [399])
+    assert not generator.guided
+
+
+@pytest.mark.parametrize("value", ["7.5", -1, True, None, [5.0], float("inf"), float("nan")])
+def test_a_folders_guidance_that_is_none_is_refused(shapes, value):
+    loaded = with_scheduler(shapes, {**OF_SDXL, scheduler.GUIDANCE_SCALE: value})
+    message = refused(drawing.sampling_of, NOTHING, loaded)
+    assert message.startswith("scheduler_config.json has _guidance_scale=")
+    given = drawing.sampling_of(NOTHING._replace(guidance_scale=2.0), loaded)
+    assert given.guidance_scale == 2.0
 
 
 @pytest.mark.case("faults 7")

@@ -7,8 +7,8 @@ from typing import NamedTuple
 PICTURE = "samples.png"
 _PROMPT = '"a photo of a cat"'
 _GENERATOR = (
-    "Number of steps and guidance are as it was trained: other steps, or guidance, draw noise or "
-    "burnt pictures."
+    "Number of steps and guidance are as it was trained: other steps, or guidance, may draw noise "
+    "or burnt pictures."
 )
 
 
@@ -63,6 +63,7 @@ def usage(folder: str, call: Call) -> str:
             *(["import torch"] if how else []),
             "from diffusers import DiffusionPipeline",
             f'pipe = DiffusionPipeline.from_pretrained("{folder}"{"".join(how)})',
+            *(["# the steps and guidance that it was trained for"] if call.steps else []),
             f"image = pipe({', '.join([_PROMPT, *_arguments(call)])}).images[0]",
             'image.save("image.png")',
         ]

@@ -7,7 +7,7 @@ sizes to models/published.py, and a config. Whoever names SDXL (grep) must then 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -22,6 +22,13 @@ EncodeText = Callable[
 ]
 
 
+class Guided(NamedTuple):
+    """Of the samplers of many steps: how many, and omega."""
+
+    steps: int
+    guidance_scale: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a pipeline folder holds, and what its networks are told of a prompt.
@@ -31,6 +38,7 @@ class Family:
     tokenizers: name of the text encoder that reads a tokenizer's token ids, by the tokenizer's.
     encode_text: a batch of prompts as the UNet's condition, with what stands for 'no prompt'.
     one_step: time of the one-step generator's step, in [0, 999].
+    teacher: how a pipeline that is no generator is drawn, where neither user nor folder says.
     check: (config.json of each part, the pipeline's folder), raises UserError where the parts do
       not go together.
     """
@@ -40,4 +48,5 @@ class Family:
     tokenizers: dict[str, str]
     encode_text: EncodeText
     one_step: int
+    teacher: Guided
     check: Callable[[dict[str, dict], str], None]

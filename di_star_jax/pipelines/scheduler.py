@@ -16,6 +16,9 @@ from di_star_jax.errors import UserError
 from di_star_jax.models.config import Fields, from_json, shown
 
 NUM_TRAIN_TIMESTEPS = 1000  # times in configs, flags and exports are in 0..999
+# Where a pipeline says the guidance that it is to be drawn with. diffusers passes over what begins
+# with an underscore, and keeps it.
+GUIDANCE_SCALE = "_guidance_scale"
 # Of the classes with other defaults than DDPM's.
 _LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _HEUN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
@@ -104,6 +107,20 @@ class _Betas:
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
+
+
+def guidance_scale_of(scheduler: SchedulerFile, default: float) -> float:
+    """Omega that a pipeline says it is to be drawn with, or the default.
+
+    Raises: UserError for what is no such number.
+    """
+    found = scheduler.config.get(GUIDANCE_SCALE, default)
+    if type(found) not in (int, float) or not 0 <= found < np.inf:
+        raise UserError(
+            f"{scheduler.file} has {GUIDANCE_SCALE}={shown(found)}, expected a number from 0 on; "
+            "give --guidance_scale, or change the file"
+        )
+    return float(found)
 
 
 def schedule_from_json(config: Mapping[str, Any], file: str | None = None) -> Schedule:

@@ -12,7 +12,7 @@ from di_star_jax.models.clip import CLIPTextConfig
 from di_star_jax.models.config import Fields
 from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.models.vae import VAEConfig
-from di_star_jax.pipelines.family import Family
+from di_star_jax.pipelines.family import Family, Guided
 
 
 def encode_text(
@@ -115,5 +115,7 @@ SDXL = Family(
     tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     encode_text=encode_text,
     one_step=399,  # DMD2's, whose generator the paper begins with
+    # Of the paper's SDXL and SDXL-DPO, by its authors' notebook.
+    teacher=Guided(steps=50, guidance_scale=7.5),
     check=check,
 )

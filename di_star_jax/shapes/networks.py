@@ -3,8 +3,11 @@
 
 from typing import Any
 
+from di_star_jax.pipelines.scheduler import GUIDANCE_SCALE
+
 RESOLUTION = 64  # pixels of an image
 LATENT_SHAPE = (16, 16, 4)
+OMEGA = 5.0  # guidance of the teacher, in its pictures and in what is distilled from it
 TOKENS = 20  # two specials and the longest caption
 
 SCHEDULER = {
@@ -18,6 +21,7 @@ SCHEDULER = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
     "clip_sample": False,
+    GUIDANCE_SCALE: OMEGA,
 }
 MODEL_INDEX = {
     "_class_name": "StableDiffusionXLPipeline",
