@@ -308,6 +308,19 @@ def test_a_pipeline_is_drawn_with_the_sampler_that_is_asked_for_and_has_no_which
     assert results_of(out)["name"] == folder.name and results_of(out)["cost"]["steps"] == 3
 
 
+def test_a_pipeline_is_drawn_by_default_as_the_papers_sdxl_rows(command, folder, tmp_path):
+    out = tmp_path / "out"
+    given = arguments_for(folder, folder, out, num_prompts=4, metrics="contrast")
+    code, _, stderr = command(*given)
+    assert code == 0, stderr
+    settings = results_of(out)["settings"]
+    assert (settings["sampler"], len(settings["timesteps"]), settings["guidance_scale"]) == (
+        "euler",
+        50,
+        7.5,
+    )
+
+
 @pytest.mark.slow
 def test_one_device_and_split_parameters_give_the_images_and_numbers_of_eight_devices(
     command, straight, folder, workdir, tmp_path, monkeypatch
@@ -604,8 +617,12 @@ def brightness(title, scale=1.0, **facts):
 
 @pytest.fixture
 def bright(monkeypatch):
-    """The metric "bright", printed times 100, and hpsv21 replaced by the same."""
-    for name, title, groups in (("bright", "Brightness", ()), ("hpsv21", "HPSv2.1", ("style",))):
+    """The metric "bright", printed times 100, and hpsv2 and hpsv21 replaced by the same."""
+    for name, title, groups in (
+        ("bright", "Brightness", ()),
+        ("hpsv2", "HPSv2.0", ("style",)),
+        ("hpsv21", "HPSv2.1", ("style",)),
+    ):
         entry = brightness(title, factor=100.0, digits=2, groups=groups)
         monkeypatch.setitem(rewards.REWARDS, name, entry)
 
@@ -786,8 +803,9 @@ def test_the_hpsv2_benchmark_has_its_four_styles_their_average_and_the_published
         f"--images={tmp_path}/images",
         "--prompts=hpsv2",
         f"--prompts_file={tmp_path}/benchmark",
-        "--metrics=hpsv21",
+        "--metrics=hpsv21,hpsv2",
         "--weights=hpsv21=",
+        "--weights=hpsv2=",
         f"--tokenizer={SHAPES / 'tokenizer'}",
         "--batch_size=8",
         "--name=ours",
@@ -809,12 +827,22 @@ def test_the_hpsv2_benchmark_has_its_four_styles_their_average_and_the_published
         atol=0.5,
     )
     assert "| HPSv2.1 | anime | concept-art | paintings | photo | average |" in table
-    assert "| *DI* long, published* | *33.22* | *31.67* | *31.25* | *28.62* | *31.19* |" in table
+    long = "*DI* long (2.6B, 1024 px), published [1]*"
+    assert f"| {long} | *33.22* | *31.67* | *31.25* | *28.62* | *31.19* |" in table
     assert "holds 12 prompts, the HPSv2 benchmark 3,200" in table
     assert (
-        "| *SDXL-base, published* | 50 | 111.00 |  | *29.05* |" in table
+        "| *SDXL-base (2.6B, 1024 px, guidance 7.5), published [1]* | 50 | 111.00 |  | *29.05* |"
+        in table
         and "another protocol" in table
     )
+    # The two versions are two scales: no number of one stands in the other's column.
+    diff_instruct_pp = "| *DI++ of PixArt-alpha (0.6B, pixels not said), published [2]* |"
+    assert f"{diff_instruct_pp} 1 |  |  |  | *28.48* |" in table
+    by_style = table[table.index("| HPSv2.0 | anime") :]
+    assert f"{diff_instruct_pp}  |  |  |  | *28.48* |" in by_style
+    assert "| *28.42* | *27.63* | *27.60* | *27.29* | *27.73* |" in by_style
+    assert "31.19" not in by_style and table.count("28.48") == 2
+    assert "- *Published* [2]: arXiv 2410.18881, abstract" in table
 
 
 # What `sample` has written.

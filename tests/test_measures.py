@@ -9,8 +9,9 @@ import pytest
 from scipy import linalg
 
 from di_star_jax.errors import UserError
-from di_star_jax.evaluation import measures, statistics
+from di_star_jax.evaluation import measures, picks, statistics
 from di_star_jax.evaluation.frechet import FeatureStatistics, frechet_distance
+from di_star_jax.shapes import scenes
 
 NAN = np.nan
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # a NaN is meant, and never 0 / 0
@@ -415,3 +416,20 @@ def test_diversity_leaves_broken_samples_out_and_needs_two():
     x[1] = NAN
     assert measures.diversity(x) == pytest.approx(1.0)
     assert np.isnan(measures.diversity(x[:2])) and np.isnan(measures.diversity(np.zeros((3, 4))))
+
+
+def test_the_share_of_attributes_is_1_of_the_right_picture_and_less_of_another():
+    rng = np.random.default_rng(24)
+    drawn = [scenes.scene_at(index) for index in (5, 70_000)]
+    captions = [scene.caption for scene in drawn]
+    images = np.stack([np.uint8(255 * scenes.render(scene, rng) + 0.5) for scene in drawn])
+    np.testing.assert_array_equal(measures.attributes_right(captions, images), [1.0, 1.0])
+    assert measures.attributes_right(captions, images[::-1]).max() < 1.0
+
+
+def test_best_worst_gains_and_losses_are_the_places_of_their_samples_in_order():
+    scores = np.array([[1.0, 5.0], [NAN, 2.0], [9.0, 3.0], [NAN, NAN]])
+    differences = np.array([[0.0, 0.5], [NAN, -1.0], [2.0, -3.0], [NAN, NAN]])
+    found = picks.extremes(scores, differences)
+    assert found["best"] == [(2, 0), (0, 1)] and found["worst"] == [(0, 0), (1, 1)]
+    assert found["gains"] == [(2, 0), (0, 1)] and found["losses"] == [(2, 1), (1, 1)]

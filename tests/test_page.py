@@ -114,7 +114,7 @@ def decode(uri):
 
 def test_everything_of_the_contract_comes_back_out_of_the_page(tmp_path, monkeypatch):
     paper = papers.Row("paper", {"score": 0.3, "elsewhere": 1.0})
-    monkeypatch.setitem(papers.TABLES, "a <set>", papers.Table("Table 2", [paper]))
+    monkeypatch.setitem(papers.TABLES, "a <set>", (papers.Table("Table 2", [paper]),))
     prompts = [Prompt(7, NASTY, {"kind": "<b>"})]
     files = [[picture(tmp_path, "a")]]
     scores = {"score": [[0.25]], "blur": [[math.nan]], "other": [[1.0]]}
@@ -139,6 +139,24 @@ def test_everything_of_the_contract_comes_back_out_of_the_page(tmp_path, monkeyp
     assert data["comparison"] == {"score": paired}
     assert data["published"] == [{"name": "paper", "values": {"score": 0.3}, "source": "Table 2"}]
     assert [metric["trained_on"] for metric in data["metrics"]] == [True, False, False, False]
+
+
+def test_a_published_row_says_its_model_and_steps_and_another_metrics_is_left_out(
+    tmp_path, monkeypatch
+):
+    rows = [
+        papers.Row("teacher", {"score": 0.3}, "2B, 64 px", steps=50, guidance=7.5),
+        papers.Row("small", {"score": 0.2}, "1B, 32 px", steps=1),
+        papers.Row("elsewhere", {"other": 1.0}, "1B, 32 px", steps=1),
+    ]
+    tables = (papers.Table("Table 2", rows[1:]), papers.Table("Table 3", rows[:1]))
+    monkeypatch.setitem(papers.TABLES, "a <set>", tables)
+    ours = run("ours", [Prompt(7, "a", {})], [[picture(tmp_path, "a")]], {"score": [[0.25]]})
+    shown = [(row["name"], row["source"]) for row in data_of(write(tmp_path, ours))["published"]]
+    assert shown == [
+        ("small (1B, 32 px)", "1 step; Table 2"),
+        ("teacher (2B, 64 px, guidance 7.5)", "50 steps; Table 3"),
+    ]
 
 
 def test_no_text_can_leave_the_data_and_nothing_is_fetched(tmp_path):
@@ -341,7 +359,7 @@ def two_runs(folder):
         details = {"steps": 1}
         runs.append(run(name, prompts, files, scores, details=details, compared={"score": paired}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(papers.TABLES, "a <set>", papers.Table("Table 2", [paper]))
+        patch.setitem(papers.TABLES, "a <set>", (papers.Table("Table 2", [paper]),))
         write(folder, *runs)
     return folder / "page.html"
 

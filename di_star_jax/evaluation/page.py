@@ -215,18 +215,20 @@ def _comparison(evaluation: Evaluation) -> dict:
 
 
 def _published(evaluation: Evaluation, metrics: list[Metric]) -> list[dict]:
-    table = papers.TABLES.get(evaluation.settings["prompts"]["name"])
-    if table is None:
-        return []
     names = {metric.name for metric in metrics}
     return [
         {
-            "name": row.name,
+            "name": row.label,
             "values": {name: score for name, score in row.scores.items() if name in names},
-            "source": table.source,
+            "source": f"{_steps(row.steps)}{table.source}",
         }
+        for table in papers.tables_of(evaluation.settings["prompts"]["name"], names)
         for row in table.rows
     ]
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count > 1)}; " if count else ""
 
 
 def _identity(data: dict) -> str:

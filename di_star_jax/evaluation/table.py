@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An evaluation as Markdown, in the layout of the papers' tables: generators by metrics."""
 
+import math
+from collections.abc import Iterable, Iterator
+
 from di_star_jax.evaluation import papers
 from di_star_jax.evaluation.metrics import Metric
 from di_star_jax.evaluation.results import Evaluation
@@ -14,12 +17,14 @@ def table_of(evaluation: Evaluation, baseline: Evaluation | None) -> str:
     """The scores, notes to them, and the scores by category."""
     metrics = evaluation.columns()
     runs = [evaluation] if baseline is None else [evaluation, baseline]
-    published = papers.TABLES.get(evaluation.settings["prompts"]["name"])
+    published = papers.tables_of(
+        evaluation.settings["prompts"]["name"], (metric.name for metric in metrics)
+    )
     notes = _notes(runs, metrics, published)
     parts = [
         _scores(runs, metrics, published),
         "\n".join(f"- {note}" for note in notes),
-        *_by_style(runs, metrics),
+        *_by_style(runs, metrics, published),
         *_by_category(evaluation, metrics),
     ]
     return "\n\n".join(parts)
@@ -28,23 +33,30 @@ def table_of(evaluation: Evaluation, baseline: Evaluation | None) -> str:
 def _scores(
     runs: list[Evaluation],
     metrics: list[Metric],
-    published: papers.Table | None,
+    published: list[papers.Table],
 ) -> str:
     headings = [f"{metric.label}{' †' if metric.trained_on else ''}" for metric in metrics]
     rows = [_run(run, metrics) for run in runs]
     if runs[0].results["comparison"]:
         rows.append(_difference(runs[0].results["comparison"], metrics))
-    for row in published.rows if published else ():
+    for name, row in _published(published):
         cells = [
-            f"*{row.scores[metric.name]:.{metric.digits}f}*" if metric.name in row.scores else ""
-            for metric in metrics
+            _printed([row.scores[m.name]], m)[0] if m.name in row.scores else "" for m in metrics
         ]
-        rows.append([_published(row), str(row.steps), f"{row.seconds:.2f}", "", *cells])
+        seconds = "" if math.isnan(row.seconds) else f"{row.seconds:.2f}"
+        rows.append([name, str(row.steps or ""), seconds, "", *cells])
     return markdown_table(["generator", "steps", "s per 10 images", "peak GB", *headings], rows)
 
 
-def _published(row: papers.Row) -> str:
-    return f"*{row.name}, published*"
+def _published(tables: list[papers.Table]) -> Iterator[tuple[str, papers.Row]]:
+    """Each row with its name, which ends in the number of its table."""
+    for number, table in enumerate(tables, 1):
+        for row in table.rows:
+            yield f"*{row.label}, published [{number}]*", row
+
+
+def _printed(values: Iterable[float], metric: Metric) -> list[str]:
+    return [f"*{value:.{metric.digits}f}*" for value in values]
 
 
 def _run(run: Evaluation, metrics: list[Metric]) -> list[str]:
@@ -87,7 +99,7 @@ def _change(paired: dict, digits: int) -> str:
 def _notes(
     runs: list[Evaluation],
     metrics: list[Metric],
-    published: papers.Table | None,
+    published: list[papers.Table],
 ) -> list[str]:
     """What is under the table."""
     results = runs[0].results
@@ -119,8 +131,10 @@ def _notes(
             )
     if results["comparison"]:
         notes.append("Difference: 95 % bootstrap interval over prompts; share of prompts won.")
-    if published:
-        notes.append(f"*Published*: {published.source}; another protocol.")
+    notes += [
+        f"*Published* [{number}]: {table.source}; another protocol."
+        for number, table in enumerate(published, 1)
+    ]
     for metric in metrics:
         note = results["metrics"][metric.name]["note"]
         if note:
@@ -128,7 +142,11 @@ def _notes(
     return notes
 
 
-def _by_style(runs: list[Evaluation], metrics: list[Metric]) -> list[str]:
+def _by_style(
+    runs: list[Evaluation],
+    metrics: list[Metric],
+    published: list[papers.Table],
+) -> list[str]:
     """HPSv2 as its papers print it: generators by styles, and their average."""
     if "style" not in runs[0].results["groups"]:
         return []
@@ -142,8 +160,8 @@ def _by_style(runs: list[Evaluation], metrics: list[Metric]) -> list[str]:
             for run in runs
             if metric.name in run.results["metrics"]
         ]
-        if metric.name == "hpsv21" and tuple(styles) == papers.HPSV2_STYLES:
-            rows += [_published_by_style(row, metric) for row in papers.TABLES["hpsv2"].rows]
+        if tuple(styles) == papers.HPSV2_STYLES:
+            rows += _published_by_style(published, metric)
         tables.append(markdown_table([metric.label, *styles, "average"], rows))
     return tables
 
@@ -159,9 +177,15 @@ def _run_by_style(
     return [run.name, *(_mean(summary, metric) for summary in summaries)]
 
 
-def _published_by_style(row: papers.Row, metric: Metric) -> list[str]:
-    values = [*papers.HPSV21_BY_STYLE[row.name], row.scores["hpsv21"]]
-    return [_published(row), *(f"*{value:.{metric.digits}f}*" for value in values)]
+def _published_by_style(tables: list[papers.Table], metric: Metric) -> list[list[str]]:
+    """Of the rows that have the metric; some give its average alone."""
+    rows = []
+    for name, row in _published(tables):
+        if metric.name in row.scores:
+            styles = _printed(row.by_style.get(metric.name, ()), metric)
+            average = _printed([row.scores[metric.name]], metric)
+            rows.append([name, *(styles or [""] * len(papers.HPSV2_STYLES)), *average])
+    return rows
 
 
 def _by_category(evaluation: Evaluation, metrics: list[Metric]) -> list[str]:
