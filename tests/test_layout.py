@@ -38,21 +38,42 @@ LEVEL = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path):
-    """Dotted names of the modules that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path, text=None):
+    """Dotted names of the modules that a file imports, wherever it does. Args: text, in its place.
+
+    What a package itself holds, in its __init__, has the package's name.
+    """
+    for node in ast.walk(ast.parse(path.read_text() if text is None else text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            folder = PACKAGE.parent / (node.module or "").replace(".", "/")
+            module = absolute(node, path)
+            folder = PACKAGE.parent / module.replace(".", "/")
             for alias in node.names:  # a module of a package, or what a module holds
                 is_module = (folder / f"{alias.name}.py").exists() or (folder / alias.name).is_dir()
-                yield f"{node.module}.{alias.name}" if is_module else node.module
+                yield f"{module}.{alias.name}" if is_module else module
+        elif isinstance(node, ast.Call) and is_import(node.func):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
 
 
-def ours(path):
+def absolute(node, path):
+    """The module's name of a `from` import, whose dots count from the file's own package."""
+    if not node.level:
+        return node.module
+    package = path.relative_to(PACKAGE.parent).parent.parts
+    kept = package[: len(package) - node.level + 1]
+    return ".".join([*kept, *([node.module] if node.module else [])])
+
+
+def is_import(function):
+    """Whether a call's function is importlib.import_module or __import__."""
+    name = getattr(function, "attr", getattr(function, "id", ""))
+    return name in ("import_module", "__import__")
+
+
+def ours(path, text=None):
     """The wings and modules of this package that a file imports; not the package itself."""
-    names = (name.split(".") for name in imports(path))
+    names = (name.split(".") for name in imports(path, text))
     return {name[1] for name in names if name[0] == "di_star_jax" and len(name) > 1}
 
 
@@ -73,24 +94,42 @@ def test_imports_come_from_above(path):
         )
 
 
+@pytest.mark.parametrize("file", ["rewards/__init__.py", "pipelines/__init__.py", "drawing.py"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from di_star_jax.train import run",
+        "from di_star_jax import train",
+        "import di_star_jax.train as loop",
+        "from {dots}train import run",
+        "from {dots} import train",
+        "def run():\n    from di_star_jax.train import run as it",
+        "if typing.TYPE_CHECKING:\n    from di_star_jax import train",
+        'run = importlib.import_module("di_star_jax.train").run',
+    ],
+)
+def test_an_import_is_seen_however_it_is_written(file, statement):
+    path = PACKAGE / file
+    text = path.read_text() + "\n" + statement.format(dots=".." if "/" in file else ".")
+    assert ours(path, text) - ours(path) == {"train"} and LEVEL["train"] > LEVEL[wing(path)]
+
+
 def test_a_place_in_the_order_is_that_of_a_module():
     assert {wing(path) for path in FILES} - {"__init__"} == set(LEVEL)
 
 
 @pytest.mark.parametrize("wing", sorted({p.parent for p in FILES if p.parent != PACKAGE}))
 def test_a_folders_modules_do_not_import_each_other_in_a_ring(wing):
-    files = {p.stem: p for p in wing.glob("*.py") if p.stem != "__init__"}
-    prefix = f"di_star_jax.{wing.name}."
-    waiting = {
-        stem: {name.removeprefix(prefix) for name in imports(path) if name.startswith(prefix)}
-        & set(files)
-        for stem, path in files.items()
+    package = f"di_star_jax.{wing.name}"
+    files = {
+        package if p.stem == "__init__" else f"{package}.{p.stem}": p for p in wing.glob("*.py")
     }
+    waiting = {name: set(imports(path)) & set(files) for name, path in files.items()}
     while waiting:
-        free = [stem for stem, needed in waiting.items() if not needed & set(waiting)]
+        free = [name for name, needed in waiting.items() if not needed & set(waiting)]
         assert free, f"a ring among {sorted(waiting)}"
-        for stem in free:
-            del waiting[stem]
+        for name in free:
+            del waiting[name]
 
 
 def test_walking_the_package_pulls_in_neither_torch_nor_tensorflow():
