@@ -4,9 +4,9 @@
     di-star train --config=sdxl --workdir=/mnt/bucket/di_star
     di-star train --config=sdxl --config.dry_run=True  # no weights
 
-With mesh.fsdp=16 the compiled step takes 7.8 GB of a TPU v5e's 16.9 at one image a chip (128 chips
+With mesh.fsdp=16 the compiled step takes 8.0 GB of a TPU v5e's 16.9 at one image a chip (128 chips
 for the batch of 128; fewer take compute.microbatches). v6e: fsdp=8, 13.2 of 33.6 GB; v5p: fsdp=4,
-40.9 of 102.8 GB at 4 images (docs/performance.md). One H200 takes mesh.fsdp=1, data.batch_size=4
+35.8 of 102.8 GB at 4 images (docs/performance.md). One H200 takes mesh.fsdp=1, data.batch_size=4
 and compute.loop_networks=False, by the dry run's estimate. At 40 % of peak, 256,000 images (the
 default) would take 0.7 h on 128 v5e chips or 18.5 h on one H200: computed, not measured. The
 paper's PickScore on Parti prompts: 0.2249 before, 0.2304 after. To resume, run the same command
@@ -18,25 +18,37 @@ import ml_collections
 from di_star_jax.errors import UserError, nearest
 
 # One row per method, and per further row of the paper's Table 2, named NAME_REWARD_GUIDANCE; every
-# field named here overrides the default below. Guidance 0 in the paper is omega = 1: conditional,
-# without guidance. Of the other rows of Table 2, kl_0_7.5 is diff_instruct, kl_100_7.5 di_pp,
-# outside_100_7.5 di_star_outside, inside_0_7.5 sim, and inside_100_7.5 di_star.
+# field named here overrides the default below. We read guidance 0 of the paper's tables as omega =
+# 1, conditional without guidance; its formula at 0 is the unconditional score, and the rows named
+# _null are of that reading. Of the other rows of Table 2, kl_0_7.5 is diff_instruct, kl_100_7.5
+# di_pp, outside_100_7.5 di_star_outside, inside_0_7.5 sim, and inside_100_7.5 di_star.
 PRESETS = {
     "di_star": {},
-    "di_star_l2": {"objective.name": "di_star_l2"},
+    "di_star_l2": {"objective.distance": "l2", "objective.weighting": "x0_normalised"},
     "di_star_outside": {
         "objective.name": "di_star_outside",
         "objective.omega": 1.0,
         "objective.alpha_cfg": 7.5,
     },
     "sim": {"reward.pickscore": 0.0},
-    "sid": {"objective.name": "sid", "reward.pickscore": 0.0},
+    "sid": {
+        "objective.name": "sid",
+        "objective.weighting": "x0_normalised",
+        "reward.pickscore": 0.0,
+    },
     "diff_instruct": {"objective.name": "kl", "reward.pickscore": 0.0},
     "di_pp": {"objective.name": "kl"},
-    "dmd": {"objective.name": "dmd", "reward.pickscore": 0.0},
+    "dmd": {
+        "objective.name": "kl",
+        "objective.weighting": "x0_normalised",
+        "objective.reduction": "mean",
+        "reward.pickscore": 0.0,
+    },
     "reward_only": {"objective.name": "reward_only"},
     "kl_0_0": {"objective.name": "kl", "reward.pickscore": 0.0, "objective.omega": 1.0},
     "inside_0_0": {"reward.pickscore": 0.0, "objective.omega": 1.0},
+    "kl_0_0_null": {"objective.name": "kl", "reward.pickscore": 0.0, "objective.omega": 0.0},
+    "inside_0_0_null": {"reward.pickscore": 0.0, "objective.omega": 0.0},
     "inside_1_7.5": {"reward.pickscore": 1.0},
     "inside_10_7.5": {"reward.pickscore": 10.0},
     "inside_100_4.5": {"objective.omega": 4.5},
@@ -109,16 +121,22 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.objective = ml_collections.ConfigDict()
     # a key of objectives.OBJECTIVES
     config.objective.name = "di_star"
-    # guidance inside the reference; 1 is none
+    # guidance inside the reference; 1 is none, 0 the unconditional score
     config.objective.omega = 7.5
-    # guidance outside, as an implicit reward; of di_star_outside only
+    # guidance outside, as an implicit reward; of di_star_outside and kl_outside
     config.objective.alpha_cfg = 0.0
-    # c / sqrt(d) of the pseudo-Huber distance, eps-space; > 0
+    # d(y) of the score divergences: "pseudo_huber" (the paper's), "l2", "huber", or "power"
+    config.objective.distance = "pseudo_huber"
+    # c / sqrt(d) of (pseudo-)Huber, in units of the weighting; > 0. In bfloat16 a prediction of x0
+    # is rounded by 0.005 to 0.015 an element: only compute.scores="float32" sees below that
     config.objective.huber_c = 0.00054
+    # of the distance "power", ||y||^power; 2 is l2; >= 1
+    config.objective.power = 2.0
     # of sid: 1.0 and 1.2 as in its paper, 0.5 for the unbiased gradient
     config.objective.sid_alpha = 1.0
-    # w(t): "eps" 1, "score" 1 / sigma_t, "x0" sigma_t / alpha_t
-    config.objective.weighting = "eps"
+    # w(t), as the space of the divergence: "x0" (the public code of this family), "eps", "score"
+    # (the papers' w = 1), or "x0_normalised", over mean|x0 - x_ref| (SiD, DMD)
+    config.objective.weighting = "x0"
     # of the regulariser over a sample, or "mean"; changes its balance with the reward
     config.objective.reduction = "sum"
     # first time of the generator's loss, included, 0..999; DMD2's
@@ -144,15 +162,21 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.reward.custom = ""
     # of that function
     config.reward.custom_scale = 1.0
+    # pull of all rewards at x0 over the regulariser's, measured over the first 20 steps and then
+    # fixed; 0 leaves the scales as they are
+    config.reward.balance = 0.0
 
     config.assistant = ml_collections.ConfigDict()
     # first time of the assistant's loss, included, 0..999; DMD2's
     config.assistant.t_min = 0
     # last time, included
     config.assistant.t_max = 999
-    # per generator update, on the same images with fresh times and noise; 5 if training is unstable
-    # (DMD2 on SDXL)
+    # per generator update, further ones on fresh prompts, noise and samples; 5 if training is
+    # unstable (DMD2 on SDXL)
     config.assistant.updates = 1
+    # all of them before the generator's, which then sees what they learnt, as in the code of
+    # Diff-Instruct and SiD-LSG; one forward pass more. Else the first one is on the same samples
+    config.assistant.first = False
     # what both losses share: the samples, or ("x_t") times, noise and one forward pass of the
     # assistant too: 8 % less work
     config.assistant.sharing = "x0"
@@ -174,16 +198,19 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.optim.eps = 1e-8
     # AdamW
     config.optim.weight_decay = 0.01
-    # of the global gradient norm
+    # of the global gradient norm, for losses that are means over a sample's elements; DMD2's
     config.optim.clip_norm = 10.0
 
     config.ema = ml_collections.ConfigDict()
-    # of the average that is exported, in images; SiD's
+    # of the average that is exported, in images, and at most 5 % of those seen; SiD-LSG's
     config.ema.half_life_samples = 50_000
 
     config.compute = ml_collections.ConfigDict()
     # bfloat16 or float32; masters and moments are float32 always
     config.compute.dtype = "bfloat16"
+    # in which assistant and reference predict for the generator's loss: bfloat16, float32; auto is
+    # float32 where nothing guides, for there bfloat16 rounds the difference away; else dtype
+    config.compute.scores = "auto"
     # kernel of long self-attention: "splash" (TPU), "cudnn" (GPU), "xla"; auto by device
     config.compute.attention = "auto"
     # parts that a device's images are taken in, one after the other: less memory

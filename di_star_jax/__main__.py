@@ -15,6 +15,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "Measures what a step costs; or compiles it for a TPU slice."),
     "pretrain": ("shapes.pretrain", "Makes the shapes world's checkpoint from nothing."),
     "ablation": ("studies.ablation", "Trains every method on the shapes world: docs/ablation.md."),
+    "optimum": ("studies.optimum", "Trains them where the optimum is known: docs/mixture.md."),
     "mixture": ("studies.mixture", "Trains every objective on points in a plane: docs/mixture.md."),
 }
 

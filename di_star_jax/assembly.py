@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,14 @@ from di_star_jax import objectives, sharding, step
 from di_star_jax.gradients import Method, Settings
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines.family import Family
-from di_star_jax.pipelines.folder import Model, Options, Pipeline, load_pipeline, model_class
+from di_star_jax.pipelines.folder import (
+    Model,
+    Options,
+    Pipeline,
+    abstract_model,
+    load_pipeline,
+    model_class,
+)
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards import REWARDS, load_rewards, rewards_used, scales_of
@@ -98,7 +106,29 @@ def model_options(config, mesh: Mesh) -> dict[str, Options]:
         "vae": compute.remat_vae,
         "reward": compute.remat_reward,
     }
-    return {part: dataclasses.replace(common, remat=policy) for part, policy in remat.items()}
+    options = {part: dataclasses.replace(common, remat=policy) for part, policy in remat.items()}
+    param_dtype = reference_dtype(config)
+    options["unet"] = dataclasses.replace(options["unet"], param_dtype=param_dtype)
+    return options
+
+
+def reference_dtype(config) -> jnp.dtype:
+    """In which the reference is kept: that of the scores, which are all that it gives."""
+    return jnp.promote_types(config.compute.dtype, scores_dtype(config))
+
+
+def scores_dtype(config) -> jnp.dtype:
+    """In which assistant and reference predict for the generator's loss.
+
+    "auto" is float32 where nothing guides the reference: there the predictions are so close that
+    their difference in bfloat16 is mostly rounding.
+    """
+    asked = config.compute.scores
+    if asked != "auto":
+        return jnp.dtype(asked)
+    objective = config.objective
+    guided = objective.omega != 1.0 and objective.name not in objectives.OUTSIDE
+    return jnp.dtype(config.compute.dtype if guided else "float32")
 
 
 def method_of(config, parts: Parts) -> Method:
@@ -110,7 +140,30 @@ def method_of(config, parts: Parts) -> Method:
         reward=reward_of_latents(config, parts),
         schedule=parts.pipeline.schedule,
         settings=settings_of(config, parts.latent_shape(resolution), parts.pipeline.family),
+        score_unet=score_unet(config, parts),
     )
+
+
+def score_unet(config, parts: Parts) -> Callable | None:
+    """`Method.score_unet`; None where it is the one that learns."""
+    dtype = scores_dtype(config)
+    if dtype == jnp.dtype(config.compute.dtype):
+        return None
+    kernel = kernel_of(config, jax.default_backend())
+    options = Options(dtype=dtype, remat=config.compute.remat_unet, kernel=kernel)
+    graphdef = abstract_model(parts.models["unet"].config, options).graphdef
+
+    def bind(params: Any) -> Callable[..., jax.Array]:
+        network = nnx.merge(graphdef, params)
+
+        def predict(x_t, t, condition) -> jax.Array:
+            # Three passes of bfloat16 on a TPU, whose products of float32 are else of one.
+            with jax.default_matmul_precision("high"):
+                return network(x_t, t, condition)
+
+        return predict
+
+    return bind
 
 
 def text_encoder(parts: Parts, resolution: int) -> Callable:
@@ -167,10 +220,15 @@ def settings_of(
     """The plain values that the step needs of a config."""
     objective = config.objective
     scheme = {"x0": "separate", "x_t": "shared"}[config.assistant.sharing]
+    # The limit is of a loss that is a mean over a sample's elements.
+    numbers = math.prod(latent_shape)
+    of_generator = numbers if objective.reduction == "sum" else 1
     return Settings(
         objective=objective.name,
         omega=objective.omega,
-        constants=objectives.Constants(objective.huber_c, objective.alpha_cfg, objective.sid_alpha),
+        constants=objectives.Constants(
+            **{name: objective[name] for name in objectives.Constants._fields}
+        ),
         weighting=objective.weighting,
         reduction=objective.reduction,
         generator_times=(objective.t_min, objective.t_max),
@@ -179,7 +237,11 @@ def settings_of(
         scheme="looped" if config.compute.loop_networks else scheme,
         generator_timesteps=generator_timesteps(config.generator, family.one_step),
         latent_shape=latent_shape,
-        ema_decay=0.5 ** (config.data.batch_size / config.ema.half_life_samples),
+        ema_half_life=config.ema.half_life_samples,
+        assistant_first=config.assistant.first,
+        warmup_steps=config.assistant.warmup_steps,
+        clip_norms=(config.optim.clip_norm * of_generator, config.optim.clip_norm * numbers),
+        balance=config.reward.balance,
         microbatches=config.compute.microbatches,
     )
 

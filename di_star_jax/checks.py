@@ -12,7 +12,7 @@ import jax
 
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError, suggest
-from di_star_jax.objectives import OBJECTIVES, OUTSIDE, WEIGHTINGS
+from di_star_jax.objectives import DISTANCES, OBJECTIVES, OUTSIDE, WEIGHTINGS
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, add, listed, rewards_used, scales_of
@@ -24,10 +24,12 @@ from di_star_jax.storage.files import writable_folder
 
 _CHOICES = {
     "objective.name": OBJECTIVES,
+    "objective.distance": DISTANCES,
     "objective.weighting": WEIGHTINGS,
     "objective.reduction": ("sum", "mean"),
     "assistant.sharing": ("x0", "x_t"),
     "compute.dtype": ("bfloat16", "float32"),
+    "compute.scores": ("auto", "bfloat16", "float32"),
     "compute.attention": ("auto", "splash", "cudnn", "xla"),
     "compute.remat_unet": ("none", "dots", "full"),
     "compute.remat_vae": ("none", "dots", "full"),
@@ -42,6 +44,7 @@ _POSITIVE = (
     "assistant.updates",
     "optim.generator_lr",
     "optim.assistant_lr",
+    "optim.b2",
     "optim.eps",
     "optim.clip_norm",
     "ema.half_life_samples",
@@ -59,6 +62,7 @@ _NOT_NEGATIVE = (
     "objective.omega",
     "objective.alpha_cfg",
     "objective.sid_alpha",
+    "reward.balance",
     "assistant.warmup_steps",
     "optim.lr_warmup_steps",
     "optim.weight_decay",
@@ -70,6 +74,8 @@ _NEW = (
     "eval.samples",
     "reward.custom",
     "reward.custom_scale",
+    "assistant.first",
+    "objective.power",
 )  # copied configs may lack them
 _FOLDER = (
     "give a folder in diffusers' layout with safetensors, or a name on the Hub such as "
@@ -120,7 +126,7 @@ def check(config, device_count: int) -> None:
     _check_times(config)
     _check_rewards(config)
     _check_generator(config.generator)
-    _check_guidance(config.objective)
+    _check_objective(config.objective)
     _check_mesh(config, device_count)
     if not config.dry_run:
         _check_sources(config)
@@ -182,6 +188,11 @@ def _check_values(config) -> None:
 def _check_sharing(config) -> None:
     if config.assistant.sharing != "x_t":
         return
+    if config.assistant.first:
+        raise UserError(
+            "assistant.first=True with assistant.sharing='x_t', in which both learn from one pass; "
+            "set assistant.first=False or assistant.sharing='x0'"
+        )
     if config.assistant.updates != 1:
         raise UserError(
             f"assistant.updates={config.assistant.updates} with assistant.sharing='x_t', in which "
@@ -236,6 +247,16 @@ def _check_rewards(config) -> None:
             "objective.name='reward_only' with all scales in reward 0 trains nothing; set e.g. "
             "reward.pickscore=100, or another objective"
         )
+    if config.reward.balance and not any(scales.values()):
+        raise UserError(
+            f"reward.balance={config.reward.balance:g} with all scales in reward 0 has nothing to "
+            "balance; set e.g. reward.pickscore=100, or reward.balance=0"
+        )
+    if config.reward.balance and config.objective.name == "reward_only":
+        raise UserError(
+            f"reward.balance={config.reward.balance:g} with objective.name='reward_only', which "
+            "has no regulariser to balance; set reward.balance=0, or another objective"
+        )
 
 
 def _check_generator(generator) -> None:
@@ -257,12 +278,16 @@ def _check_generator(generator) -> None:
         )
 
 
-def _check_guidance(objective) -> None:
-    if objective.name in OUTSIDE and objective.omega != 1.0:
+def _check_objective(objective) -> None:
+    known = OBJECTIVES[objective.name].weightings
+    if objective.weighting not in known:
         raise UserError(
-            f"objective.name={objective.name!r} has its guidance outside, but objective.omega="
-            f"{objective.omega} is inside; set objective.omega=1 and objective.alpha_cfg="
-            f"{objective.omega}"
+            f"objective.weighting={objective.weighting!r} with objective.name={objective.name!r}, "
+            f"which has {', '.join(known)}; use one of these"
+        )
+    if objective.distance == "power" and not objective.power >= 1:
+        raise UserError(
+            f"objective.power={objective.power}, expected 1 or more; 2 is the squared distance"
         )
     if objective.name not in OUTSIDE and objective.alpha_cfg != 0.0:
         raise UserError(

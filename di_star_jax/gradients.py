@@ -3,13 +3,14 @@
 
 `separate` is the step as the paper has it; schemes.py rearranges it for cost, and configs/sdxl.py
 takes its `looped`. But for `draw`, all here runs inside `sharding.on_each`: b is the images of this
-device, K the generator's steps, U the assistant's updates; latents are [b, h, w, 4], images
-[b, H, W, 3]. Sums over devices are the caller's: a device returns its share of the gradients of the
-whole batch's mean, and per-sample figures.
+device, K the generator's steps; latents are [b, h, w, 4], images [b, H, W, 3]. Sums over devices
+are the caller's: a device returns its share of the gradients of the whole batch's mean, and
+per-sample figures.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ from di_star_jax import objectives, sharding
 from di_star_jax.diffusion import Schedule, add_noise, eps_to_x0, guide, per_sample
 from di_star_jax.models.unet import Condition
 from di_star_jax.objectives import OBJECTIVES, Point, Scores
-from di_star_jax.samplers import EpsFn
 
 Params = Any
 Trained = tuple[Params, Params]  # of generator and assistant
 Gradients = tuple[Params, Params]
+# Of the score networks: (x_t, t) -> eps, or the noise predictions by name.
+Psi = Callable[[jax.Array, jax.Array], jax.Array]
+Reference = Callable[[jax.Array, jax.Array], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,11 @@ class Settings:
     scheme: str  # a key of schemes.SCHEMES
     generator_timesteps: tuple[int, ...]  # falling, one per step of the generator
     latent_shape: tuple[int, ...]
-    ema_decay: float
+    ema_half_life: float  # in images
+    assistant_first: bool = False
+    warmup_steps: int = 0
+    clip_norms: tuple[float, float] = (math.inf, math.inf)  # of both networks' gradients
+    balance: float = 0.0  # of reward and regulariser; 0 leaves the reward's scale as it is
     microbatches: int = 1  # parts that a device's images are taken in, one after the other
 
 
@@ -55,6 +62,7 @@ class Method:
     reward: (frozen, x0 [b, h, w, 4], token_ids, crop [b, 2]) -> (alpha_rew r(x0, c) summed over the
       rewards [b], each reward by name [b]), through the VAE decoder. Only the sum is
       differentiated.
+    score_unet: as unet, in the precision of the scores; None is the same.
     """
 
     unet: Callable[[Params], Callable[..., jax.Array]]
@@ -62,6 +70,11 @@ class Method:
     reward: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     schedule: Schedule
     settings: Settings
+    score_unet: Callable[[Params], Callable[..., jax.Array]] | None = None
+
+    def score(self, params: Params) -> Callable[..., jax.Array]:
+        """A score network of the generator's loss, assistant or reference."""
+        return (self.score_unet or self.unet)(params)
 
     @property
     def objective(self) -> objectives.Objective:
@@ -86,7 +99,7 @@ class Draws(NamedTuple):
     noise: [B, K, h, w, 4] standard normal; the first of K is z.
     step: scalar int32, the generator's step that learns, the same for the whole batch.
     t, eps: [B] int32 and [B, h, w, 4], of the generator's loss.
-    t_psi, eps_psi: [B, U] int32 and [B, U, h, w, 4], of the assistant's updates.
+    t_psi, eps_psi: [B] int32 and [B, h, w, 4], of the assistant's loss.
     crop: [B, 2] in [0, 1), where the reward looks, if it looks at a part.
     """
 
@@ -104,25 +117,22 @@ def draw(
     batch: int,
     settings: Settings,
 ) -> Draws:
-    """The draws of one step: all its random streams, and from which key each comes.
+    """The draws of one batch: all its random streams, and from which key each comes.
 
-    Args: key, of the step; batch, of all devices together.
+    Args: key, of the batch; batch, of all devices together.
     """
     key_z, key_generator, key_assistant = jax.random.split(key, 3)
     shape = (batch, *settings.latent_shape)
     steps = len(settings.generator_timesteps)
-    updates = [
-        times_and_noise(key_update, settings.assistant_times, shape)
-        for key_update in jax.random.split(key_assistant, settings.assistant_updates)
-    ]
     t, eps = times_and_noise(key_generator, settings.generator_times, shape)
+    t_psi, eps_psi = times_and_noise(key_assistant, settings.assistant_times, shape)
     return Draws(
         noise=jnp.moveaxis(jax.random.normal(key_z, (steps, *shape)), 0, 1),
         step=jax.random.randint(jax.random.fold_in(key_z, 1), (), 0, steps),
         t=t,
         eps=eps,
-        t_psi=jnp.stack([t for t, _ in updates], axis=1),
-        eps_psi=jnp.stack([eps for _, eps in updates], axis=1),
+        t_psi=t_psi,
+        eps_psi=eps_psi,
         crop=jax.random.uniform(jax.random.fold_in(key_z, 2), (batch, 2)),
     )
 
@@ -139,16 +149,35 @@ def times_and_noise(
     return t, jax.random.normal(key_eps, shape)
 
 
+class Pull(NamedTuple):
+    """What acts on each sample, [b], to log.
+
+    kept: 0 where its gradient was not finite, and it was dropped.
+    regulariser, reward: the norms of their gradients at x0; the reward's before it is balanced.
+    cosine: between the two, of descent; 1 where they pull the same way.
+    """
+
+    kept: jax.Array
+    regulariser: jax.Array
+    reward: jax.Array
+    cosine: jax.Array
+
+
 class Figures(NamedTuple):
     """What a gradient leaves per sample. x0: [b, h, w, 4]; the others [b], to log.
 
-    reward: alpha_rew r, summed over the rewards. rewards: each by itself. assistant: its loss.
+    reward: alpha_rew r, summed over the rewards. rewards: each by itself. t: of the regulariser.
+    gap: rms of eps_psi - eps_ref, an element; 0 for an objective without scores. assistant: its
+    loss an element.
     """
 
     x0: jax.Array
     reward: jax.Array
     rewards: dict[str, jax.Array]
     regulariser: jax.Array
+    pull: Pull
+    t: jax.Array
+    gap: jax.Array
     assistant: jax.Array
 
 
@@ -216,51 +245,52 @@ def score_networks(
     assistant: Params,
     reference: Params,
     conditions: tuple[Condition, Condition],
-) -> dict[str, EpsFn]:
-    """By the names of `objectives.Scores`, functions (x_t, t) -> eps.
+) -> tuple[Psi, Reference]:
+    """The assistant, and the reference by the names of `objectives.Scores`.
 
-    guided evaluates conditional and unconditional as one batch of 2b; at omega = 1 it is the
-    conditional alone.
+    The reference evaluates conditional and unconditional as one batch of 2b. At omega = 1 guided is
+    the conditional alone, at omega = 0 the unconditional; then what is left of cond and null, which
+    nothing flows through, has a pass of its own, and none where the objective does not want it.
     """
     condition, null = conditions
     omega = method.settings.omega
+    wants_parts = "cond" in method.objective.scores
 
     def psi(x_t, t) -> jax.Array:
-        return method.unet(assistant)(x_t, t, condition)
+        return method.score(assistant)(x_t, t, condition)
 
-    def guided(x_t, t) -> jax.Array:
+    def guided(x_t, t) -> dict[str, jax.Array]:
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
-        twice = jnp.concatenate([x_t, x_t])
-        eps = method.unet(reference)(twice, jnp.concatenate([t, t]), both)
-        eps_cond, eps_null = jnp.split(eps, 2)
-        return guide(eps_cond, eps_null, omega)
+        x_t, t = jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t])
+        eps_cond, eps_null = jnp.split(method.score(reference)(x_t, t, both), 2)
+        return {"guided": guide(eps_cond, eps_null, omega), "cond": eps_cond, "null": eps_null}
 
-    def cond(x_t, t) -> jax.Array:
-        return method.unet(reference)(x_t, t, condition)
+    def single(x_t, t) -> dict[str, jax.Array]:
+        names = ("cond", "null") if omega == 1.0 else ("null", "cond")
+        of = {"cond": condition, "null": null}
+        eps = method.score(reference)(x_t, t, of[names[0]])
+        if not wants_parts:
+            return {"guided": eps}
+        other = method.score(reference)(jax.lax.stop_gradient(x_t), t, of[names[1]])
+        return {"guided": eps, names[0]: eps, names[1]: other}
 
-    def without_prompt(x_t, t) -> jax.Array:
-        return method.unet(reference)(x_t, t, null)
-
-    return {
-        "psi": psi,
-        "guided": cond if omega == 1.0 else guided,
-        "cond": cond,
-        "null": without_prompt,
-    }
+    return psi, single if omega in (0.0, 1.0) else guided
 
 
 def evaluate(
     objective: objectives.Objective,
-    networks: dict[str, EpsFn],
+    networks: tuple[Psi, Reference],
     t: jax.Array,
     x_t: jax.Array,
 ) -> Scores:
     """The noise predictions that an objective wants, each without gradient where it wants none."""
+    if not objective.scores:
+        return Scores()
+    psi, reference = networks
     still = jax.lax.stop_gradient(x_t)
-    found = {}
-    for name in objective.scores:
-        found[name] = networks[name](x_t if name in objective.through else still, t)
-    return Scores(**found)
+    of_reference = reference(x_t if "guided" in objective.through else still, t)
+    found = {name: of_reference[name] for name in objective.scores if name != "psi"}
+    return Scores(psi=psi(x_t if "psi" in objective.through else still, t), **found)
 
 
 def regulariser(
@@ -269,10 +299,9 @@ def regulariser(
     point: Point,
 ) -> jax.Array:
     """L_reg [b] (Eq. 3.4), weighted and reduced as the settings say."""
-    settings = method.settings
-    loss = method.objective.loss(scores, point, settings.constants)
-    loss *= objectives.WEIGHTINGS[settings.weighting](point.alpha_t, point.sigma_t)
-    return loss / point.x0[0].size if settings.reduction == "mean" else loss
+    s = method.settings
+    loss = objectives.regulariser(method.objective, s.weighting, scores, point, s.constants)
+    return loss / point.x0[0].size if s.reduction == "mean" else loss
 
 
 def regulariser_gradient(
@@ -317,6 +346,38 @@ def reward_gradient(
     return dx0, total, each
 
 
+def combine(
+    of_regulariser: jax.Array,
+    of_reward: jax.Array,
+    scale: jax.Array,
+) -> tuple[jax.Array, Pull]:
+    """d/dx0 [b, h, w, 4] of the generator's loss, without samples whose gradient is not finite.
+
+    Args: gradients at x0 of the batch's means; scale, of the reward's. A sample that is dropped
+    leaves the others as they are, as in SiD's code.
+    """
+    total = of_regulariser + scale * of_reward
+    kept = jnp.isfinite(total).all(axis=tuple(range(1, total.ndim)))
+    batch = len(kept) * sharding.size(*sharding.BATCH)
+    norms = [batch * _norm(gradient) for gradient in (of_regulariser, of_reward)]
+    product = jnp.sum(of_regulariser * of_reward, axis=tuple(range(1, total.ndim))) * batch**2
+    cosine = product / jnp.maximum(norms[0] * norms[1], 1e-30)
+    pull = Pull(kept.astype(jnp.float32), *norms, cosine)
+    return jnp.where(per_sample(kept, total), total, 0.0), pull
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """[b, ...] -> [b]."""
+    return jnp.sqrt(jnp.sum(x * x, axis=tuple(range(1, x.ndim))))
+
+
+def gap_of(scores: Scores, like: jax.Array) -> jax.Array:
+    """rms of eps_psi - eps_ref an element, [b]; 0 without scores. Args: like, [b, ...]."""
+    if scores.psi is None:
+        return jnp.zeros(len(like))
+    return _norm(scores.psi - scores.guided) / like[0].size ** 0.5
+
+
 def assistant_gradient(
     method: Method,
     assistant: Params,
@@ -335,70 +396,96 @@ def assistant_gradient(
     return grads, loss / point.x0[0].size
 
 
+def gradient_at_x0(
+    method: Method,
+    x0: jax.Array,
+    scored: tuple[Scores, Callable[[Scores], tuple[jax.Array]]],
+    given: tuple[dict, dict, Draws],
+    scale: jax.Array,
+) -> tuple[jax.Array, Figures]:
+    """d/dx0 of the generator's loss, and what it leaves.
+
+    Args: scored, scores and from their cotangents to (x_t's,); given, frozen parameters, token ids
+    and draws; scale, of the reward.
+    """
+    frozen, token_ids, draws = given
+    of_regulariser, loss = regulariser_gradient(method, x0, draws, *scored)
+    of_reward, reward, rewards = reward_gradient(method, x0, frozen, token_ids, draws.crop)
+    of_x0, pull = combine(of_regulariser, of_reward, scale)
+    gap = gap_of(scored[0], x0)
+    return of_x0, Figures(x0, reward, rewards, loss, pull, draws.t, gap, jnp.zeros(len(x0)))
+
+
 def separate(
     method: Method,
     trained: Trained,
     frozen: dict,
     token_ids: dict,
     draws: Draws,
+    scale: jax.Array,
 ) -> tuple[Gradients, Figures]:
     """(gradients of generator and assistant, figures); the two losses share x0 alone.
 
     What acts on x0 is differentiated there first, one part after the other, so that the decoder's
     activations and the score networks' need not be held together.
+
+    Args: scale, of the reward.
     """
     generator, assistant = trained
     conditions = method.encode_text(frozen, token_ids)
     x0, pull_back = generate(method, generator, draws, conditions[0])
     networks = score_networks(method, assistant, frozen["reference"], conditions)
-    scores, to_x_t = jax.vjp(
-        functools.partial(evaluate, method.objective, networks, draws.t),
-        method.noise(x0, draws.t, draws.eps).x_t,
+    predict = functools.partial(evaluate, method.objective, networks, draws.t)
+    scored = jax.vjp(predict, method.noise(x0, draws.t, draws.eps).x_t)
+    of_x0, figures = gradient_at_x0(method, x0, scored, (frozen, token_ids, draws), scale)
+    of_assistant, loss = assistant_gradient(
+        method, assistant, *noised_for_assistant(method, x0, draws), conditions[0]
     )
-    of_regulariser, loss_reg = regulariser_gradient(method, x0, draws, scores, to_x_t)
-    of_reward, reward, rewards = reward_gradient(method, x0, frozen, token_ids, draws.crop)
-    (generator_grads,) = pull_back(of_regulariser + of_reward)
-    assistant_grads, loss_psi = assistant_gradient(
-        method, assistant, *first_update(method, x0, draws), conditions[0]
-    )
-    return (generator_grads, assistant_grads), Figures(x0, reward, rewards, loss_reg, loss_psi)
+    return (pull_back(of_x0)[0], of_assistant), figures._replace(assistant=loss)
 
 
-def first_update(
+def of_generator(
+    method: Method,
+    trained: Trained,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
+    scale: jax.Array,
+) -> tuple[Params, Figures]:
+    """As `separate`, of the generator alone, against an assistant that has learnt already."""
+    generator, assistant = trained
+    conditions = method.encode_text(frozen, token_ids)
+    x0, pull_back = generate(method, generator, draws, conditions[0])
+    networks = score_networks(method, assistant, frozen["reference"], conditions)
+    predict = functools.partial(evaluate, method.objective, networks, draws.t)
+    scored = jax.vjp(predict, method.noise(x0, draws.t, draws.eps).x_t)
+    of_x0, figures = gradient_at_x0(method, x0, scored, (frozen, token_ids, draws), scale)
+    return pull_back(of_x0)[0], figures
+
+
+def noised_for_assistant(
     method: Method,
     x0: jax.Array,
     draws: Draws,
 ) -> tuple[Point, jax.Array]:
-    """(x0 noised for the assistant's first update, its times)."""
-    t = draws.t_psi[:, 0]
-    return method.noise(x0, t, draws.eps_psi[:, 0]), t
+    """(x0 noised for the assistant's loss, its times)."""
+    return method.noise(x0, draws.t_psi, draws.eps_psi), draws.t_psi
 
 
 def of_assistant(
     method: Method,
-    networks: tuple[Params, dict],
-    token_ids: dict,
-    x0: jax.Array,
-    noised: tuple[jax.Array, jax.Array],
-) -> tuple[Params, jax.Array]:
-    """`assistant_gradient` of samples alone.
-
-    Args: networks, the assistant's and the frozen parameters; noised, times [b] and noise.
-    """
-    assistant, frozen = networks
-    condition = method.encode_text(frozen, token_ids)[0]
-    t, eps = noised
-    return assistant_gradient(method, assistant, method.noise(x0, t, eps), t, condition)
-
-
-def samples(
-    method: Method,
-    networks: tuple[Params, dict],
+    networks: tuple[Params, Params, dict],
     token_ids: dict,
     draws: Draws,
-) -> tuple[tuple, jax.Array]:
-    """((), x0 [b, h, w, 4]), which has no gradient. Args: networks, the generator's and frozen."""
-    generator, frozen = networks
+) -> tuple[Params, jax.Array]:
+    """`assistant_gradient` on samples of the generator, which has no gradient.
+
+    Args: networks, of assistant and generator, and the frozen parameters.
+    """
+    assistant, generator, frozen = networks
     condition = method.encode_text(frozen, token_ids)[0]
     x_t, t = simulate(method, generator, draws, condition)
-    return (), x0_of(method, x_t, t, method.unet(generator)(x_t, t, condition))
+    x0 = x0_of(method, x_t, t, method.unet(generator)(x_t, t, condition))
+    return assistant_gradient(
+        method, assistant, *noised_for_assistant(method, x0, draws), condition
+    )

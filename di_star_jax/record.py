@@ -40,13 +40,18 @@ RESUMABLE = (
 _BY_CONTENT = ("data.prompts", "data.prompts_file")
 
 _DIVERGENCES = {
-    "di_star": "pseudo-Huber score divergence",
-    "di_star_l2": "squared score divergence",
-    "di_star_outside": "pseudo-Huber score divergence",
+    "di_star": "score divergence",
+    "di_star_outside": "score divergence",
     "sid": "SiD's score distance",
     "kl": "integral KL divergence",
-    "dmd": "DMD's normalised KL gradient",
+    "kl_outside": "integral KL divergence",
     "reward_only": "no divergence",
+}
+_DISTANCES = {
+    "pseudo_huber": "pseudo-Huber",
+    "l2": "squared",
+    "huber": "Huber",
+    "power": "power",
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "di_star_jax")
 
@@ -56,7 +61,7 @@ def sentence(config, arguments: Sequence[str] = ()) -> str:
     rewards = [f"{scale:g} x {name}" for name, scale in scales_of(config.reward).items() if scale]
     optim = config.optim
     parts = [
-        f"{config.objective.name}: {_DIVERGENCES[config.objective.name]}, {_guidance(config)}",
+        f"{config.objective.name}: {_divergence(config.objective)}, {_guidance(config.objective)}",
         f"reward {' + '.join(rewards)}" if rewards else "no reward",
         f"learning rates {optim.generator_lr:g} (generator) and {optim.assistant_lr:g} (assistant)",
         f"batch {config.data.batch_size}, seed {config.seed}",
@@ -69,13 +74,21 @@ def sentence(config, arguments: Sequence[str] = ()) -> str:
     return "; ".join(parts)
 
 
-def _guidance(config) -> str:
-    objective = config.objective
+def _divergence(objective) -> str:
+    name = _DIVERGENCES[objective.name]
+    if objective.name == "reward_only":
+        return name
+    distance = f"{_DISTANCES[objective.distance]} " if name == "score divergence" else ""
+    return f"{distance}{name} in {objective.weighting}"
+
+
+def _guidance(objective) -> str:
     if objective.name == "reward_only":
         return "no guidance"
-    if objective.name in OUTSIDE:
-        return f"guidance {objective.alpha_cfg:g} outside"
-    return "no guidance" if objective.omega == 1.0 else f"guidance {objective.omega:g} inside"
+    inside = [] if objective.omega == 1.0 else [f"guidance {objective.omega:g} inside"]
+    outside = objective.name in OUTSIDE and objective.alpha_cfg
+    parts = inside + [f"guidance {objective.alpha_cfg:g} outside"] * bool(outside)
+    return " and ".join(parts) or "no guidance"
 
 
 def changes(config, arguments: Sequence[str]) -> dict[str, Any]:

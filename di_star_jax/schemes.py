@@ -19,11 +19,10 @@ from di_star_jax.gradients import (
     Params,
     Trained,
     evaluate,
-    first_update,
     generate,
+    gradient_at_x0,
     mean_share,
-    regulariser_gradient,
-    reward_gradient,
+    noised_for_assistant,
     score_networks,
     separate,
     simulate,
@@ -39,6 +38,7 @@ def shared(
     frozen: dict,
     token_ids: dict,
     draws: Draws,
+    scale: jax.Array,
 ) -> tuple[Gradients, Figures]:
     """As `separate`, with one x_t, and one forward pass of the assistant, for both losses.
 
@@ -50,10 +50,10 @@ def shared(
     x0, pull_back = generate(method, generator, draws, conditions[0])
     x_t = method.noise(x0, draws.t, draws.eps).x_t
     eps_psi, of_assistant = jax.vjp(
-        lambda params, x_t: method.unet(params)(x_t, draws.t, conditions[0]), assistant, x_t
+        lambda params, x_t: method.score(params)(x_t, draws.t, conditions[0]), assistant, x_t
     )
-    networks = score_networks(method, assistant, frozen["reference"], conditions)
-    networks["psi"] = lambda x_t, t: eps_psi
+    _, reference = score_networks(method, assistant, frozen["reference"], conditions)
+    networks = (lambda x_t, t: eps_psi, reference)
     scores, of_reference = jax.vjp(
         functools.partial(evaluate, method.objective, networks, draws.t), x_t
     )
@@ -63,11 +63,10 @@ def shared(
         (by_reference,) = of_reference(cotangents)
         return (by_assistant + by_reference,)
 
-    of_regulariser, loss_reg = regulariser_gradient(method, x0, draws, scores, to_x_t)
-    of_reward, reward, rewards = reward_gradient(method, x0, frozen, token_ids, draws.crop)
-    (generator_grads,) = pull_back(of_regulariser + of_reward)
-    of_loss, loss_psi = denoising_gradient(eps_psi, draws.eps)
-    figures = Figures(x0, reward, rewards, loss_reg, loss_psi / x0[0].size)
+    of_x0, figures = gradient_at_x0(method, x0, (scores, to_x_t), (frozen, token_ids, draws), scale)
+    (generator_grads,) = pull_back(of_x0)
+    of_loss, loss = denoising_gradient(eps_psi, draws.eps)
+    figures = figures._replace(assistant=loss / x0[0].size)
     return (generator_grads, of_assistant(of_loss)[0]), figures
 
 
@@ -88,6 +87,7 @@ def looped(
     frozen: dict,
     token_ids: dict,
     draws: Draws,
+    scale: jax.Array,
 ) -> tuple[Gradients, Figures]:
     """As `separate` with a UNet traced three times in place of seven, for slow compilers.
 
@@ -99,7 +99,7 @@ def looped(
     conditions = method.encode_text(frozen, token_ids)
     z, t_z = simulate(method, generator, draws, conditions[0])
     eps_z = method.unet(generator)(z, t_z, conditions[0])
-    x0, of_x0 = jax.vjp(functools.partial(x0_of, method, z, t_z), eps_z)
+    x0, to_eps_z = jax.vjp(functools.partial(x0_of, method, z, t_z), eps_z)
     predict = functools.partial(
         evaluate,
         method.objective,
@@ -113,10 +113,9 @@ def looped(
     scores, to_x_t = jax.vjp(
         functools.partial(predict, draws.t), method.noise(x0, draws.t, draws.eps).x_t
     )
-    of_regulariser, loss_reg = regulariser_gradient(method, x0, draws, scores, to_x_t)
-    of_reward, reward, rewards = reward_gradient(method, x0, frozen, token_ids, draws.crop)
-    (of_eps_z,) = of_x0(of_regulariser + of_reward)
-    noised, t_psi = first_update(method, x0, draws)
+    of_x0, figures = gradient_at_x0(method, x0, (scores, to_x_t), (frozen, token_ids, draws), scale)
+    (of_eps_z,) = to_eps_z(of_x0)
+    noised, t_psi = noised_for_assistant(method, x0, draws)
 
     def learn(_, turn):
         first, x_t, t = turn
@@ -132,7 +131,7 @@ def looped(
     _, (grads, losses) = jax.lax.scan(learn, None, turns)
     generator_grads = jax.tree.map(lambda g: g[0], grads)
     assistant_grads = jax.tree.map(lambda g: g[1], grads)
-    figures = Figures(x0, reward, rewards, loss_reg, losses[1] / x0[0].size)
+    figures = figures._replace(assistant=losses[1] / x0[0].size)
     return (generator_grads, assistant_grads), figures
 
 
@@ -147,16 +146,18 @@ def scanned_scores(
     """psi and guided by one traced network, which is the assistant, then the reference."""
     omega = method.settings.omega
     condition, null = conditions
-    passes = [condition, condition] if omega == 1.0 else [condition, condition, null]
+    of_reference = {0.0: [null], 1.0: [condition]}.get(omega, [condition, null])
+    passes = [condition, *of_reference]
     x_t = x_t if method.objective.through else jax.lax.stop_gradient(x_t)
 
     def predict(_, turn):
         first, condition = turn
-        return None, method.unet(select(first, assistant, reference))(x_t, t, condition)
+        return None, method.score(select(first, assistant, reference))(x_t, t, condition)
 
     turns = (jnp.arange(len(passes)) == 0, jax.tree.map(lambda *c: jnp.stack(c), *passes))
     _, eps = jax.lax.scan(predict, None, turns)
-    return Scores(psi=eps[0], guided=eps[1] if omega == 1.0 else guide(eps[1], eps[2], omega))
+    guided = eps[1] if len(of_reference) == 1 else guide(eps[1], eps[2], omega)
+    return Scores(psi=eps[0], guided=guided)
 
 
 def select(

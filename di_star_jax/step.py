@@ -23,7 +23,8 @@ class TrainState(NamedTuple):
     """All that a run changes: a checkpoint holds one item for each field, in this order.
 
     Beside them it holds `train.metadata_of`; draws and prompts follow from seed and step.
-    Parameter trees and moments are float32.
+    Parameter trees and moments are float32. balance: [2], of `Settings.balance`, the sum of the
+    ratios that were measured, and how many.
     """
 
     step: jax.Array
@@ -32,6 +33,7 @@ class TrainState(NamedTuple):
     ema: Params
     opt_generator: Any
     opt_assistant: Any
+    balance: jax.Array
 
 
 class Optimizers(NamedTuple):
@@ -41,19 +43,21 @@ class Optimizers(NamedTuple):
     assistant: optax.GradientTransformation
 
 
+EMA_RAMP_UP = 0.05  # of the images seen: the average's half-life at most
+MEASURED = 20  # steps over which a balance is measured
+
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, dict, dict, jax.Array], tuple[TrainState, Metrics]]
 
 
 class AdamW(NamedTuple):
-    """AdamW behind a global-norm clip; the rate rises linearly over `lr_warmup_steps`."""
+    """AdamW; the rate rises linearly over `lr_warmup_steps`."""
 
     lr_warmup_steps: int
     b1: float
     b2: float
     eps: float
     weight_decay: float
-    clip_norm: float
 
 
 def adamw(learning_rate: float, settings: AdamW) -> optax.GradientTransformation:
@@ -68,7 +72,6 @@ def adamw(learning_rate: float, settings: AdamW) -> optax.GradientTransformation
     if s.b1 == 0.0:
         adam = optax.scale_by_rms(decay=s.b2, eps=s.eps, eps_in_sqrt=False, bias_correction=True)
     return optax.chain(
-        optax.clip_by_global_norm(s.clip_norm),
         adam,
         optax.add_decayed_weights(s.weight_decay),
         optax.scale_by_learning_rate(schedule),
@@ -101,7 +104,13 @@ def init_state(
         ema=copy(generator),
         opt_generator=optimizers.generator.init(generator),
         opt_assistant=optimizers.assistant.init(assistant),
+        balance=jnp.zeros(2),
     )
+
+
+def prompt_batches(settings: Settings) -> int:
+    """How many batches of prompts a step takes: each update of the assistant has its own."""
+    return settings.assistant_updates + settings.assistant_first
 
 
 def make_train_step(
@@ -114,37 +123,85 @@ def make_train_step(
     train_step(state, frozen, token_ids, key) -> (state, metrics):
       state: TrainState.
       frozen: parameters that never change: {'reference': a UNet's, ...}, see assembly.py.
-      token_ids: what text encoders and rewards make of B prompts, trees of [B, ...].
+      token_ids: `prompt_batches` of them, what text encoders and rewards make of B prompts, trees
+        of [B, ...].
       key: of the run; the step's number is folded in.
-      metrics: float32 scalars; `nonfinite` counts the gradients' non-finite norms.
+      metrics: float32 scalars; `nonfinite` counts the gradients' non-finite norms, and the step
+        whose samples were all dropped.
     """
+    if method.settings.assistant_first:
+        return _assistant_first(method, optimizers, mesh)
+    return _together(method, optimizers, mesh)
+
+
+def _together(
+    method: Method,
+    optimizers: Optimizers,
+    mesh: Mesh,
+) -> Step:
+    """Both learn on the same samples; then the assistant's further updates, if there are any."""
     settings = method.settings
     both_gradients = functools.partial(SCHEMES[settings.scheme], method)
-    update_assistant = make_assistant_update(method, optimizers.assistant, mesh)
+    learn = make_assistant_update(method, optimizers.assistant, mesh)
 
     def train_step(
         state: TrainState,
         frozen: dict,
-        token_ids: dict,
+        token_ids: tuple[dict, ...],
         key: jax.Array,
     ) -> tuple[TrainState, Metrics]:
-        draws = draw(mesh, jax.random.fold_in(key, state.step), token_ids, settings)
+        key = jax.random.fold_in(key, state.step)
         trained = (state.generator, state.assistant)
-        batch = (token_ids, draws)
+        scale = reward_scale(state.balance, settings)
+        batch = (token_ids[0], draw(mesh, key, token_ids[0], settings), scale)
         on_devices = spread(mesh, both_gradients, (trained, frozen), batch, trained, settings)
         grads, figures = on_devices((trained, frozen), batch)
 
-        generator, opt_generator = update(
-            optimizers.generator, grads[0], state.generator, state.opt_generator
-        )
-        learnt = update(optimizers.assistant, grads[1], state.assistant, state.opt_assistant)
-        logged = assistant_metrics(figures.assistant, grads[1])
+        state, logged = update_generator(state, grads[0], figures, optimizers.generator, settings)
+        learnt = (state.assistant, state.opt_assistant)
+        learnt, norm = update(optimizers.assistant, grads[1], *learnt, settings.clip_norms[1])
+        of_assistant = assistant_metrics(figures.assistant, norm, settings)
         if settings.assistant_updates > 1:
-            batch = (token_ids, figures.x0, draws)
-            learnt, logged = further_updates(update_assistant, learnt, frozen, batch, first=1)
-        ema = optax.incremental_update(generator, state.ema, 1.0 - settings.ema_decay)
-        after = TrainState(state.step + 1, generator, learnt[0], ema, opt_generator, learnt[1])
-        return after, step_metrics(figures, grads, logged)
+            networks = (state.generator, frozen)
+            learnt, of_assistant = assistant_updates(learn, learnt, networks, token_ids[1:], key)
+        state = state._replace(assistant=learnt[0], opt_assistant=learnt[1])
+        return state, finish(logged | of_assistant)
+
+    return train_step
+
+
+def _assistant_first(
+    method: Method,
+    optimizers: Optimizers,
+    mesh: Mesh,
+) -> Step:
+    """The assistant's updates on fresh samples, then the generator's against what it has learnt.
+
+    As in the code of Diff-Instruct, SiD-LSG and Uni-Instruct.
+    """
+    settings = method.settings
+    gradient = functools.partial(gradients.of_generator, method)
+    learn = make_assistant_update(method, optimizers.assistant, mesh)
+
+    def train_step(
+        state: TrainState,
+        frozen: dict,
+        token_ids: tuple[dict, ...],
+        key: jax.Array,
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        learnt = (state.assistant, state.opt_assistant)
+        networks = (state.generator, frozen)
+        learnt, of_assistant = assistant_updates(learn, learnt, networks, token_ids[1:], key)
+        state = state._replace(assistant=learnt[0], opt_assistant=learnt[1])
+
+        networks = ((state.generator, state.assistant), frozen)
+        scale = reward_scale(state.balance, settings)
+        batch = (token_ids[0], draw(mesh, key, token_ids[0], settings), scale)
+        on_devices = spread(mesh, gradient, networks, batch, state.generator, settings)
+        grads, figures = on_devices(networks, batch)
+        state, logged = update_generator(state, grads, figures, optimizers.generator, settings)
+        return state, finish(logged | of_assistant)
 
     return train_step
 
@@ -155,26 +212,21 @@ def make_warmup_step(
     mesh: Mesh,
 ) -> Step:
     """As `make_train_step`, of the assistant alone on the frozen generator."""
-    settings = method.settings
-    generate = functools.partial(gradients.samples, method)
-    update_assistant = make_assistant_update(method, optimizers.assistant, mesh)
+    learn = make_assistant_update(method, optimizers.assistant, mesh)
 
     def warmup_step(
         state: TrainState,
         frozen: dict,
-        token_ids: dict,
+        token_ids: tuple[dict, ...],
         key: jax.Array,
     ) -> tuple[TrainState, Metrics]:
-        draws = draw(mesh, jax.random.fold_in(key, state.step), token_ids, settings)
-        batch = (token_ids, draws)
-        networks = ((state.generator, frozen),)
-        _, x0 = spread(mesh, generate, networks, batch, (), settings)(networks, batch)
+        key = jax.random.fold_in(key, state.step)
         learnt = (state.assistant, state.opt_assistant)
-        batch = (token_ids, x0, draws)
-        learnt, logged = further_updates(update_assistant, learnt, frozen, batch, first=0)
-        logged["nonfinite"] = count_nonfinite(logged["assistant/grad_norm"])
+        networks = (state.generator, frozen)
+        batches = token_ids[: method.settings.assistant_updates]
+        learnt, logged = assistant_updates(learn, learnt, networks, batches, key)
         state = state._replace(step=state.step + 1, assistant=learnt[0], opt_assistant=learnt[1])
-        return state, logged
+        return state, finish(logged)
 
     return warmup_step
 
@@ -184,51 +236,116 @@ def make_assistant_update(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> Callable:
-    """Returns one step of denoising score matching on samples x0.
+    """Returns one step of denoising score matching on fresh samples of the generator.
 
-    update_assistant((assistant, opt_state), frozen, token_ids, x0, (times [B], noise)) ->
-    the first two, metrics.
+    learn((assistant, opt_state), (generator, frozen), token_ids, key) -> the first two, metrics.
     """
+    settings = method.settings
     gradient = functools.partial(gradients.of_assistant, method)
 
-    def update_assistant(learnt, frozen, token_ids, x0, noised):
-        assistant, opt_state = learnt
-        networks = ((assistant, frozen),)
-        batch = (token_ids, x0, noised)
-        on_devices = spread(mesh, gradient, networks, batch, assistant, method.settings)
-        grads, loss = on_devices(networks, batch)
-        learnt = update(optimizer, grads, assistant, opt_state)
-        return learnt, assistant_metrics(loss, grads)
+    def learn(
+        learnt: tuple,
+        networks: tuple,
+        token_ids: dict,
+        key: jax.Array,
+    ) -> tuple[tuple, Metrics]:
+        given = ((learnt[0], *networks),)
+        batch = (token_ids, draw(mesh, key, token_ids, settings))
+        on_devices = spread(mesh, gradient, given, batch, learnt[0], settings)
+        grads, loss = on_devices(given, batch)
+        learnt, norm = update(optimizer, grads, *learnt, settings.clip_norms[1])
+        return learnt, assistant_metrics(loss, norm, settings)
 
-    return update_assistant
+    return learn
 
 
-def further_updates(
-    update_assistant: Callable,
+def assistant_updates(
+    learn: Callable,
     learnt: tuple,
-    frozen: dict,
-    batch: tuple,
-    *,
-    first: int,
+    networks: tuple,
+    token_ids: tuple[dict, ...],
+    key: jax.Array,
 ) -> tuple[tuple, Metrics]:
-    """The assistant's updates from the number `first` on, each with its own times and noise.
+    """An update for each batch of prompts, each with its own noise and samples.
 
-    Args: batch, of token ids, x0 and draws. Returns: what has learnt; the last one's metrics.
+    Args: networks, of the generator and frozen; key, of the step. Returns: what has learnt; the
+    last one's metrics.
     """
-    token_ids, x0, draws = batch
-    t = jnp.moveaxis(draws.t_psi, 1, 0)[first:]
-    eps = jnp.moveaxis(draws.eps_psi, 1, 0)[first:]
-    learnt, logged = update_assistant(learnt, frozen, token_ids, x0, (t[0], eps[0]))
-    if len(t) == 1:
+    # The step's own key is that of the batch that the generator learns from.
+    keys = [jax.random.fold_in(key, i + 1) for i in range(len(token_ids))]
+    learnt, logged = learn(learnt, networks, token_ids[0], keys[0])
+    if len(keys) == 1:
         return learnt, logged
 
-    def another(learnt, noised):
-        return update_assistant(learnt, frozen, token_ids, x0, noised)
+    def another(learnt, turn):
+        return learn(learnt, networks, *turn)
 
     # One traced body for all others. The first stays outside the loop: on CPU a convolution's
     # gradient is 15 times slower inside of one.
-    learnt, history = jax.lax.scan(another, learnt, (t[1:], eps[1:]))
+    turns = (jax.tree.map(lambda *ids: jnp.stack(ids), *token_ids[1:]), jnp.stack(keys[1:]))
+    learnt, history = jax.lax.scan(another, learnt, turns)
     return learnt, jax.tree.map(lambda values: values[-1], history)
+
+
+def update_generator(
+    state: TrainState,
+    grads: Params,
+    figures: Figures,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
+) -> tuple[TrainState, Metrics]:
+    """The state after the generator's update, counted and averaged, and what it logs."""
+    learnt = (state.generator, state.opt_generator)
+    (generator, opt), norm = update(optimizer, grads, *learnt, settings.clip_norms[0])
+    decay = ema_decay(state.step, len(figures.gap), settings)
+    after = state._replace(
+        step=state.step + 1,
+        generator=generator,
+        ema=optax.incremental_update(generator, state.ema, 1.0 - decay),
+        opt_generator=opt,
+        balance=measured_balance(state.balance, figures.pull, settings),
+    )
+    scale = reward_scale(state.balance, settings)
+    return after, generator_metrics(figures, norm, scale, settings)
+
+
+# Half-life min(H, 0.05 images seen): SiD, Diff-Instruct, Uni-Instruct. Without the second, a short
+# run's average would be of its beginning.
+def ema_decay(
+    step: jax.Array,
+    batch: int,
+    settings: Settings,
+) -> jax.Array:
+    """What is left of the average at the update that ends a step. Args: step, done before it."""
+    seen = jnp.maximum(step - settings.warmup_steps, 0) * jnp.float32(batch)
+    half_life = jnp.minimum(settings.ema_half_life, EMA_RAMP_UP * seen)
+    return jnp.where(half_life > 0, 0.5 ** (batch / jnp.maximum(half_life, 1e-8)), 0.0)
+
+
+def reward_scale(balance: jax.Array, settings: Settings) -> jax.Array:
+    """What the reward's gradient is multiplied with. Args: balance, of the state.
+
+    With a balance it is measured over the first MEASURED steps, and fixed from there; the very
+    first step is the regulariser's alone.
+    """
+    if not settings.balance:
+        return jnp.ones(())
+    total, count = balance
+    return settings.balance * total / jnp.maximum(count, 1.0)
+
+
+def measured_balance(
+    balance: jax.Array,
+    pull: gradients.Pull,
+    settings: Settings,
+) -> jax.Array:
+    """`TrainState.balance` after one more step: the regulariser's pull over the reward's."""
+    if not settings.balance:
+        return balance
+    of_regulariser, of_reward = (_mean(norm, pull.kept) for norm in (pull.regulariser, pull.reward))
+    ratio = of_regulariser / jnp.maximum(of_reward, 1e-30)
+    counts = (balance[1] < MEASURED) & (of_reward > 0) & jnp.isfinite(ratio)
+    return jnp.where(counts, balance + jnp.stack([ratio, jnp.ones(())]), balance)
 
 
 def update(
@@ -236,36 +353,92 @@ def update(
     grads: Params,
     params: Params,
     opt_state: Any,
-) -> tuple[Params, Any]:
-    """(params, opt_state) after one step of optax."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+    clip_norm: float,
+) -> tuple[tuple[Params, Any], jax.Array]:
+    """((params, opt_state) after one step of optax, the gradient's norm before it was clipped)."""
+    norm = optax.global_norm(grads)
+    shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
+    clipped = jax.tree.map(lambda g: g * shrink, grads)
+    updates, opt_state = optimizer.update(clipped, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), norm
 
 
-def assistant_metrics(loss: jax.Array, grads: Params) -> Metrics:
-    """Of one update. Args: loss [B]; grads, of the assistant."""
-    return {"assistant/loss": jnp.mean(loss), "assistant/grad_norm": optax.global_norm(grads)}
-
-
-def step_metrics(
-    figures: Figures,
-    grads: tuple[Params, Params],
-    assistant: Metrics,
+def assistant_metrics(
+    loss: jax.Array,
+    norm: jax.Array,
+    settings: Settings,
 ) -> Metrics:
-    """What a step logs. Args: assistant, of its last update."""
-    norms = [optax.global_norm(grad) for grad in grads]
-    regulariser = jnp.mean(figures.regulariser)
-    reward = jnp.mean(figures.reward)
-    return assistant | {
-        "generator/loss": regulariser - reward,
-        "generator/grad_norm": norms[0],
-        "generator/x0_std": jnp.std(figures.x0),
-        "regulariser/loss": regulariser,
-        "reward/total": reward,
-        **{f"reward/{name}": jnp.mean(values) for name, values in figures.rewards.items()},
-        **{f"reward/{name}/std": jnp.std(values) for name, values in figures.rewards.items()},
-        "nonfinite": count_nonfinite(*norms, assistant["assistant/grad_norm"]),
+    """Of one update. Args: loss [B]; norm, of its gradient."""
+    return {
+        "assistant/loss": jnp.mean(loss),
+        "assistant/grad_norm": norm,
+        "assistant/clipped": (norm > settings.clip_norms[1]).astype(jnp.float32),
     }
+
+
+def generator_metrics(
+    figures: Figures,
+    norm: jax.Array,
+    scale: jax.Array,
+    settings: Settings,
+) -> Metrics:
+    """Of the generator's update, over the samples that were kept.
+
+    Args: norm, of its gradient; scale, of the reward.
+    """
+    pull = figures.pull
+    mean = functools.partial(_mean, kept=pull.kept)
+    regulariser = mean(figures.regulariser)
+    reward = mean(figures.reward)
+    dropped = jnp.sum(1.0 - pull.kept)
+    return {
+        "generator/loss": regulariser - scale * reward,
+        "generator/grad_norm": norm,
+        "generator/clipped": (norm > settings.clip_norms[0]).astype(jnp.float32),
+        "generator/x0_std": jnp.std(figures.x0),
+        "generator/dropped": dropped,
+        "regulariser/loss": regulariser,
+        "pull/regulariser": mean(pull.regulariser),
+        "reward/total": reward,
+        "pull/reward": scale * mean(pull.reward),
+        "pull/cosine": mean(pull.cosine),
+        "pull/reward_scale": scale,
+        **{f"reward/{name}": mean(values) for name, values in figures.rewards.items()},
+        **{
+            f"reward/{name}/std": _std(values, pull.kept)
+            for name, values in figures.rewards.items()
+        },
+        **gaps(figures, settings.generator_times),
+        "nonfinite": (dropped == len(pull.kept)).astype(jnp.float32),
+    }
+
+
+def gaps(figures: Figures, times: tuple[int, int]) -> Metrics:
+    """The mean score gap of each quarter of the times; NaN where no sample fell into one."""
+    first, last = times
+    quarter = (figures.t - first) * 4 // (last + 1 - first)
+    return {
+        f"gap/quarter_{i + 1}": jnp.mean(
+            figures.gap, where=(quarter == i) & (figures.pull.kept > 0)
+        )
+        for i in range(4)
+    }
+
+
+def _mean(values: jax.Array, kept: jax.Array) -> jax.Array:
+    """Over the samples that were kept; 0 where none was."""
+    total = jnp.sum(values, where=kept > 0)
+    return total / jnp.maximum(jnp.sum(kept), 1.0)
+
+
+def _std(values: jax.Array, kept: jax.Array) -> jax.Array:
+    return jnp.sqrt(_mean((values - _mean(values, kept)) ** 2, kept))
+
+
+def finish(metrics: Metrics) -> Metrics:
+    """A step's metrics, with the norms that are not finite counted."""
+    norms = [value for name, value in metrics.items() if name.endswith("/grad_norm")]
+    return metrics | {"nonfinite": metrics.get("nonfinite", 0.0) + count_nonfinite(*norms)}
 
 
 def count_nonfinite(*norms: jax.Array) -> jax.Array:

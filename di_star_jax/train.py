@@ -99,7 +99,8 @@ def follow(
         checkpoints = stack.enter_context(
             Checkpoints(workdir.at(checkpoint.FOLDER), keep=config.train.keep)
         )
-        checkpoints.tidy(step.TrainState._fields)
+        # An older version's have no balance: they stay where they are, for `begin` to refuse them.
+        checkpoints.tidy([name for name in step.TrainState._fields if name != "balance"])
         begun = begin(config, workdir, arguments, prompts, checkpoints.latest_step())
         if begun.exported and begun.scored:
             show_finished(begun, workdir)
@@ -157,7 +158,7 @@ class Loaded:
     method: Method
     optimizers: step.Optimizers
     scorer: HeldOut | None
-    batch_at: Callable[[int], dict]
+    batch_at: Callable[[int], tuple[dict, ...]]
     metadata: dict[str, Any]
 
 
@@ -242,8 +243,12 @@ def total_of(config) -> int:
 def show_finished(begun: Begun, workdir: Workdir) -> None:
     """Says what an earlier start has left."""
     log.say(f"finished: all {begun.total} steps are done, in {workdir}")
-    exported = f"exported {workdir.folder / FOLDER}"
-    log.say(workdir.named(held_out.table(workdir.folder) if begun.settings else exported))
+    if begun.settings:
+        log.say(workdir.named(held_out.table(workdir.folder)))
+    exported = workdir.folder / FOLDER
+    log.say(
+        workdir.named(f"exported {exported}; {exported / 'README.md'} says how to draw with it")
+    )
 
 
 def load(
@@ -260,7 +265,9 @@ def load(
         method=method,
         optimizers=assembly.optimizers_of(config),
         scorer=scorer_of(config, parts, method.settings, mesh, prompts),
-        batch_at=batches(config, parts, mesh, prompts["data"]),
+        batch_at=batches(
+            config, parts, mesh, prompts["data"], step.prompt_batches(method.settings)
+        ),
         metadata=metadata_of(config, parts, method.settings),
     )
 
@@ -354,6 +361,7 @@ def take_steps(
             score_few(k + 1, state, loaded.scorer, report)
     report.progress.close()
     if first < total:
+        log.say(report.clipped())
         stop.doing = "the checkpoint"
         with log.waiting("saving the last checkpoint"):
             output.checkpoints.wait()
@@ -433,6 +441,7 @@ class Report:
         self._total = total_of(config)
         self._rates = rates_of(config)
         self._scored = set()  # steps
+        self._clipped = {}  # by network: how many steps, of how many
         self._batches = 0  # of the scoring at the end
         self._each = math.inf  # seconds of one
 
@@ -465,13 +474,27 @@ class Report:
                 "optim.generator_lr or optim.clip_norm, or set compute.dtype=float32, and run "
                 "again; lower scales in reward are another run, in another workdir"
             )
+        self._count_clipped(values)
         if k % self._config.train.log_every == 0 or k == self._total:
-            self._writer.scalars(k, values | self._rates(k))
+            # A quarter of the times without a sample has no mean.
+            known = {name: value for name, value in values.items() if not math.isnan(value)}
+            self._writer.scalars(k, known | self._rates(k))
         each = self.progress.step_seconds()
         rate = f"{self._config.data.batch_size / each:.1f} images/s" if each else ""
         warming = "warm-up" if k <= self._config.assistant.warmup_steps else ""
         parts = [warming, shown(values), rate]
         self.progress.update(k, ", ".join(part for part in parts if part))
+
+    def _count_clipped(self, values: dict[str, float]) -> None:
+        for name in ("generator", "assistant"):
+            if f"{name}/clipped" in values:
+                clipped, steps = self._clipped.get(name, (0.0, 0))
+                self._clipped[name] = (clipped + values[f"{name}/clipped"], steps + 1)
+
+    def clipped(self) -> str:
+        """In what share of this start's steps gradients were clipped."""
+        shares = [f"{name} in {c / n:.0%} of {n}" for name, (c, n) in self._clipped.items()]
+        return f"gradients clipped: {', '.join(shares)} steps"
 
     def scores(self, k: int, measured: held_out.Measured) -> None:
         """Writes scores of the first batch and its pictures, once for a step."""
@@ -722,16 +745,21 @@ def batches(
     parts: Parts,
     mesh: Mesh,
     source: Source,
-) -> Callable[[int], dict]:
-    """k -> token ids of step k, over all devices: the same on any number of hosts."""
+    count: int,
+) -> Callable[[int], tuple[dict, ...]]:
+    """k -> token ids of step k, over all devices: the same on any number of hosts.
+
+    A tuple of `step.prompt_batches`. Args: count, of these.
+    """
     size = config.data.batch_size
     stream = PromptStream(source, seed=config.seed, batch_size=size)
     rows = sharding.local_rows(mesh, size)
 
     @functools.lru_cache(1)  # the first step's is asked for when it is compiled, too
-    def batch_at(k) -> dict[str, Any]:
-        texts = [prompt.text for prompt in stream.at(k, rows)]
-        return sharding.place_batch(parts.tokenize(texts), mesh, size)
+    def batch_at(k) -> tuple[dict[str, Any], ...]:
+        turns = range(k * count, (k + 1) * count)
+        texts = [[prompt.text for prompt in stream.at(turn, rows)] for turn in turns]
+        return tuple(sharding.place_batch(parts.tokenize(each), mesh, size) for each in texts)
 
     return batch_at
 

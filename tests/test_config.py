@@ -193,11 +193,6 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         ),
         ({"generator.steps": 200}, 16, r"generator.steps=200, expected 1 to 100"),
         (
-            {"objective.name": "di_star_outside"},
-            16,
-            r"guidance outside, but objective.omega=7.5 is inside; set .*omega=1",
-        ),
-        (
             {"objective.alpha_cfg": 7.5},
             16,
             r"alpha_cfg=7.5 is guidance outside, which objective.name='di_star' does not",
@@ -396,3 +391,50 @@ def test_a_config_that_lacks_a_field_is_refused_in_one_line():
         del config.eval.samples
     with pytest.raises(UserError, match="the config has no field eval.samples; add it"):
         check(config, 16)
+
+
+def test_every_default_has_its_source():
+    said = {}
+    for line in (ROOT / "docs" / "method.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| `"):
+            name, default, source = (cell.strip("`") for cell in cells[:3])
+            assert name not in said and source
+            said[name] = default
+    assert said == {name: repr(value) for name, value in fields(load("sdxl")).items()}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"objective.name": "di_star_outside", "objective.weighting": "x0_normalised"},
+            "objective.weighting='x0_normalised' with objective.name='di_star_outside', which has "
+            "eps, score, x0; use one of these",
+        ),
+        (
+            {"assistant.first": True, "assistant.sharing": "x_t", "compute.loop_networks": False},
+            "assistant.first=True with assistant.sharing='x_t'",
+        ),
+        (
+            {"reward.balance": 1.0, "reward.pickscore": 0.0},
+            "reward.balance=1 with all scales in reward 0 has nothing to balance",
+        ),
+        (
+            {"reward.balance": 1.0, "objective.name": "reward_only"},
+            "reward.balance=1 with objective.name='reward_only', which has no regulariser",
+        ),
+        ({"reward.balance": -1.0}, "reward.balance=-1.0, expected 0 or more"),
+        ({"optim.b2": 1.0}, r"optim.b2=1.0, expected a number in \[0, 1\)"),
+        ({"optim.b2": 0.0}, "optim.b2=0.0, expected more than 0"),
+        (
+            {"objective.distance": "power", "objective.power": 0.5},
+            "objective.power=0.5, expected 1 or more",
+        ),
+        ({"objective.name": "dmd"}, "objective.name='dmd', expected one of"),
+        ({"compute.scores": "float16"}, "compute.scores='float16', expected one of"),
+    ],
+)
+def test_choices_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        check(dry(**changes), 16)

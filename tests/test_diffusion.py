@@ -36,6 +36,14 @@ def test_schedule_equals_diffusers():
     np.testing.assert_allclose(SCHEDULE.alpha, expected, rtol=2e-5)
 
 
+def test_a_linear_schedule_equals_diffusers():
+    from diffusers import DDPMScheduler
+
+    linear = {**SDXL, "beta_schedule": "linear", "beta_end": 0.02}
+    expected = DDPMScheduler(**linear).alphas_cumprod.double().sqrt().numpy()
+    np.testing.assert_allclose(diffusion.make_schedule(**linear).alpha, expected, rtol=1e-4)
+
+
 def test_eps_x0_and_score_turn_into_each_other():
     x0, eps = jax.random.normal(jax.random.key(0), (2, 5, 4, 4, 3))
     t = jnp.array([0, 100, 399, 800, 999])

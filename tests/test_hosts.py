@@ -100,9 +100,7 @@ def runs(tmp_path_factory):
 
 def state_of(workdir, mesh):
     unet = pipeline.abstract_model(UNET)
-    settings = step.AdamW(
-        lr_warmup_steps=10, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=10.0
-    )
+    settings = step.AdamW(lr_warmup_steps=10, b1=0.0, b2=0.999, eps=1e-8, weight_decay=0.01)
     optimizers = step.Optimizers(step.adamw(1e-4, settings), step.adamw(1e-4, settings))
     abstract = assembly.abstract_state(unet, optimizers, mesh)
     store = checkpoint.existing(workdir)

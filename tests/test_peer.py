@@ -5,6 +5,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from di_star_jax.rewards.pixels import clip_pixels
 from di_star_jax.storage import weights
 
 BATCH, LATENT = 2, 12  # 24 pixels, which the reward resizes to 16
-GIVEN = dataclasses.replace(SETTINGS, latent_shape=(LATENT, LATENT, 4))
+GIVEN = dataclasses.replace(SETTINGS, latent_shape=(LATENT, LATENT, 4), weighting="x0")
 PARTS = {
     "generator": "unet",
     "assistant": "unet",
@@ -63,7 +64,7 @@ def to_torch(x) -> torch.Tensor:
 
 def theirs(world, **changes):
     modules, _, _, ids, draws = world
-    drawn = (draws.noise[:, 0], draws.t, draws.eps, draws.t_psi[:, 0], draws.eps_psi[:, 0])
+    drawn = (draws.noise[:, 0], draws.t, draws.eps, draws.t_psi, draws.eps_psi)
     method = peer.method_of(dataclasses.replace(GIVEN, **changes), "cpu")
     token_ids = {name: to_torch(v) for name, v in ids.items()}
     return peer.step_gradients(method, modules, token_ids, peer.Draws(*map(to_torch, drawn)), 100.0)
@@ -88,7 +89,8 @@ def ours(world):
         GIVEN,
     )
     trained = params["generator"], params["assistant"]
-    return jax.jit(functools.partial(gradients.separate, method))(trained, params, ids, draws)
+    step = jax.jit(functools.partial(gradients.separate, method))
+    return step(trained, params, ids, draws, jnp.ones(()))
 
 
 def errors(grads, expected: dict[str, torch.Tensor]) -> dict[str, float]:

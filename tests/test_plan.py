@@ -73,6 +73,17 @@ def test_state_is_what_two_networks_with_adam_and_average_take():
     )
 
 
+def test_where_nothing_guides_the_reference_is_counted_in_float32():
+    guided, plain = (
+        plan.memory_per_chip(dry(**{"objective.omega": omega}), SDXL, shards=1)
+        for omega in (7.5, 1.0)
+    )
+    assert guided["reference, bfloat16"] == 2 * SDXL["unet"]
+    assert plain["reference, float32"] == 4 * SDXL["unet"]
+    work = [plan.activation_bytes(dry(**{"objective.omega": omega})) for omega in (7.5, 1.0)]
+    assert work[1] > work[0]
+
+
 def test_activations_follow_pixels_dtype_and_recomputation():
     whole = plan.activation_bytes(dry())
     assert plan.activation_bytes(dry(**{"data.resolution": 512})) == pytest.approx(whole / 4)

@@ -37,7 +37,7 @@ def test_a_workdir_says_config_versions_devices_and_what_the_command_line_change
     given = ["--workdir=x", "--config=shapes:dmd", "--config.train.steps=7"]
     record.agree(config, tmp_path, given, "digest", None)
     said = json.loads((tmp_path / record.FILE).read_text())
-    assert said["config"]["objective.name"] == "dmd" and said["config"]["train.steps"] == 7
+    assert said["config"]["objective.name"] == "kl" and said["config"]["train.steps"] == 7
     assert said["arguments"] == given[1:]
     assert said["versions"]["python"] == platform.python_version()
     assert said["versions"]["jax"] == jax.__version__
@@ -49,7 +49,7 @@ def test_a_workdir_says_config_versions_devices_and_what_the_command_line_change
 def test_a_run_is_said_in_one_line_of_words():
     line = record.sentence(shapes(), ["--config=shapes", "--config.seed", "3"])
     assert line.startswith(
-        "di_star: pseudo-Huber score divergence, guidance 5 inside; reward 10 x pickscore; "
+        "di_star: pseudo-Huber score divergence in x0, guidance 5 inside; reward 10 x pickscore; "
         "learning rates 0.0001 (generator) and 0.0002 (assistant); batch 32, seed 0; 200 steps "
         "after 40 of the assistant alone; prompts "
     )
@@ -67,7 +67,8 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_differences(begu
         again(begun, shapes("dmd"))
     line = str(error.value)
     assert "\n" not in line and f"{begun} holds another run: " in line
-    assert "objective.name was 'di_star', is 'dmd'; reward.pickscore was 10.0, is 0.0" in line
+    assert "objective.name was 'di_star', is 'kl'; " in line
+    assert "reward.pickscore was 10.0, is 0.0" in line
     assert line.endswith("give another --workdir, or the same values")
     record.agree(shapes("dmd"), begun, [], "digest", None)  # nothing is trained yet
 

@@ -80,7 +80,7 @@ SCHEDULE = diffusion.make_schedule(
 SETTINGS = gradients.Settings(
     objective="di_star",
     omega=7.5,
-    constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
+    constants=objectives.Constants(),
     weighting="eps",
     reduction="sum",
     generator_times=(20, 980),
@@ -89,7 +89,7 @@ SETTINGS = gradients.Settings(
     scheme="separate",
     generator_timesteps=(399,),
     latent_shape=(8, 8, 4),
-    ema_decay=0.9,
+    ema_half_life=50_000,
 )
 BATCH = 8
 IDS = {"tokenizer": jnp.tile(jnp.arange(BATCH, dtype=jnp.int32)[:, None], (1, 8))}
@@ -178,9 +178,7 @@ def plain_sgd():
 
 
 def adam(weight_decay=0.01):
-    settings = step.AdamW(
-        lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=weight_decay, clip_norm=10.0
-    )
+    settings = step.AdamW(lr_warmup_steps=0, b1=0.0, b2=0.999, eps=1e-8, weight_decay=weight_decay)
     return step.Optimizers(step.adamw(1e-4, settings), step.adamw(1e-4, settings))
 
 
@@ -195,7 +193,7 @@ def small():
     )  # where the step leaves it
 
     def run(state):
-        return update(state, frozen, IDS, jax.random.key(0))
+        return update(state, frozen, (IDS,), jax.random.key(0))
 
     return state, run, update
 
@@ -216,8 +214,7 @@ def test_a_step_moves_generator_assistant_and_average_and_donates_the_state(smal
     assert all(np.isfinite(float(v)) for v in metrics.values())
     for name in ("generator", "assistant"):
         assert distance(getattr(before, name), getattr(after, name)) > 1e-5
-    expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, before.ema, after.generator)
-    assert distance(expected, after.ema) < 1e-6
+    assert distance(after.generator, after.ema) == 0.0  # no images were seen before the first step
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given.generator))
 
 
@@ -256,7 +253,7 @@ def world_gradients(world, mesh, **changes):
 
     spread = {name: jax.device_put(v, sharding.batch_sharding(mesh)) for name, v in ids.items()}
     update = step.make_train_step(method, plain_sgd(), mesh)
-    after, metrics = jax.jit(update)(put(state), put(params), spread, jax.random.key(0))
+    after, metrics = jax.jit(update)(put(state), put(params), (spread,), jax.random.key(0))
     return [
         jax.tree.map(
             lambda a, b: np.asarray(a) - np.asarray(b), getattr(after, name), getattr(state, name)
@@ -284,7 +281,7 @@ def test_warm_up_trains_the_assistant_alone(small):
     method, frozen, _, _ = small_world()
     state = copy(small[0])
     warmup_step = step.make_warmup_step(method, adam(weight_decay=0.0), one_device())
-    after, metrics = jax.jit(warmup_step)(state, frozen, IDS, jax.random.key(0))
+    after, metrics = jax.jit(warmup_step)(state, frozen, (IDS,), jax.random.key(0))
     assert distance(after.generator, state.generator) == 0.0
     assert distance(after.assistant, state.assistant) > 1e-5
     assert float(metrics["nonfinite"]) == 0
@@ -306,7 +303,7 @@ def small_step(key=0, reward_scale=100.0, **changes):
     method, frozen, generator, assistant = small_world(reward_scale, **changes)
     state = step.init_state(generator, assistant, plain_sgd())
     train_step = jax.jit(step.make_train_step(method, plain_sgd(), one_device()))
-    after, metrics = train_step(state, frozen, IDS, jax.random.key(key))
+    after, metrics = train_step(state, frozen, (IDS,), jax.random.key(key))
     found = [
         jax.tree.map(lambda a, b: a - b, getattr(state, name), getattr(after, name))
         for name in ("generator", "assistant")
@@ -344,7 +341,7 @@ def assert_close(a, b, rtol=1e-4):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(jnp.abs(y).max()))
 
 
-@pytest.mark.parametrize("objective", ["di_star", "di_star_outside", "kl", "dmd"])
+@pytest.mark.parametrize("objective", ["di_star", "di_star_outside", "kl", "kl_outside"])
 def test_one_shared_forward_gives_the_gradients_of_separate_ones_on_the_same_x_t(objective):
     settings, *found, metrics = small_step(objective=objective, scheme="shared")
     for ours, separate in zip(found, expected_gradients(settings)):
@@ -400,10 +397,14 @@ def test_reduction_and_weighting_scale_the_regulariser_alone():
     plain = small_step(**at_399)[1]
     mean = small_step(reduction="mean", **at_399)[1]
     assert_close(jax.tree.map(lambda g: g * 8 * 8 * 4, mean), plain)
+    ratio = SCHEDULE.alpha[399] / SCHEDULE.sigma[399]
     x0 = small_step(weighting="x0", **at_399)[1]
-    assert_close(jax.tree.map(lambda g: g * SCHEDULE.alpha[399] / SCHEDULE.sigma[399], x0), plain)
+    assert_close(jax.tree.map(lambda g: g * ratio, x0), plain)
     score = small_step(weighting="score", **at_399)[1]
     assert_close(jax.tree.map(lambda g: g * SCHEDULE.sigma[399], score), plain)
+    squared = dict(constants=objectives.Constants(distance="l2"), **at_399)
+    l2 = small_step(weighting="x0", **squared)[1]
+    assert_close(jax.tree.map(lambda g: g * ratio**2, l2), small_step(**squared)[1])
 
 
 @pytest.mark.parametrize("timesteps", [(999, 499), (999, 749, 499, 249)])
@@ -451,7 +452,7 @@ def test_from_main_to_the_unet_it_is_six_calls_at_most(world, monkeypatch, schem
     method = dataclasses.replace(method, settings=dataclasses.replace(SETTINGS, scheme=scheme))
     state = step.init_state(other, params["reference"], plain_sgd())
     train_step = step.make_train_step(method, plain_sgd(), one_device())
-    jax.eval_shape(train_step, state, params, ids, jax.random.key(0))
+    jax.eval_shape(train_step, state, params, (ids,), jax.random.key(0))
     assert {stack[0] for stack in calls} == {"train_step"}
     assert max(len(stack) for stack in calls) + 1 <= 6, calls
 
@@ -494,21 +495,20 @@ def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwar
         step.make_train_step(method, plain_sgd(), one_device()),
         state,
         {"reference": unet.params},
-        {"prompt": jnp.zeros(2)},
+        ({"prompt": jnp.zeros(2)},),
         jax.eval_shape(lambda: jax.random.key(0)),
     )
     assert whole / one == pytest.approx(forwards, rel=0.05)
 
 
 def test_every_step_draws_anew_and_every_stream_is_its_own():
-    settings = dataclasses.replace(SETTINGS, assistant_updates=3)
     draws = [
-        gradients.draw(jax.random.fold_in(jax.random.key(0), k), BATCH, settings) for k in range(2)
+        gradients.draw(jax.random.fold_in(jax.random.key(0), k), BATCH, SETTINGS) for k in range(2)
     ]
-    noises = [[d.noise[:, 0], d.eps, *jnp.moveaxis(d.eps_psi, 1, 0)] for d in draws]
+    noises = [[d.noise[:, 0], d.eps, d.eps_psi] for d in draws]
     flat = np.array([np.ravel(noise) for each in noises for noise in each])
     assert np.abs(np.corrcoef(flat) - np.eye(len(flat))).max() < 0.12  # 2048 numbers: 5 sigma
-    times = np.array([t for d in draws for t in (d.t, *jnp.moveaxis(d.t_psi, 1, 0))])
+    times = np.array([t for d in draws for t in (d.t, d.t_psi)])
     assert len({tuple(row) for row in times}) == len(times)
     assert (draws[0].crop != draws[1].crop).all()
 
@@ -522,32 +522,173 @@ def test_two_steps_of_a_run_see_different_noise(small):
 
 
 def test_without_momentum_adamw_is_optaxs():
-    settings = step.AdamW(
-        lr_warmup_steps=0, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.01, clip_norm=1e9
-    )
+    settings = step.AdamW(lr_warmup_steps=0, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.01)
     ours, theirs = step.adamw(1e-3, settings), optax.adamw(1e-3, b1=0.0, b2=0.99, weight_decay=0.01)
     params = {"w": jnp.array([1.0, -2.0, 3.0])}
     found, expected = (params, ours.init(params)), (params, theirs.init(params))
     for k in range(3):
         grads = {"w": jax.random.normal(jax.random.key(k), (3,))}
-        found = step.update(ours, grads, *found)
-        expected = step.update(theirs, grads, *expected)
+        found, _ = step.update(ours, grads, *found, np.inf)
+        expected, _ = step.update(theirs, grads, *expected, np.inf)
         np.testing.assert_allclose(found[0]["w"], expected[0]["w"], rtol=1e-6)
 
 
-def test_further_assistant_updates_have_fresh_times_and_noise():
-    rate = 1e-4
-    method, frozen, generator, assistant = small_world(assistant_updates=3)
-    draws = gradients.draw(jax.random.fold_in(jax.random.key(0), 0), BATCH, method.settings)
-    _, x0 = gradients.samples(method, (generator, frozen), IDS, draws)
-    expected = assistant
-    for k in range(3):
-        noised = (draws.t_psi[:, k], draws.eps_psi[:, k])
-        grads, _ = gradients.of_assistant(method, (expected, frozen), IDS, x0, noised)
-        expected = jax.tree.map(lambda p, g: p - rate * g, expected, grads)
-    optimizers = step.Optimizers(optax.sgd(1.0), optax.sgd(rate))
+def prompts(k):
+    """Token ids of one of several batches."""
+    return {"tokenizer": (IDS["tokenizer"] + k) % BATCH}
+
+
+RATE = 1e-4  # of the assistant's plain gradient descent
+
+
+def descend(method, networks, k, key):
+    """(assistant after one more update on fresh samples of the generator).
+
+    Args: networks, assistant, generator and frozen; k, of the prompts; key, of the update.
+    """
+    draws = gradients.draw(key, BATCH, method.settings)
+    grads, _ = gradients.of_assistant(method, networks, prompts(k), draws)
+    return jax.tree.map(lambda p, g: p - RATE * g, networks[0], grads)
+
+
+def ordered_step(**changes):
+    """(method, networks, the state before and after a step, its key)."""
+    method, frozen, generator, assistant = small_world(**changes)
+    optimizers = step.Optimizers(optax.sgd(1.0), optax.sgd(RATE))
     state = step.init_state(generator, assistant, optimizers)
     train_step = jax.jit(step.make_train_step(method, optimizers, one_device()))
-    after, _ = train_step(state, frozen, IDS, jax.random.key(0))
+    ids = tuple(prompts(k) for k in range(step.prompt_batches(method.settings)))
+    after, _ = train_step(state, frozen, ids, jax.random.key(0))
+    return method, frozen, state, after, jax.random.fold_in(jax.random.key(0), 0)
+
+
+def test_further_updates_see_fresh_prompts_noise_and_the_new_generator():
+    method, frozen, before, after, key = ordered_step(assistant_updates=3)
+    trained, none = (before.generator, before.assistant), jnp.ones(())
+    draws = gradients.draw(key, BATCH, method.settings)
+    (_, grads), _ = gradients.separate(method, trained, frozen, prompts(0), draws, none)
+    expected = jax.tree.map(lambda p, g: p - RATE * g, before.assistant, grads)
+    for k in (1, 2):
+        networks = (expected, after.generator, frozen)
+        expected = descend(method, networks, k, jax.random.fold_in(key, k))
     assert_close(after.assistant, expected, rtol=1e-5)
-    assert distance(after.assistant, assistant) > 1e-2
+    assert distance(after.assistant, before.assistant) > 1e-2
+
+
+def test_with_the_assistant_first_the_generator_sees_what_it_has_learnt():
+    method, frozen, before, after, key = ordered_step(assistant_updates=2, assistant_first=True)
+    assistant = before.assistant
+    for k in (1, 2):
+        networks = (assistant, before.generator, frozen)
+        assistant = descend(method, networks, k, jax.random.fold_in(key, k))
+    assert_close(after.assistant, assistant, rtol=1e-5)
+    draws = gradients.draw(key, BATCH, method.settings)
+    trained = (before.generator, assistant)
+    grads, _ = gradients.of_generator(method, trained, frozen, prompts(0), draws, jnp.ones(()))
+    assert_close(after.generator, jax.tree.map(jnp.subtract, before.generator, grads))
+    stale, _ = gradients.of_generator(
+        method, (before.generator, before.assistant), frozen, prompts(0), draws, jnp.ones(())
+    )
+    assert distance(grads, stale) > 1e-3
+
+
+def test_the_average_is_of_the_last_twentieth_of_the_images():
+    # A half-life of a share r of the images seen keeps the update of step j by (j / k)^(ln 2 / r);
+    # from H images on, by 0.5^((k - j) B / H).
+    settings = dataclasses.replace(SETTINGS, ema_half_life=np.inf, warmup_steps=2)
+    kept = np.cumprod(
+        [float(step.ema_decay(jnp.asarray(k), BATCH, settings)) for k in range(102, 202)]
+    )
+    assert kept[-1] == pytest.approx((100 / 200) ** (np.log(2) / 0.05), rel=0.1)
+    assert step.ema_decay(jnp.asarray(2), BATCH, settings) == 0  # nothing seen: the new weights
+    settings = dataclasses.replace(settings, ema_half_life=10 * BATCH)
+    late = [float(step.ema_decay(jnp.asarray(k), BATCH, settings)) for k in range(500, 510)]
+    assert np.prod(late) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_clipping_shrinks_the_gradient_to_its_limit_and_counts():
+    small = small_step(generator_times=(399, 399))
+    norms = [float(small[3][f"{name}/grad_norm"]) for name in ("generator", "assistant")]
+    limits = (norms[0] / 4, norms[1] * 4)
+    _, generator, assistant, metrics = small_step(generator_times=(399, 399), clip_norms=limits)
+    assert_close(jax.tree.map(lambda g: 4 * g, generator), small[1])
+    assert_close(assistant, small[2])
+    assert (metrics["generator/clipped"], metrics["assistant/clipped"]) == (1, 0)
+    assert float(metrics["generator/grad_norm"]) == pytest.approx(norms[0])  # before it
+
+
+def bad_reward(bad):
+    """The small world's reward, not finite for some of the prompts."""
+
+    def reward(frozen, x0, ids, crop):
+        score = -(x0**2).mean((1, 2, 3))
+        broken = jnp.isin(ids["tokenizer"][:, 0], jnp.array(bad))
+        return jnp.where(broken, jnp.nan, 100.0) * score, {"small": score}
+
+    return reward
+
+
+def step_with(reward, **changes):
+    method, frozen, generator, assistant = small_world(**changes)
+    method = dataclasses.replace(method, reward=reward)
+    state = step.init_state(generator, assistant, plain_sgd())
+    train_step = jax.jit(step.make_train_step(method, plain_sgd(), one_device()))
+    after, metrics = train_step(state, frozen, (IDS,), jax.random.key(0))
+    return method, frozen, state, after, metrics
+
+
+def test_a_sample_whose_gradient_is_not_finite_is_dropped_and_counted():
+    method, frozen, state, after, metrics = step_with(bad_reward([3]))
+    assert (metrics["generator/dropped"], metrics["nonfinite"]) == (1, 0)
+    assert np.isfinite(metrics["reward/total"])
+    # The gradient of the others alone, still over the whole batch.
+    draws = gradients.draw(jax.random.fold_in(jax.random.key(0), 0), BATCH, method.settings)
+    rest = np.arange(BATCH) != 3
+    draws = draws._replace(
+        **{name: x[rest] for name, x in draws._asdict().items() if name != "step"}
+    )
+    ids = {"tokenizer": IDS["tokenizer"][rest]}
+    trained = (state.generator, state.assistant)
+    grads, _ = gradients.of_generator(method, trained, frozen, ids, draws, jnp.ones(()))
+    expected = jax.tree.map(lambda p, g: p - g * (BATCH - 1) / BATCH, state.generator, grads)
+    assert_close(after.generator, expected)
+
+
+def test_a_step_that_has_to_drop_all_samples_counts_as_not_finite():
+    assert step_with(bad_reward(list(range(BATCH))))[-1]["nonfinite"] > 0
+
+
+def test_a_balance_is_measured_over_the_first_steps_and_then_fixed(monkeypatch):
+    monkeypatch.setattr(step, "MEASURED", 2)
+    method, frozen, generator, assistant = small_world(balance=0.5)
+    state = step.init_state(generator, assistant, adam())
+    train_step = jax.jit(step.make_train_step(method, adam(), one_device()))
+    ratios, scales = [], []
+    for _ in range(4):
+        before = state
+        state, metrics = train_step(state, frozen, (IDS,), jax.random.key(0))
+        scales.append(float(metrics["pull/reward_scale"]))
+        draws = gradients.draw(
+            jax.random.fold_in(jax.random.key(0), before.step), BATCH, method.settings
+        )
+        trained = (before.generator, before.assistant)
+        _, figures = gradients.of_generator(method, trained, frozen, IDS, draws, jnp.ones(()))
+        ratios.append(float(figures.pull.regulariser.mean() / figures.pull.reward.mean()))
+    measured = 0.5 * np.array([0.0, ratios[0], np.mean(ratios[:2]), np.mean(ratios[:2])])
+    np.testing.assert_allclose(scales, measured, rtol=1e-4)
+    pulls = float(metrics["pull/reward"] / metrics["pull/regulariser"])
+    assert pulls == pytest.approx(scales[-1] / ratios[-1], rel=1e-3)
+
+
+def test_what_pulls_on_the_samples_is_logged():
+    *_, metrics = small_step(generator_times=(0, 399))
+    known = {name for name, value in metrics.items() if np.isfinite(value)}
+    assert {"pull/regulariser", "pull/reward", "pull/cosine", "gap/quarter_1"} <= known
+    assert abs(float(metrics["pull/cosine"])) <= 1
+    alone = small_step(generator_times=(0, 399), reward_scale=0.0)[3]
+    assert alone["pull/reward"] == 0 and alone["pull/regulariser"] > 0
+    only = small_step(generator_times=(399, 399), objective="reward_only")[3]
+    assert only["pull/regulariser"] == 0
+    # All samples at the last time: in the last quarter, and in no other.
+    last = small_step(generator_times=(0, 0))[3]
+    assert np.isfinite(last["gap/quarter_1"]) and np.isnan(last["gap/quarter_4"])

@@ -210,12 +210,19 @@ def test_a_finished_run_shows_its_table_at_once_and_exports_again_only_what_is_g
     train.run(config_for(folder), str(workdir))
     shown = capsys.readouterr().out
     assert "finished: all 4 steps are done" in shown and "| pickscore | " in shown
+    exported = workdir / "diffusers"
+    assert shown.endswith(f"exported {exported}; {exported}/README.md says how to draw with it\n")
     for work in ("loading weights", "compiling the", "scoring the"):
         assert work not in shown
     shutil.rmtree(workdir / "diffusers")
     train.run(config_for(folder), str(workdir))
     shown = capsys.readouterr().out
     assert "exporting" in shown
+    last = shown[shown.index(f"exported {exported}; to draw with it:") :]
+    assert (
+        "num_inference_steps=1, guidance_scale=0" in last
+        and "guidance that it was trained for" in last
+    )
     assert "compiling the" not in shown and "scoring the" not in shown
     assert (workdir / "diffusers" / "model_index.json").exists()
     with pytest.raises(
@@ -226,8 +233,8 @@ def test_a_finished_run_shows_its_table_at_once_and_exports_again_only_what_is_g
 
 @pytest.mark.case("first hour 4")
 def test_another_method_in_a_finished_workdir_is_refused_before_weights(folder, straight, capsys):
-    with pytest.raises(UserError, match="holds another run: objective.name was 'di_star', is 'dm"):
-        train.run(config_for(folder, **{"objective.name": "dmd"}), str(straight))
+    with pytest.raises(UserError, match="holds another run: objective.name was 'di_star', is 'kl"):
+        train.run(config_for(folder, **{"objective.name": "kl"}), str(straight))
     assert "loading weights" not in capsys.readouterr().out
 
 

@@ -144,8 +144,10 @@ def train_work(config, mesh: Mesh) -> Work:
     """The whole training step."""
     parts, optimizers = _parts(config, mesh), assembly.optimizers_of(config)
     state = assembly.abstract_state(parts.models["unet"], optimizers, mesh)
-    fn = step.make_train_step(assembly.method_of(config, parts), optimizers, mesh)
-    args = (state, parts.frozen(), _token_ids(config, parts, mesh), _key(mesh))
+    method = assembly.method_of(config, parts)
+    fn = step.make_train_step(method, optimizers, mesh)
+    ids = (_token_ids(config, parts, mesh),) * step.prompt_batches(method.settings)
+    args = (state, parts.frozen(), ids, _key(mesh))
     return Work(assembly.jit_step(fn, state, mesh), args, mesh, donates=True)
 
 

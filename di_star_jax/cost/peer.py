@@ -276,9 +276,10 @@ def regulariser(
     s_psi = -predict_eps(modules.assistant, x_t, t, conditions[0], dtype) / sigma_t
     s_ref = -guided_eps(modules.reference, x_t, t, conditions, settings.omega) / sigma_t
     y_t = s_psi - s_ref
-    c = settings.constants.huber_c * size**0.5 / sigma_t  # it is given in units of eps
+    # Of scores, w(t) and c are those of the weighting's space.
+    w_t = {"eps": sigma_t, "score": 1.0, "x0": sigma_t**2 / alpha_t}[settings.weighting]
+    c = settings.constants.huber_c * size**0.5 / w_t
     d_prime = y_t / (y_t.square().sum((1, 2, 3), keepdim=True) + c**2).sqrt()
-    w_t = {"eps": sigma_t, "score": 1.0, "separate": sigma_t**2 / alpha_t}[settings.weighting]
     loss = -(w_t * d_prime * (s_psi + eps / sigma_t)).sum((1, 2, 3))
     return loss / size if settings.reduction == "mean" else loss
 
@@ -476,17 +477,18 @@ def _train(job: Job) -> Callable[[], None]:
     method, token_ids = method_of(job.settings, job.device), job.token_ids()
     trained = [list(unet.parameters()) for unet in (generator, assistant)]
     average = [p.detach().clone() for p in trained[0]]
+    share = 1 - 0.5 ** (job.batch / job.settings.ema_half_life)
     adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
     optimizers = [adam(params, lr=5e-7) for params in trained]
 
     def run() -> None:
         step_gradients(method, modules, token_ids, job.draws(), job.reward_scale)
-        for params, optimizer in zip(trained, optimizers):
-            torch.nn.utils.clip_grad_norm_(params, 10.0)
+        for params, optimizer, limit in zip(trained, optimizers, job.settings.clip_norms):
+            torch.nn.utils.clip_grad_norm_(params, limit)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(average, trained[0], 1 - job.settings.ema_decay)
+            torch._foreach_lerp_(average, trained[0], share)
 
     return run
 
@@ -545,7 +547,14 @@ def _reward(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
 
 WORK = {"train": _train, "sample": _sample, "unet": _unet, "vae": _vae, "reward": _reward}
 # What "train" here has of the settings that change the work: the first, or what equals it.
-_KNOWN = {"objective": ("di_star",), "assistant_updates": (1,), "scheme": ("separate", "looped")}
+_KNOWN = {
+    "objective": ("di_star",),
+    "weighting": ("x0", "eps", "score"),
+    "assistant_updates": (1,),
+    "assistant_first": (False,),
+    "balance": (0.0,),
+    "scheme": ("separate", "looped"),
+}
 
 
 def make(what: str, job: Job) -> Callable[[], None]:

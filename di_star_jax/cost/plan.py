@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
-from di_star_jax.assembly import reward_sources
+from di_star_jax.assembly import reference_dtype, reward_sources
 from di_star_jax.cost.chips import CHIPS, chip_of
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
@@ -178,17 +178,17 @@ def activation_bytes(config, width: float = 1.0) -> float:
       VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without.
     The generator's part waits while dL/dx0 is found: by assistant (1 image) and guided reference
     (2), then, these freed, by the reward through the VAE. So: generator + max(3 UNets + work of the
-    guided 2, VAE). Scaled by pixels, width and dtype; attention maps grow faster than that, and the
+    guided 2, VAE). Scaled by pixels, width, dtypes; attention maps grow faster than that, and the
     reward's own network is small beside the VAE. What the TPU compiler makes of the finished step
     (docs/performance.md) is less where memory is short, 2.4 GB an image on v5e, and as much where
     it is not: 4.8 GB on v5p.
     """
     keep, work = (0.46, 0.80) if config.compute.remat_unet != "none" else (13.0, 0.0)
     vae = 4.3 if config.compute.remat_vae != "none" else 13.4
-    scale = (
-        width * (config.data.resolution / 1024) ** 2 * jnp.dtype(config.compute.dtype).itemsize / 2
-    )
-    return 1e9 * scale * (keep + max(3 * keep + 2 * work, vae))
+    pixels = width * (config.data.resolution / 1024) ** 2
+    scale = pixels * jnp.dtype(config.compute.dtype).itemsize / 2
+    scores = pixels * reference_dtype(config).itemsize / 2 * (3 * keep + 2 * work)
+    return 1e9 * (scale * keep + max(scores, scale * vae))
 
 
 def memory_per_chip(
@@ -201,20 +201,23 @@ def memory_per_chip(
     Args: counts, parameters by component; shards, chips that share one copy.
     """
     compute = jnp.dtype(config.compute.dtype).itemsize
+    scores = reference_dtype(config)
     unet = counts["unet"] / shards
+    others = sum(counts.values()) / shards - unet
     moments = 2 if config.optim.b1 else 1  # at b1 = 0 the first is the gradient
     state = {
         "generator and assistant, float32": 2 * unet * 4,
         "Adam's moments of both": 2 * moments * unet * 4,
         "average of the generator (EMA)": unet * 4,
         "gradients of both": 2 * unet * 4,
-        f"frozen networks, {config.compute.dtype}": sum(counts.values()) * compute / shards,
+        f"reference, {scores}": unet * scores.itemsize,
+        f"other frozen networks, {config.compute.dtype}": others * compute,
     }
     if config.compute.loop_networks:
-        state["networks picked in loops"] = unet * compute
+        state["networks picked in loops"] = unet * scores.itemsize
     # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of
     # the UNet.
-    state["gathered weights"] = counts["unet"] / 30 * compute if shards > 1 else 0.0
+    state["gathered weights"] = counts["unet"] / 30 * scores.itemsize if shards > 1 else 0.0
     return state
 
 

@@ -418,8 +418,12 @@ class UNet2DConditionModel(nnx.Module):
         self.down_blocks = nnx.List([DownBlock2D(config, i, **block) for i in levels])
         self.mid_block = UNetMidBlock2DCrossAttn(config, **block)
         self.up_blocks = nnx.List([UpBlock2D(config, i, **block) for i in reversed(levels)])
-        self.conv_norm_out = layers.group_norm(first, config.norm_num_groups, config.norm_eps, **kw)
-        self.conv_out = layers.conv3x3(first, config.out_channels, **kw)
+        # Of two close predictions the difference is what counts: it must not be rounded.
+        last = kw | {"dtype": jnp.float32}
+        self.conv_norm_out = layers.group_norm(
+            first, config.norm_num_groups, config.norm_eps, **last
+        )
+        self.conv_out = layers.conv3x3(first, config.out_channels, **last)
 
     def _sinusoidal(self, values: jax.Array, dim: int) -> jax.Array:
         """[N] -> [N, dim] in the compute dtype."""

@@ -111,7 +111,7 @@ def add(spec: str, pixels: int = 512) -> str:
 
 def scales_of(section: Mapping[str, Any]) -> dict[str, float]:
     """Scale of each reward, the user's own by its function's name. Args: config.reward."""
-    own = {"custom", "custom_scale"}
+    own = {"custom", "custom_scale", "balance"}
     scales = {name: scale for name, scale in section.items() if name not in own}
     if section["custom"]:
         scales[custom.name_of(section["custom"])] = section["custom_scale"]

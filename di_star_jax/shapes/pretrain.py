@@ -56,7 +56,6 @@ from di_star_jax.storage import weights
 from di_star_jax.storage.checkpoint import Checkpoints
 
 Params = Any
-DISTIL_OMEGA = 5.0
 HALF_DIFFUSERS = {"file_name": "diffusion_pytorch_model.fp16.safetensors", "dtype": np.float16}
 HALF_CLIP = {"file_name": "model.fp16.safetensors", "dtype": np.float16}
 
@@ -532,8 +531,8 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
 
     settings = gradients.Settings(
         objective="di_star",
-        omega=DISTIL_OMEGA,
-        constants=objectives.Constants(0.00054, alpha_cfg=0.0, sid_alpha=1.0),
+        omega=networks.OMEGA,
+        constants=objectives.Constants(),
         weighting="eps",
         reduction="sum",
         generator_times=(20, 980),
@@ -542,7 +541,8 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
         scheme="separate",
         generator_timesteps=(SDXL.one_step,),
         latent_shape=LATENT_SHAPE,
-        ema_decay=0.98,
+        ema_half_life=1100,
+        clip_norms=(10.0, 10.0),
     )
     schedule = schedule_from_json(networks.SCHEDULER)
     unet = functools.partial(nnx.merge, graphdefs["unet"])
@@ -566,9 +566,7 @@ def distil_generator(
     Returns:
       the generator's averaged UNet parameters.
     """
-    settings = step.AdamW(
-        lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=10.0
-    )
+    settings = step.AdamW(lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0)
     optimizers = step.Optimizers(
         generator=step.adamw(stage.learning_rate, settings),
         assistant=step.adamw(2.0 * stage.learning_rate, settings),
@@ -583,7 +581,7 @@ def distil_generator(
         k: int,
     ) -> tuple[step.TrainState, dict]:
         del k  # the state knows it
-        state, values = train_step(state, frozen, ids, jax.random.key(7))
+        state, values = train_step(state, frozen, (ids,), jax.random.key(7))
         return state, {name: values[name] for name in ("regulariser/loss", "assistant/loss")}
 
     def batch_at(k: int) -> dict:
@@ -623,7 +621,7 @@ def report(folder: Path) -> dict[str, float]:
     """Attributes right on 500 held-out captions, by teacher and generator of a checkpoint."""
     captions = (folder / "prompts_held_out.txt").read_text(encoding="utf-8").splitlines()
     loaded = pipeline.load_pipeline(folder)
-    guided = drawing.Sampling("euler", samplers.leading_timesteps(50), DISTIL_OMEGA, LATENT_SHAPE)
+    guided = drawing.Sampling("euler", samplers.leading_timesteps(50), networks.OMEGA, LATENT_SHAPE)
     teacher = drawing.draw_prompts(loaded, guided)
     generator = pipeline.load_model(folder / "generator")
     one_step = drawing.draw_prompts(

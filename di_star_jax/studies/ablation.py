@@ -39,10 +39,12 @@ from di_star_jax.studies.page import check_matplotlib, conclusion_of
 
 ROWS = {  # preset: the row of the paper's Table 2, or what it stands for here
     "kl_0_0": "KL (0, 0)",
+    "kl_0_0_null": "KL (0, 0), omega = 0",
     "diff_instruct": "KL (0, 7.5), Diff-Instruct",
     "di_pp": "KL (100, 7.5), Diff-Instruct++",
     "di_star_outside": "DI* outside (100, 7.5)",
     "inside_0_0": "DI* inside (0, 0)",
+    "inside_0_0_null": "DI* inside (0, 0), omega = 0",
     "sim": "DI* inside (0, 7.5), SIM",
     "inside_1_7.5": "DI* inside (1, 7.5)",
     "inside_10_7.5": "DI* inside (10, 7.5)",
