@@ -246,3 +246,12 @@ def test_before_a_run_saves_leftovers_are_removed_and_what_is_strange_is_set_asi
         checkpoints.wait()
         assert checkpoints.steps() == [8, 9], "the strange ones do not count as the newest"
     _assert_same(checkpoint.existing(saved).restore(9, _abstract(_state(9))), _state(9))
+
+
+@pytest.mark.parametrize("lost", ["ema", "metadata"])
+def test_a_checkpoint_of_its_own_step_that_has_lost_a_part_is_not_gone_on_from(saved, lost):
+    shutil.rmtree(saved / "7" / lost)
+    with checkpoint.Checkpoints(saved, keep=2) as checkpoints:
+        checkpoints.tidy(State._fields)
+        assert checkpoints.latest_step() is None
+    assert (saved / "7.set-aside").is_dir()

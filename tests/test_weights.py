@@ -259,6 +259,15 @@ def test_our_shards_load_in_diffusers(unet_folder, torch_unet, tmp_path, monkeyp
     _assert_equal(weights.load(tmp_path / "unet", abstract), params)
 
 
+def test_shards_count_from_one_as_diffusers_counts_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_SHARD", 40)
+    params = {name: {"bias": np.zeros(10, np.float32)} for name in ("a", "b")}
+    weights.save(tmp_path / "unet", params, config={}, file_name=DIFFUSERS)
+    names = sorted(path.name for path in (tmp_path / "unet").glob("*.safetensors"))
+    stem = "diffusion_pytorch_model"
+    assert names == [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+
+
 def test_older_and_newer_names_are_understood(tmp_path):
     torch.manual_seed(2)
     diffusers.AutoencoderKL(
