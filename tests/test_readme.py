@@ -21,7 +21,7 @@ SHORT = {
     "sample": "",
     "convert": "",
 }
-ELSEWHERE = ("pip install", "venv", "benchmark", "mixture", "ablation", "pretrain")
+ELSEWHERE = ("pip install", "venv", "benchmark", "mixture", "optimum", "ablation", "pretrain")
 
 
 def blocks(language):
