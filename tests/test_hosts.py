@@ -176,6 +176,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
     assert f"stopped at step {saved}; the same command goes on" in said[0]
 
 
+@pytest.mark.slow
 def test_when_one_process_dies_the_other_ends_within_a_minute():
     port = free_port()
     first, second = (start(DEATH, (), devices=1, port=port, index=i) for i in range(2))

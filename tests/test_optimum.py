@@ -95,6 +95,7 @@ def test_the_mean_over_a_few_times_is_that_over_all(times):
     np.testing.assert_allclose(share @ sigma[0] ** 2, np.mean(sigma[1] ** 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 # The closed form, and the theorem: rewarded KL, and the score divergence without a reward. The
 # standard errors of 8 blocks of 60 steps are 0.01 at most; the start is 0.5 and more away.
 @pytest.mark.parametrize(

@@ -296,6 +296,7 @@ class Process:
         return self._process.wait(timeout=60), "".join(self.lines)
 
 
+@pytest.mark.slow
 @pytest.mark.case("first hour 7", "faults 27")
 def test_ctrl_c_and_sigterm_save_and_say_that_the_same_command_goes_on(folder, straight, tmp_path):
     changes = {"train.steps": 100_000, "train.save_every": 100_000, "eval.prompts": ""}
@@ -378,6 +379,7 @@ def test_a_stopped_run_continues_to_the_same_weights_and_compiles_nothing_anew(
         )
 
 
+@pytest.mark.slow
 def test_weights_that_blow_up_stop_the_run_with_what_to_do(folder, tmp_path):
     huge = jax.tree.map(lambda x: 1e20 * x, pipeline.load_model(folder / "generator").params)
     weights.save(tmp_path / "huge", huge, config=UNET, file_name="model.safetensors")
