@@ -827,7 +827,7 @@ def test_the_hpsv2_benchmark_has_its_four_styles_their_average_and_the_published
         atol=0.5,
     )
     assert "| HPSv2.1 | anime | concept-art | paintings | photo | average |" in table
-    long = "*DI* long (2.6B, 1024 px), published [1]*"
+    long = r"*DI\* long (2.6B, 1024 px), published [1]*"
     assert f"| {long} | *33.22* | *31.67* | *31.25* | *28.62* | *31.19* |" in table
     assert "holds 12 prompts, the HPSv2 benchmark 3,200" in table
     assert (

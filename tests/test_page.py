@@ -137,7 +137,13 @@ def test_everything_of_the_contract_comes_back_out_of_the_page(tmp_path, monkeyp
     )
     assert "hue" not in data["runs"][0]["summary"]
     assert data["comparison"] == {"score": paired}
-    assert data["published"] == [{"name": "paper", "values": {"score": 0.3}, "source": "Table 2"}]
+    (published,) = data["published"]
+    assert published == {
+        "name": "paper",
+        "values": {"score": 0.3},
+        "steps": "",
+        "source": "Table 2",
+    }
     assert [metric["trained_on"] for metric in data["metrics"]] == [True, False, False, False]
 
 
@@ -152,10 +158,10 @@ def test_a_published_row_says_its_model_and_steps_and_another_metrics_is_left_ou
     tables = (papers.Table("Table 2", rows[1:]), papers.Table("Table 3", rows[:1]))
     monkeypatch.setitem(papers.TABLES, "a <set>", tables)
     ours = run("ours", [Prompt(7, "a", {})], [[picture(tmp_path, "a")]], {"score": [[0.25]]})
-    shown = [(row["name"], row["source"]) for row in data_of(write(tmp_path, ours))["published"]]
-    assert shown == [
-        ("small (1B, 32 px)", "1 step; Table 2"),
-        ("teacher (2B, 64 px, guidance 7.5)", "50 steps; Table 3"),
+    published = data_of(write(tmp_path, ours))["published"]
+    assert [(row["name"], row["steps"], row["source"]) for row in published] == [
+        ("small (1B, 32 px)", "1 step", "Table 2"),
+        ("teacher (2B, 64 px, guidance 7.5)", "50 steps", "Table 3"),
     ]
 
 
@@ -390,7 +396,8 @@ def test_in_a_browser_the_page_shows_table_sorted_cards_and_escaped_prompts(tmp_
     assert (
         "0.500" in seen["rows"][1] and "+0.200" in seen["rows"][3] and "66.7 %" in seen["rows"][3]
     )
-    assert "Published, other protocol" in seen["rows"][4] and "0.300" in seen["rows"][5]
+    assert "Published, other protocol" in seen["rows"][4]
+    assert seen["rows"][5] == "Table 2" and "0.300" in seen["rows"][6]
     assert seen["first"] == [NASTY, "second", "third"] and seen["injected"] == 0
     assert seen["difference"] == [NASTY, "third", "second"] and seen["falling"] == [
         "second",

@@ -171,8 +171,13 @@ function publishedRows() {
   const heading = el("tr", { className: "heading" }, el("th", { colSpan: data.metrics.length + 1 }, el("span", {},
     el("strong", {}, "Published, other protocol. "),
     "Numbers of papers: other prompts, seeds or code than the rows above. For orientation, not for a ranking.")));
-  const rows = known.map((row) => el("tr", {}, el("th", { scope: "row" }, row.name, el("small", {}, row.source)),
-    data.metrics.map((metric) => el("td", { className: "number" }, format(metric, row.values[metric.name])))));
+  const rows = known.flatMap((row, i) => {
+    const source = el("tr", { className: "heading" },
+      el("th", { colSpan: data.metrics.length + 1 }, el("small", {}, row.source)));
+    const scores = el("tr", {}, el("th", { scope: "row" }, row.name, el("small", {}, row.steps)),
+      data.metrics.map((metric) => el("td", { className: "number" }, format(metric, row.values[metric.name]))));
+    return known[i - 1]?.source === row.source ? [scores] : [source, scores]; // said once for its rows
+  });
   return el("tbody", { className: "published" }, heading, rows);
 }
 

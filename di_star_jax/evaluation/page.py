@@ -220,7 +220,8 @@ def _published(evaluation: Evaluation, metrics: list[Metric]) -> list[dict]:
         {
             "name": row.label,
             "values": {name: score for name, score in row.scores.items() if name in names},
-            "source": f"{_steps(row.steps)}{table.source}",
+            "steps": _steps(row.steps),
+            "source": table.source,
         }
         for table in papers.tables_of(evaluation.settings["prompts"]["name"], names)
         for row in table.rows
@@ -228,7 +229,7 @@ def _published(evaluation: Evaluation, metrics: list[Metric]) -> list[dict]:
 
 
 def _steps(count: int) -> str:
-    return f"{count} step{'s' * (count > 1)}; " if count else ""
+    return f"{count} step{'s' * (count > 1)}" if count else ""
 
 
 def _identity(data: dict) -> str:

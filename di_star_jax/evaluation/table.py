@@ -52,7 +52,8 @@ def _published(tables: list[papers.Table]) -> Iterator[tuple[str, papers.Row]]:
     """Each row with its name, which ends in the number of its table."""
     for number, table in enumerate(tables, 1):
         for row in table.rows:
-            yield f"*{row.label}, published [{number}]*", row
+            name = row.label.replace("*", r"\*")
+            yield f"*{name}, published [{number}]*", row
 
 
 def _printed(values: Iterable[float], metric: Metric) -> list[str]:
