@@ -816,7 +816,7 @@ def run(tests: str, names: str, mutant: Mutant | None = None) -> tuple[int | Non
             source = file.read_text(encoding="utf-8")
             file.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        command += [f"tests/{tests}", *(["-k", names] if names else [])]
+        command += ["-m", "not long", f"tests/{tests}", *(["-k", names] if names else [])]
         environment = os.environ | {"TMPDIR": folder}
         process = subprocess.Popen(
             command,
