@@ -514,7 +514,7 @@ MUTANTS = r"""
 - x = _deterministic(eps_fn, steps.sigma[0] * z if pure_noise else z, steps)
 + x = _deterministic(eps_fn, z, steps)
 
-@ prompts/source.py | test_prompts.py | hosts or each_pass or source_keeps or indexed
+@ prompts/source.py | test_prompts.py | hosts or each_pass or source_keeps or share_records
 - first = step * self._batch_size
 + first = step
 - first = step * self._batch_size
