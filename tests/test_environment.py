@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import di_star_jax
+
 REDUCTION = """
 import jax, jax.numpy as jnp, numpy as np
 n = 32_769
@@ -27,6 +29,20 @@ def test_jit_equals_eager_on_the_reduction_that_broke_jaxlib_0_10_2():
         [sys.executable, "-c", REDUCTION], capture_output=True, text=True, timeout=120, env=env
     )
     assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_command_on_a_cpu_starts_anew_with_huge_pages_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(di_star_jax, "_on_cpu", lambda: True)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "di_star_jax", "sample", "--num=2"])
+    monkeypatch.setattr(os, "execv", lambda *command: started.append(command))
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    di_star_jax._use_huge_pages()
+    assert started == [(sys.executable, sys.orig_argv)]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    di_star_jax._use_huge_pages()
+    assert len(started) == 1
 
 
 def test_training_imports_neither_torch_nor_tensorflow_nor_diffusers():
