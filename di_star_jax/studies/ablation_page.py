@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ablation.md: the ablation's tables and what is to be known of them."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+from di_star_jax import log
+from di_star_jax.storage import files
+from di_star_jax.studies import figures, rows
+from di_star_jax.studies.page import conclusion_of
+from di_star_jax.studies.results import (
+    REFERENCES,
+    RISING,
+    Results,
+    Run,
+    ending,
+    label_of,
+    mean,
+    missing,
+    results_of,
+    spread,
+)
+from di_star_jax.studies.world import CURVE_CAPTIONS, MEASURES, PER_CAPTION
+
+SPREAD = "Mean ± standard deviation over seeds: how far another seed's run lies away."
+_NAMED = 5  # of the missing runs
+_INTRODUCTIONS = {
+    "paper": """Scales are the paper's: reward 100 is 15 here, guidance 7.5 is 2 and 4.5 is 1.5
+(`configs/shapes.py`). At one scale of the reward, objectives are regularised to different degrees:
+this table shows the paper's rows, not which divergence is better; for that see the next one.""",
+    "balance": """Each method at the same values of `reward.balance`: how hard the reward pulls on \
+a sample, over how hard the
+regulariser does, measured over a run's first 20 steps and fixed from there
+([method.md](method.md)). A divergence keeps more than another where its line lies above it, at
+equal attributes or distance, by more than seeds differ: bars are standard deviations over three
+seeds, and points without one are of a single seed.""",
+    "hacking": """The reward is a network that learnt a taste, warm light that falls from above, \
+from pairs of pictures; `taste` is
+that taste itself, which no run sees: a reward that rises while the taste does not is hacked.
+
+What a user watches for, who has no true taste: `saturation`, for colours that leave the teacher's
+value are drawn for the reward and not for the caption; `diversity`, for what falls below the start
+is lost for good. And `attributes`, or any score that the run does not train on: where it falls
+while the reward still rises, take an earlier checkpoint. Then lower the reward's scale, or set
+`reward.balance`.""",
+    "distillation": """The generator begins as a copy of the teacher, and no reward is given: how \
+the one-step generator that all
+other rows begin from was made (by `dmd`, longer). These rows take twice the steps.""",
+}
+_FIGURES = {
+    "paper": ("ablation.png", "the same captions and noise in every row"),
+    "balance": ("ablation_balance.png", "reward against attributes and distance, by method"),
+    "hacking": ("ablation_hacking.png", "three signals over the steps, and the last pictures"),
+}
+
+
+def table(results: Results, group: str) -> str:
+    """Markdown: mean and standard deviation over seeds, of a group and what it starts from."""
+    names = [name for name in results if name in REFERENCES or rows.ROWS[name].group == group]
+    header = ["row", "name", "seeds", *MEASURES, "best reward at step", "still rising", "minutes"]
+    return log.markdown_table(header, [_line(name, results[name]) for name in names])
+
+
+def _line(name: str, runs: list[Run]) -> list[str]:
+    cells = [_cell(mean(runs, measure), spread(runs, measure)) for measure in MEASURES]
+    if name in REFERENCES:
+        return [label_of(name), "", "", *cells, "", "", ""]
+    best, rising = ending(runs)
+    minutes = sum(run.seconds for run in runs) / len(runs) / 60
+    ends = [str(best), "yes" if rising else "no", f"{minutes:.1f}"]
+    return [label_of(name), f"`{name}`", str(len(runs)), *cells, *ends]
+
+
+def _cell(value: float, deviation: float) -> str:
+    return f"{value:.3f}" + ("" if math.isnan(deviation) else f" ± {deviation:.3f}")
+
+
+def text_of(
+    results: Results,
+    captions: int,
+    seeds: Sequence[int],
+    conclusion: str,
+) -> str:
+    """The page. Args: captions, how many; seeds, asked for, () for each row's own."""
+    runs = [run for found in results.values() for run in found]
+    count = sum(run.seconds > 0 for run in runs)
+    hours = sum(run.seconds for run in runs) / 3600
+    devices = ", ".join(sorted({run.device for run in runs}))
+    sections = "\n".join(_section(results, group) for group in rows.GROUPS)
+    return f"""# The paper's Table 2 in miniature
+
+{_incomplete(missing(results, seeds))}Every row trains the shapes world's initial one-step \
+generator for {rows.STEPS} steps of {rows.TRAIN_BATCH} pictures, twice as long under
+"{rows.GROUPS["hacking"]}", after {rows.WARMUP} of the assistant alone; made by
+`python -m di_star_jax.studies.ablation --workdir=runs/ablation --out=docs`, {count} runs in \
+{hours:.1f} h on {devices}.
+
+{SPREAD} All are measured on {captions} held-out captions,
+{PER_CAPTION} pictures each, on the same noise. `attributes` is the share of what captions state \
+that can be read back from the pixels; prompt
+score, Frechet distance (to the teacher's pictures) and diversity (1 - cosine between pictures of a
+caption) are of a CLIP that no row trains on; the teacher has distance 0 by definition. Where the
+reward was best is of the curve, a point every {rows.EVERY} steps on \
+{min(CURVE_CAPTIONS, captions)} captions; it is still rising where the
+last point is higher than all before it by more than {RISING:g}.
+
+{sections}
+{conclusion}"""
+
+
+def _incomplete(lacking: list[str]) -> str:
+    return f"**Not complete: {told(lacking)}.**\n\n" if lacking else ""
+
+
+def told(lacking: list[str]) -> str:
+    """Such as "7 runs are missing: sid (seed 2), dmd (seed 0) and 5 more"."""
+    more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+    are = "runs are" if len(lacking) > 1 else "run is"
+    return f"{len(lacking)} {are} missing: {', '.join(lacking[:_NAMED])}{more}"
+
+
+def _section(results: Results, group: str) -> str:
+    title = f"## {rows.GROUPS[group]}"
+    if not _has(results, group):
+        return f"{title}\n\nNot run yet.\n"
+    text = f"{title}\n\n{_INTRODUCTIONS[group]}\n\n{table(results, group)}\n"
+    if group not in _FIGURES:
+        return text
+    figure, alt = _FIGURES[group]
+    return f"{text}\n![{alt}]({figure})\n"
+
+
+def _has(results: Results, group: str) -> bool:
+    return any(row.name in results for row in rows.rows_of([group]))
+
+
+def write_page(
+    workdir: pathlib.Path,
+    captions: list[str],
+    seeds: Sequence[int],
+    out: pathlib.Path,
+) -> None:
+    """OUT/ablation.md and its pictures from what is done; the conclusion that is there is kept.
+
+    Args: captions, held-out ones; seeds, as of `text_of`.
+    """
+    results = results_of(workdir)
+    figures.draw_grid(workdir, results, captions, out / _FIGURES["paper"][0])
+    if _has(results, "balance"):
+        figures.draw_balance(results, out / _FIGURES["balance"][0])
+    if _has(results, "hacking"):
+        figures.draw_hacking(workdir, results, captions, out / _FIGURES["hacking"][0])
+    page = out / "ablation.md"
+    files.write_text(page, text_of(results, len(captions), seeds, conclusion_of(page)))

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ablation trains: a row is a preset of the shapes world with a few fields changed."""
+
+import os
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from di_star_jax.config import load_config
+
+STEPS = 200
+TRAIN_BATCH = 16  # half of configs/shapes.py's, so that all rows fit in a night
+EVERY = 40  # steps, a point of the curve; divides STEPS and WARMUP
+WARMUP = 40  # of the assistant alone, before them
+# Of `reward.balance`: the reward's pull on a sample over the regulariser's.
+BALANCES = (0.25, 1.0, 4.0, 16.0)
+# Rows that the conclusions rest on: three seeds instead of one.
+CONCLUSIVE = (
+    *("di_star", "di_pp", "di_star_outside", "di_star_l2", "reward_only"),
+    *("di_star_x0@1", "di_star_x0@4", "kl_x0@1", "kl_x0@4"),
+)
+GROUPS = {  # the title of its section
+    "paper": "Table 2 at the paper's scales",
+    "balance": "All methods at equal balance",
+    "hacking": "Reward hacking: what to watch for",
+    "distillation": "From the teacher alone: which loss",
+}
+
+
+class Row(NamedTuple):
+    """One line of a table.
+
+    name: its folder, and what --rows takes. label: what the table and figures call it. group: a
+    key of GROUPS. preset: of the config. overrides: values by the full names of its fields. length:
+    in STEPS. start: folder of the generator's first weights, in the shapes checkpoint.
+    """
+
+    name: str
+    label: str
+    group: str
+    preset: str
+    overrides: Mapping[str, Any] = types.MappingProxyType({})
+    length: int = 1
+    start: str = "generator"
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those that are trained if the user does not say."""
+        return (0, 1, 2) if self.name in CONCLUSIVE else (0,)
+
+
+class Method(NamedTuple):
+    """One of the methods that are compared at equal balance: a label, a preset and its fields."""
+
+    label: str
+    preset: str
+    overrides: Mapping[str, Any] = types.MappingProxyType({})
+
+
+METHODS = {
+    "di_star_x0": Method("DI*, pseudo-Huber in x0", "di_star"),
+    "di_star_eps": Method("DI*, pseudo-Huber in eps", "di_star", {"objective.weighting": "eps"}),
+    "kl_x0": Method("KL in x0", "di_pp"),
+    "kl_eps": Method("KL in eps", "di_pp", {"objective.weighting": "eps"}),
+    "l2": Method("L2, normalised", "di_star_l2"),
+    "outside": Method("DI*, guidance outside", "di_star_outside"),
+}
+_PAPER = {  # preset: the row of the paper's Table 2, or what it stands for here
+    "kl_0_0": "KL (0, 0)",
+    "kl_0_0_null": "KL (0, 0), omega = 0",
+    "diff_instruct": "KL (0, 7.5), Diff-Instruct",
+    "di_pp": "KL (100, 7.5), Diff-Instruct++",
+    "di_star_outside": "DI* outside (100, 7.5)",
+    "inside_0_0": "DI* inside (0, 0)",
+    "inside_0_0_null": "DI* inside (0, 0), omega = 0",
+    "sim": "DI* inside (0, 7.5), SIM",
+    "inside_1_7.5": "DI* inside (1, 7.5)",
+    "inside_10_7.5": "DI* inside (10, 7.5)",
+    "inside_100_4.5": "DI* inside (100, 4.5)",
+    "di_star": "DI* inside (100, 7.5)",
+    "di_star_l2": "L2 (100, 7.5)",
+    "sid": "SiD, alpha 1 (0, 7.5)",
+    "dmd": "DMD (0, 7.5)",
+    "reward_only": "reward only",
+}
+_HACKING = (
+    Row("good_run", "the good run", "hacking", "di_star", length=2),
+    Row(
+        "reward_times_10",
+        "reward ten times too large",
+        "hacking",
+        "di_star",
+        {"reward.pickscore": 150.0},
+        length=2,
+    ),
+    Row("no_regulariser", "no regulariser", "hacking", "reward_only", length=2),
+)
+
+
+def balanced_name(method: str, balance: float) -> str:
+    """The row of a method at a balance. Args: method, a key of METHODS."""
+    return f"{method}@{balance:g}"
+
+
+def _balanced(name: str, balance: float) -> Row:
+    method, row = METHODS[name], balanced_name(name, balance)
+    return Row(
+        row,
+        f"{method.label}, balance {balance:g}",
+        "balance",
+        method.preset,
+        {**method.overrides, "reward.balance": balance},
+    )
+
+
+def _rows() -> list[Row]:
+    paper = [Row(name, label, "paper", name) for name, label in _PAPER.items()]
+    balanced = [_balanced(name, balance) for name in METHODS for balance in BALANCES]
+    distilled = [
+        Row(f"distil_{name}", _PAPER[name], "distillation", name, length=2, start="unet")
+        for name in ("dmd", "diff_instruct", "sim", "sid")
+    ]
+    return [*paper, *balanced, *_HACKING, *distilled]
+
+
+ROWS = {row.name: row for row in _rows()}
+
+
+def rows_of(names: list[str]) -> list[Row]:
+    """The rows of names of rows and of groups, in the order given; all of them for none."""
+    found = {}
+    for name in names or GROUPS:
+        group = [row for row in ROWS.values() if row.group == name]
+        found |= {row.name: row for row in group or [ROWS[name]]}
+    return list(found.values())
+
+
+def config_of(
+    row: Row,
+    file: str,
+    seed: int,
+) -> Any:
+    """The config of a run. Args: file, as --config."""
+    config = load_config(file, row.preset)
+    config.update_from_flattened_dict(
+        {
+            "seed": seed,
+            "weights.generator": os.path.join(config.weights.reference, row.start),
+            "eval.prompts": "",
+            "train.steps": row.length * STEPS,
+            "train.save_every": EVERY,
+            "train.keep": row.length * STEPS + WARMUP,  # a stop leaves one more
+            "assistant.warmup_steps": WARMUP,
+            "data.batch_size": TRAIN_BATCH,
+        }
+    )
+    config.update_from_flattened_dict(dict(row.overrides))
+    return config
