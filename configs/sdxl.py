@@ -256,6 +256,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.eval.batch_size = 128
     # rewards that are measured even where their alpha_rew is 0
     config.eval.metrics = ("pickscore",)
+    # folder with the teacher's scores and pictures on the same prompts, as pretrain leaves them
+    config.eval.teacher = ""
     # "shapes" reads attributes back from the pixels of the shapes world
     config.eval.oracle = ""
 

@@ -20,17 +20,17 @@ _spec = importlib.util.spec_from_file_location("sdxl", os.path.join(_HERE, "sdxl
 _sdxl = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_sdxl)
 
-# The rows of configs/sdxl.py with this world's scales: guidance 5 for the paper's 7.5 and 3 for its
-# 4.5, a tenth of its rewards, 1000 steps for its long run.
+# The rows of configs/sdxl.py with this world's scales: guidance 2 for the paper's 7.5 and 1.5 for
+# its 4.5, 0.15 of its rewards, 1000 steps for its long run.
 PRESETS = _sdxl.PRESETS | {
     "di_star_outside": {
         "objective.name": "di_star_outside",
         "objective.omega": 1.0,
-        "objective.alpha_cfg": 5.0,
+        "objective.alpha_cfg": 2.0,
     },
-    "inside_1_7.5": {"reward.pickscore": 0.1},
-    "inside_10_7.5": {"reward.pickscore": 1.0},
-    "inside_100_4.5": {"objective.omega": 3.0},
+    "inside_1_7.5": {"reward.pickscore": 0.15},
+    "inside_10_7.5": {"reward.pickscore": 1.5},
+    "inside_100_4.5": {"objective.omega": 1.5},
     "inside_100_7.5_long": {"train.steps": 1000},
 }
 
@@ -44,8 +44,9 @@ SMALL = {
     "data.resolution": 64,
     "data.batch_size": 32,
     "mesh.fsdp": 1,
-    "objective.omega": 5.0,  # what the small generator was distilled with
-    "reward.pickscore": 10.0,  # the small reward's cosine varies ten times as much as PickScore's
+    # less than the 3 that the small generator was distilled with: more of the variety stays
+    "objective.omega": 2.0,
+    "reward.pickscore": 15.0,  # the small reward's cosine varies six times as much as PickScore's
     "assistant.warmup_steps": 40,
     # a small net from a short distillation moves in larger steps than SDXL
     "optim.generator_lr": 1e-4,
@@ -65,6 +66,7 @@ SMALL = {
     "train.keep": 1,
     "eval.prompts": os.path.join(_CHECKPOINT, "prompts_held_out.txt"),
     "eval.batch_size": 100,
+    "eval.teacher": os.path.join(_CHECKPOINT, "teacher"),
     "eval.oracle": "shapes",
 }
 

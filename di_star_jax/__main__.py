@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "Scores a generator, or a folder of pictures, on many prompts."),
     "convert": ("convert", "Turns checkpoints into folders for diffusers, and back."),
     "benchmark": ("benchmark", "Measures what a step costs; or compiles it for a TPU slice."),
-    "pretrain": ("shapes.pretrain", "Makes the shapes world's checkpoint from nothing."),
+    "pretrain": ("pretrain", "Makes the shapes world's checkpoint from nothing."),
     "ablation": ("studies.ablation", "Trains every method on the shapes world: docs/ablation.md."),
     "optimum": ("studies.optimum", "Trains them where the optimum is known: docs/mixture.md."),
     "mixture": ("studies.mixture", "Trains every objective on points in a plane: docs/mixture.md."),

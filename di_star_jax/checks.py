@@ -72,6 +72,7 @@ _NEW = (
     "data.prompts_file",
     "eval.prompts_file",
     "eval.samples",
+    "eval.teacher",
     "reward.custom",
     "reward.custom_scale",
     "assistant.first",

@@ -58,6 +58,8 @@ def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
     state = {name: weights.load(parts[name], tree) for name, tree in trees.items()}
     reference = str(source) if folders.is_pipeline(folder) else None
     metadata = {"configs": configs, "reference": reference, "directory": str(Path.cwd())}
+    if reference:
+        metadata |= folders.identity(folder)
     if "unet" in configs:
         metadata["unet_config"] = configs["unet"]
     with checkpoint.Checkpoints(output, keep=None) as checkpoints:

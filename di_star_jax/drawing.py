@@ -318,7 +318,7 @@ class Asked(NamedTuple):
     """Sampling as a user asks for it; what is None is the pipeline's own.
 
     timesteps: of few_step, falling. steps, guidance_scale: of the other samplers; 50 and 7.5 for
-    SDXL, 50 and 5 for the shapes world. resolution: pixels.
+    SDXL, 50 and 3 for the shapes world. resolution: pixels.
     """
 
     sampler: str | None

@@ -58,42 +58,41 @@ def _wrapped(
     return "\n".join(broken)
 
 
-def before_after_grid(
-    before: np.ndarray,
-    after: np.ndarray,
+def compared_grid(
+    images: dict[str, np.ndarray],
     prompts: list[str],
     *,
-    columns: int = 4,
+    width: int = 900,
     side: int = 128,
 ) -> np.ndarray:
-    """A labelled picture: each cell shows one prompt's image before (left) and after (right), the
-    prompt below.
+    """A labelled picture: each cell shows one prompt's images beside each other, the prompt below.
 
     Args:
-      before, after: [N, H, W, 3] in [-1, 1], made from the same noise.
+      images: by label, such as "before"; uint8 [N, H, W, 3] each.
       prompts: N.
-      columns: cells in a row. side: pixels each image is shown at.
+      width: pixels that the cells of a row may take, at least one of them.
+      side: pixels each image is shown at.
     Returns:
       uint8 [H', W', 3].
     """
-    font, head = ImageFont.load_default(size=12), ImageFont.load_default(size=15)
-    gap, margin, text = 4, 20, 48
-    cell_w, cell_h = 2 * side + gap, side + text
-    columns = min(columns, len(prompts))
+    font, head = ImageFont.load_default(size=14), ImageFont.load_default(size=15)
+    gap, margin, text = 4, 24, 56
+    step = side + gap
+    cell_w, cell_h = len(images) * step - gap, side + text
+    columns = max(1, min(len(prompts), (width - margin) // (cell_w + margin)))
     rows = -(-len(prompts) // columns)
     size = (columns * (cell_w + margin) + margin, rows * cell_h + margin + 26)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for column in range(columns):
-        x = margin + column * (cell_w + margin)
-        for offset, label in ((side / 2, "before"), (side * 1.5 + gap, "after")):
-            draw.text((x + offset, 10), label, fill="#333333", font=head, anchor="mt")
     for i, prompt in enumerate(prompts):
-        x = margin + (i % columns) * (cell_w + margin)
-        y = 34 + (i // columns) * cell_h
-        for offset, image in ((0, before[i]), (side + gap, after[i])):
-            shown = Image.fromarray(to_uint8(image)).resize((side, side), Image.Resampling.LANCZOS)
-            canvas.paste(shown, (x + offset, y))
+        row, column = divmod(i, columns)
+        x, y = margin + column * (cell_w + margin), 34 + row * cell_h
+        for k, (label, pictures) in enumerate(images.items()):
+            if row == 0:
+                place = (x + k * step + side / 2, 10)
+                draw.text(place, label, fill="#333333", font=head, anchor="mt")
+            shown = Image.fromarray(pictures[i]).resize((side, side), Image.Resampling.LANCZOS)
+            canvas.paste(shown, (x + k * step, y))
         draw.multiline_text(
             (x + cell_w / 2, y + side + 5),
             _wrapped(prompt, cell_w, font, 2),

@@ -17,7 +17,7 @@ from di_star_jax.config import fields
 from di_star_jax.errors import UserError
 from di_star_jax.objectives import OUTSIDE
 from di_star_jax.rewards import rewards_used, scales_of
-from di_star_jax.storage import files
+from di_star_jax.storage import files, folders
 
 FILE = "config.json"  # in the workdir
 
@@ -141,12 +141,15 @@ def describe(
 ) -> dict[str, Any]:
     """All that is written of a start. Args: prompts, their digest."""
     device = jax.devices()[0]
+    rewards = list(rewards_used(scales_of(config.reward), config.eval.metrics))
+    found = _weights(fields(config), rewards)
     return {
         "config": fields(config),
         "arguments": [arg for arg in arguments if arg.lstrip("-").startswith("config")],
         "run": sentence(config, arguments),
         "prompts": prompts,
-        "rewards": list(rewards_used(scales_of(config.reward), config.eval.metrics)),
+        "weights": {name: folders.digest(folder) for name, folder in found.items()},
+        "rewards": rewards,
         "versions": versions(),
         "git": git_hash(),
         "devices": {
@@ -155,6 +158,15 @@ def describe(
             "processes": jax.process_count(),
         },
     }
+
+
+def _weights(config: dict[str, Any], rewards: Sequence[str]) -> dict[str, Path]:
+    """Folders of weights that a run uses and that are here, by field. Args: config, its fields."""
+    used = {f"weights.{name}" for name in ("reference", "generator", "assistant", *rewards)}
+    named = {
+        name: Path(files.expand(config[name])) for name in used & config.keys() if config[name]
+    }
+    return {name: named[name] for name in sorted(named) if named[name].is_dir()}
 
 
 def versions() -> dict[str, str | None]:
@@ -225,6 +237,17 @@ def _check(
             f"{folder} holds another run: {_told(refused)}; give another --workdir, or the same "
             "values"
         )
+    known = kept.get("weights")  # an older version did not keep any
+    for name, source in _weights(now["config"], now["rewards"]).items():
+        if known and name not in known:
+            continue  # was not here then
+        of_run = known and known[name]
+        other = folders.other_world(source, of_run, kept.get("versions", {}).get("di_star_jax"))
+        if other:
+            raise UserError(
+                f"{folder} holds another run: {name}: {other}; give another --workdir, or the "
+                "weights it had"
+            )
     if kept.get("prompts") not in (None, now["prompts"]):
         raise UserError(
             f"{folder} holds a run on other prompts: data.prompts={now['config']['data.prompts']} "

@@ -125,6 +125,8 @@ def follow(
         report = Report(config, writer, progress_of(config, first, costs, loaded.scorer), first)
         stack.enter_context(report.progress)
         report.begin(arguments, loaded.scorer, before)
+        kept = held_out.kept(workdir.folder, held_out.BEFORE, begun.settings or {})
+        report.initial = kept.first if kept and loaded.scorer else {}
         output = Output(workdir, checkpoints, writer, report)
         state = take_steps(config, loaded, steps, state, output, stop)
         finish(loaded, state, begun, output, stop)
@@ -283,13 +285,13 @@ def score_before(
     """Scores and pictures of the generator as it came; None where they are there or not wanted."""
     if loaded.scorer is None or begun.scored:
         return None
-    is_there = int(state.step) > 0 and held_out.has_before(workdir.folder, begun.settings)
-    if of_first(is_there):
+    kept = held_out.kept(workdir.folder, held_out.BEFORE, begun.settings)
+    if of_first(int(state.step) > 0 and kept is not None):
         return None
     with stop.free():
         before = score_initial(config, state, loaded.scorer)
     if jax.process_index() == 0:
-        held_out.keep_before(workdir.folder, begun.settings, before)
+        held_out.keep(workdir.folder, held_out.BEFORE, begun.settings, before)
     return before
 
 
@@ -410,7 +412,8 @@ def finish(
             after = scorer.measure(state.ema, "scoring the trained generator")
         output.report.scores(total, after)
         if jax.process_index() == 0:
-            held_out.compare(folder, scorer.prompts, after)
+            before = held_out.kept(folder, held_out.BEFORE, begun.settings)
+            held_out.compare(folder, scorer.prompts, before, after, scorer.teacher)
     if scorer and jax.process_index() == 0:
         log.say(output.workdir.named(held_out.table(folder)))
     if not begun.exported:
@@ -440,6 +443,7 @@ class Report:
         self._first = first
         self._total = total_of(config)
         self._rates = rates_of(config)
+        self.initial = {}  # the few scores of the initial generator
         self._scored = set()  # steps
         self._clipped = {}  # by network: how many steps, of how many
         self._batches = 0  # of the scoring at the end
@@ -503,6 +507,12 @@ class Report:
         self._scored.add(k)
         self._writer.scalars(k, {f"eval/{name}": v for name, v in measured.first.items()})
         self._writer.image(k, "samples", pictures.image_grid(measured.images, 8))
+        astray = held_out.gone_astray(measured.first, self.initial)
+        if astray:
+            log.say(
+                f"warning: step {k}: {'; '.join(astray)}: as where a reward is gamed; look at the "
+                "pictures, and lower the reward's scale if they are worse (docs/ablation.md)"
+            )
         if measured.seconds:  # of a few batches only, it may be more than the usual
             self._each = min(self._each, measured.seconds)
             self.progress.expect("final", self._each * self._batches)
@@ -715,7 +725,7 @@ def metadata_of(
         "trained_on": {name: scale for name, scale in scales_of(config.reward).items() if scale},
         "weights": dict(config.weights.items()),
         "directory": str(Path.cwd()),  # where relative folders are found
-    }
+    } | folders.identity(parts.pipeline.folder)
 
 
 def load_prompts(
@@ -795,7 +805,22 @@ def scorer_of(
         batch_size=config.eval.batch_size,
         seed=config.seed,
         reads_attributes=config.eval.oracle == "shapes",
+        teacher=teacher_of(config, held),
     )
+
+
+def teacher_of(config, prompts: list[Prompt]) -> held_out.Kept | None:
+    """The teacher's scores, where eval.teacher has them for these prompts and rewards."""
+    if not config.eval.teacher:
+        return None
+    folder = files.expand(config.eval.teacher)
+    sources = assembly.reward_sources(config)
+    found = {name: folders.digest(rewards.resolve(name, sources[name])) for name in sources}
+    settings = held_out.of_teacher(prompts, found)
+    teacher = held_out.kept(folder, held_out.TEACHER, settings)
+    if teacher is None:
+        log.say(f"eval.teacher={folder} is of other prompts or rewards: left out of the scores")
+    return teacher
 
 
 def export(

@@ -707,6 +707,33 @@ MUTANTS = r"""
 - context=jnp.zeros_like(condition.context), pooled=jnp.zeros_like(condition.pooled)
 + context=condition.context, pooled=jnp.zeros_like(condition.pooled)
 
+@ evaluation/held_out.py | test_held_out.py | band
+- share = now[name] / initial[name]
++ share = initial[name] / now[name]
+- if not lowest <= share <= highest:
++ if not share <= highest:
+- if not lowest <= share <= highest:
++ if not lowest <= share:
+@ evaluation/held_out.py | test_held_out.py | kept or teacher
+- return found if {key: of_kept.get(key) for key in settings} == settings else None
++ return found
+- images["teacher"] = teacher.images
++ images["teacher"] = before.images
+- scores["teacher"] = teacher.scores
++ scores["teacher"] = before.scores
+@ storage/folders.py | test_checkpoint.py | other_weights or another_shapes
+- if begun_with == digest(folder) or (begun_with is None and not shipped):
++ if begun_with == digest(folder) or begun_with is None:
+- if begun_with == digest(folder) or (begun_with is None and not shipped):
++ if begun_with == digest(folder):
+@ record.py | test_record.py | world or moved
+- of_run = known and known[name]
++ of_run = folders.digest(source)
+- if known and name not in known:
++ if False:
+@ train.py | test_shapes.py | shipped_teacher
+- found = {name: folders.digest(rewards.resolve(name, sources[name])) for name in sources}
++ found = {name: "" for name in sources}
 @ storage/checkpoint.py | test_checkpoint.py | comes_back or rest or newest or aside or lost
 - [self.restore_item(step, name, tree) for name, tree in fields.items()]
 + [self.restore_item(step, "generator" if name == "ema" else name, t) for name, t in fields.items()]
@@ -764,6 +791,54 @@ MUTANTS = r"""
 + turns = range(k, k + count)
 - turns = range(k * count, (k + 1) * count)
 + turns = [k] * count
+@ studies/results.py | test_ablation.py | best_and or refused or told_from or other_bal or each_seed
+- return int(steps[rewards.argmax()]), bool(rewards[-1] > before + RISING)
++ return int(steps[-1]), bool(rewards[-1] > before + RISING)
+- return int(steps[rewards.argmax()]), bool(rewards[-1] > before + RISING)
++ return int(steps[rewards.argmax()]), bool(rewards[-1] > before)
+- differ = [name for name in now if name in kept and kept[name] != now[name]]
++ differ = [name for name in now if name not in kept]
+- if any(workdir.glob("rows/*/*/result.json")):
++ if False:
+- found = {what: files.sampled_digest(pathlib.Path(path)) for what, path in contents.items()}
++ found = {what: str(path) for what, path in contents.items()}
+- _WORLD, json.dumps(kept | origin(config_file), indent=1)
++ _WORLD, json.dumps(origin(config_file), indent=1)
+- for s in seeds or row.seeds if s not in done]
++ for s in seeds or row.seeds if not done]
+@ studies/ablation.py | test_ablation.py | partial or by_group or time_left
+-     if lacking:
++     if False:
+- if seed in (seeds or row.seeds) and not is_done(workdir, row.name, seed)
++ if seed in (seeds or row.seeds)
+- each = sum(run.seconds for run, _ in done) / sum(row.length for _, row in done)
++ each = sum(run.seconds for run, _ in done) / sum(1 for _, row in done) / 2
+@ studies/rows.py | test_ablation.py | distillation_begins
+- os.path.join(config.weights.reference, row.start),
++ config.weights.generator,
+@ studies/rows.py | test_ablation.py | balances or hacked or rows_are_presets
+- {**method.overrides, "reward.balance": balance},
++ {"reward.balance": balance},
+- {"reward.pickscore": 150.0},
++ {"reward.pickscore": 15.0},
+- "train.steps": row.length * STEPS,
++ "train.steps": STEPS,
+@ studies/world.py | test_ablation.py | measured_for or curve_has
+- float(np.mean([taste((image + 1.0) / 2.0) for image in flat])),
++ float(np.mean([taste(image) for image in flat])),
+- for name, value in world.measure(drawn.first(CURVE_CAPTIONS)).items():
++ for name, value in world.measure(drawn).items():
+- each = features.reshape(count, PER_CAPTION, -1)
++ each = features.reshape(PER_CAPTION, count, -1).swapaxes(0, 1)
+- count = len(world.captions) if is_last else CURVE_CAPTIONS
++ count = CURVE_CAPTIONS
+@ studies/figures.py | test_ablation.py | readable or own_look or beside_the
+- axis.set_title(textwrap.fill(caption, 19), fontsize=8)
++ axis.set_title(textwrap.fill(caption, 19), fontsize=6)
+- COLOURS = ("#0072B2", "#56B4E9",
++ COLOURS = ("#0072B2", "#0072B2",
+- linestyle="--", linewidth=1.2
++ linewidth=1.2
 """
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
+from di_star_jax import __version__
 from di_star_jax.errors import UserError
-from di_star_jax.storage import checkpoint
+from di_star_jax.storage import checkpoint, folders
 
 
 class State(NamedTuple):
@@ -255,3 +256,24 @@ def test_a_checkpoint_of_its_own_step_that_has_lost_a_part_is_not_gone_on_from(s
         checkpoints.tidy(State._fields)
         assert checkpoints.latest_step() is None
     assert (saved / "7.set-aside").is_dir()
+
+
+def test_a_reference_with_other_weights_than_the_run_began_with_is_refused(tmp_path):
+    (tmp_path / "unet").mkdir(parents=True)
+    (tmp_path / "unet" / "model.safetensors").write_bytes(b"weights")
+    now = folders.digest(tmp_path)
+    for known in ({"digest": now, "version": "0.2.0"}, {}):  # of an older version
+        metadata = {"reference": str(tmp_path)} | known
+        assert checkpoint.reference_of(metadata, None) == tmp_path
+    other = {"reference": str(tmp_path), "digest": "0123", "version": "0.2.0"}
+    assert "other weights than when the run began; give those it had with --ref" in _error(
+        checkpoint.reference_of, other, None
+    )
+    assert checkpoint.reference_of(other, str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("known", [{"digest": "0123", "version": "0.9.0"}, {"version": "0.9.0"}])
+def test_a_checkpoint_of_another_shapes_world_is_refused_with_both_versions(known):
+    shipped = folders.SHIPPED / "shapes" / "checkpoint"
+    said = _error(checkpoint.reference_of, {"reference": str(shipped)} | known, None)
+    assert f"shapes world of di_star_jax 0.9.0, this is {__version__}" in said

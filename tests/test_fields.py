@@ -673,9 +673,9 @@ def test_a_teacher_is_drawn_by_default_by_its_folders_scheduler_with_the_papers_
 def test_a_generator_has_no_guidance_by_default_and_the_shapes_world_its_own(shapes):
     assert shapes.scheduler.config == networks.SCHEDULER
     found = drawing.sampling_of(NOTHING, shapes)
-    assert (found.sampler, len(found.timesteps), found.guidance_scale) == ("euler", 50, 5.0)
-    asked = drawing.sampling_of(NOTHING._replace(steps=7, guidance_scale=3.0), shapes)
-    assert (len(asked.timesteps), asked.guidance_scale) == (7, 3.0)
+    assert (found.sampler, len(found.timesteps), found.guidance_scale) == ("euler", 50, 3.0)
+    asked = drawing.sampling_of(NOTHING._replace(steps=7, guidance_scale=2.0), shapes)
+    assert (len(asked.timesteps), asked.guidance_scale) == (7, 2.0)
     lcm = with_scheduler(shapes, {**OF_SDXL, "_class_name": "LCMScheduler"})
     generator = drawing.sampling_of(NOTHING, lcm)
     assert (generator.sampler, generator.timesteps.tolist()) == ("few_step", [399])

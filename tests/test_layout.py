@@ -29,7 +29,7 @@ shapes/ cost/
 evaluation/
 train
 sample
-main convert evaluate benchmark studies/
+main convert evaluate benchmark pretrain studies/
 __main__
 """
 LEVEL = {

@@ -210,12 +210,17 @@ def test_grid_keeps_order_and_saves(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)
 
 
-def test_before_after_picture_shows_both_images_of_each_prompt():
-    before, after = np.full((3, 8, 8, 3), -1.0), np.full((3, 8, 8, 3), 1.0)
-    picture = pictures.before_after_grid(
-        before, after, ["one", "two words", "three " * 30], columns=2, side=16
-    )
-    assert (picture[34 + 8, 20 + 8] == 0).all() and (picture[34 + 8, 20 + 16 + 4 + 8] == 255).all()
+def test_a_comparison_shows_the_images_of_each_prompt_beside_each_other():
+    images = {
+        name: np.full((3, 8, 8, 3), value, np.uint8)
+        for name, value in (("before", 0), ("after", 100), ("teacher", 200))
+    }
+    prompts = ["one", "two words", "three " * 30]
+    picture = pictures.compared_grid(images, prompts, width=200, side=16)
+    first, second = 24 + 8, 24 + (3 * 20 - 4) + 24 + 8  # of two cells in a row
+    assert [picture[34 + 8, first + 20 * k, 0] for k in range(3)] == [0, 100, 200]
+    assert [picture[34 + 8, second + 20 * k, 0] for k in range(3)] == [0, 100, 200]
+    assert picture.shape[1] < 200
 
 
 def test_a_table_has_a_line_a_row_and_a_cells_bar_does_not_end_the_cell():

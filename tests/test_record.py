@@ -49,13 +49,13 @@ def test_a_workdir_says_config_versions_devices_and_what_the_command_line_change
 def test_a_run_is_said_in_one_line_of_words():
     line = record.sentence(shapes(), ["--config=shapes", "--config.seed", "3"])
     assert line.startswith(
-        "di_star: pseudo-Huber score divergence in x0, guidance 5 inside; reward 10 x pickscore; "
+        "di_star: pseudo-Huber score divergence in x0, guidance 2 inside; reward 15 x pickscore; "
         "learning rates 0.0001 (generator) and 0.0002 (assistant); batch 32, seed 0; 200 steps "
         "after 40 of the assistant alone; prompts "
     )
     assert line.endswith("; changed: seed=0") and "\n" not in line
     outside = record.sentence(shapes("di_star_outside"))
-    assert "guidance 5 outside" in outside
+    assert "guidance 2 outside" in outside
     assert "no guidance; no reward" in record.sentence(shapes("inside_0_0"))
     for preset in presets("shapes"):
         assert record.sentence(shapes(preset)).split(":")[0] in OBJECTIVES
@@ -68,7 +68,7 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_differences(begu
     line = str(error.value)
     assert "\n" not in line and f"{begun} holds another run: " in line
     assert "objective.name was 'di_star', is 'kl'; " in line
-    assert "reward.pickscore was 10.0, is 0.0" in line
+    assert "reward.pickscore was 15.0, is 0.0" in line
     assert line.endswith("give another --workdir, or the same values")
     record.agree(shapes("dmd"), begun, [], "digest", None)  # nothing is trained yet
 
@@ -98,6 +98,27 @@ def test_weights_may_have_moved_but_not_be_others(begun, tmp_path):
     record.agree(shapes(**{"weights.reference": gone}), begun, [], "digest", None)
     again(begun, shapes())
     again(begun, shapes(**{"weights.hpsv2": "an/unused-reward"}))
+
+
+def test_a_workdir_of_earlier_defaults_is_refused_with_the_differing_fields(begun):
+    said = json.loads((begun / record.FILE).read_text())
+    said["config"] |= {"objective.weighting": "eps", "objective.omega": 5.0}
+    (begun / record.FILE).write_text(json.dumps(said))
+    with pytest.raises(UserError) as error:
+        again(begun, shapes())
+    assert "objective.omega was 5.0, is 2.0; objective.weighting was 'eps', is 'x0'" in str(
+        error.value
+    )
+
+
+def test_a_run_of_another_shapes_world_is_refused_with_both_versions(begun):
+    said = json.loads((begun / record.FILE).read_text())
+    said["versions"]["di_star_jax"] = "0.9.0"
+    others = said["weights"] | {"weights.reference": "0123"}
+    for weights in (others, None):  # an older version did not keep them
+        (begun / record.FILE).write_text(json.dumps(said | {"weights": weights}))
+        with pytest.raises(UserError, match="world of di_star_jax 0.9.0, this is .* other weights"):
+            again(begun, shapes())
 
 
 def test_a_workdir_of_an_older_version_goes_on_with_a_warning(tmp_path, capsys):

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from di_star_jax import drawing
+from di_star_jax import drawing, pictures, train
+from di_star_jax.config import load_config
 from di_star_jax.errors import UserError
+from di_star_jax.evaluation import measures
+from di_star_jax.prompts.files import Prompt
 from di_star_jax.shapes import datasets, oracle, scenes, taste
 
 SHIPPED = Path(scenes.__file__).parent / "checkpoint"
@@ -107,7 +110,6 @@ def test_preferred_picture_has_the_better_light_or_the_right_scene():
 
 def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_asked():
     from di_star_jax.pipelines import folder as pipeline
-    from di_star_jax.shapes import pretrain
 
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 25e6
     loaded = pipeline.load_pipeline(SHIPPED)
@@ -118,7 +120,24 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
     draw = drawing.draw_prompts(generator, one_step)
     captions = (SHIPPED / "prompts_held_out.txt").read_text().splitlines()
     assert len(captions) == 500 and all(scenes.is_held_out(caption) for caption in captions)
-    assert pretrain.accuracy(lambda texts, z: draw(texts, z[None]), captions[:200], seed=2) >= 0.6
+    z = np.random.default_rng(2).standard_normal((1, 200, 16, 16, 4), np.float32)
+    images = pictures.to_uint8(draw(captions[:200], z))
+    assert measures.attributes_right(captions[:200], images).mean() >= 0.9
+
+
+def test_shipped_teacher_is_scored_on_the_prompts_and_with_the_reward_of_a_run():
+    teacher = train.teacher_of(load_config("shapes"), held_out_prompts())
+    assert teacher is not None and teacher.images.dtype == np.uint8
+    assert {"pickscore", "attributes right", "diversity"} < set(teacher.scores)
+    other = load_config("shapes")
+    other.weights.pickscore = str(SHIPPED / "text_encoder_2")
+    assert train.teacher_of(other, held_out_prompts()) is None
+    assert train.teacher_of(load_config("shapes"), held_out_prompts()[:9]) is None
+
+
+def held_out_prompts():
+    texts = (SHIPPED / "prompts_held_out.txt").read_text().splitlines()
+    return [Prompt(row, text, {}) for row, text in enumerate(texts)]
 
 
 def test_shipped_reward_shares_the_taste_and_reads_the_caption():
@@ -146,6 +165,30 @@ def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     prob = np.array([pair[2] for pair in pairs])
     clear = np.abs(prob - 0.5) > 0.3
     assert np.mean((first > second) == (prob > 0.5), where=clear) > 0.8
+
+
+def test_scenes_in_the_taste_have_a_reward_that_an_aligned_generator_can_reach():
+    """README's bounds: `python -m pytest -rP tests/test_shapes.py -k in_the_taste`."""
+    from di_star_jax.rewards import load_rewards
+
+    loaded = load_rewards({"pickscore": str(SHIPPED / "reward")}, str(SHIPPED / "tokenizer"))
+    reward = loaded["pickscore"]
+    captions = [prompt.text for prompt in held_out_prompts()[:100]]
+    evaluate = jax.jit(reward.evaluate)
+
+    def mean_reward(styles):
+        rng = np.random.default_rng(0)
+        images = [scenes.render(scenes.parse(c), rng, styles(rng)) for c in captions]
+        scored = evaluate(reward.params, 2.0 * np.stack(images) - 1.0, reward.tokenize(captions))
+        return float(np.mean(scored))
+
+    def warm_from_above(rng):
+        style = scenes.sample_style(rng)
+        return dataclasses.replace(style, light=0.35, angle=-np.pi / 2, warmth=0.5)
+
+    by_chance, best = mean_reward(scenes.sample_style), mean_reward(warm_from_above)
+    print(f"reward of rendered scenes: light by chance {by_chance:.3f}, all the taste {best:.3f}")
+    assert best > by_chance + 0.1
 
 
 @pytest.mark.long
@@ -240,7 +283,7 @@ def test_data_of_another_command_or_damaged_data_is_not_trained_on(tmp_path):
 
 @pytest.mark.case("first hour 24")
 def test_pretraining_in_a_folder_that_cannot_be_is_refused_in_one_line(monkeypatch, tmp_path):
-    from di_star_jax.shapes import pretrain
+    from di_star_jax import pretrain
 
     (tmp_path / "file").touch()
     given = SimpleNamespace(workdir=str(tmp_path / "file"))

@@ -152,7 +152,7 @@ def test_the_model_card_of_a_run_shows_its_samples_and_the_call(straight):
 
 def test_a_run_leaves_pictures_scores_scalars_and_a_diffusers_folder(straight):
     scores = json.loads((straight / "before_after.json").read_text())
-    assert set(scores["after"]) == {"pickscore", "pickscore, std", "diversity"}
+    assert set(scores["after"]) == {"pickscore", "pickscore, std", "diversity", "saturation"}
     assert (straight / "samples.png").stat().st_size > 1000
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "assistant/loss" in line] == [1, 2, 3, 4]

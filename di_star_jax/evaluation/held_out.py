@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run does to its generator, on held-out prompts: the same scores as `evaluate` gives.
 
-Rewards, diversity and, on the shapes world, attributes, on the same noise before and after.
+Rewards, diversity, saturation and, on the shapes world, attributes and its taste, on the same noise
+before and after.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -19,14 +21,22 @@ import jax
 import numpy as np
 
 from di_star_jax import drawing, log, pictures
-from di_star_jax.evaluation.measures import attributes_right, diversity
+from di_star_jax.evaluation.measures import attributes_right, diversity, liked, saturation
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.storage import files
 
-PICTURED = 16  # prompts in samples.png
+PICTURED = 12  # prompts in samples.png
 FEW = 2  # images of each prompt that are scored in the course of a run
-BEFORE = "before.json"  # scores of the initial generator, beside its pictures in before.npy
-AFTER = "before_after.json"  # those and the trained one's
+BEFORE = "before"  # scores of the initial generator in before.json, its pictures in before.npy
+TEACHER = "teacher"  # the same of the teacher, in a folder of its own
+AFTER = "before_after.json"  # scores of all of them and of the trained generator
+# Between which shares of the initial generator's they stay while a reward is not gamed.
+SIGNALS = {
+    "saturation": (0.8, 1.25),
+    "diversity": (0.7, math.inf),
+    "attributes right": (0.9, math.inf),
+}
+TASTE = "warm light from above"  # of the shapes world, in its own units
 NOISE = "by seed, row and sample"  # what makes two generators' scores comparable
 
 
@@ -44,6 +54,14 @@ class Measured(NamedTuple):
     seconds: float
 
 
+class Kept(NamedTuple):
+    """What `keep` has written: scores and first as of `Measured`, and the images, uint8."""
+
+    scores: dict[str, float]
+    first: dict[str, float]
+    images: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """Prompts, and what draws and scores them.
@@ -51,7 +69,9 @@ class HeldOut:
     draw: (the generator's parameters, token ids [B, L], noise) -> drawing.Scored.
     sampling: of the generator. token_ids: of the prompts, [N, L] each.
     samples: images of each prompt. batch_size: prompts drawn at a time. seed: of the noise.
-    reads_attributes: whether the oracle of the shapes world reads them back from the pixels.
+    reads_attributes: whether the oracle of the shapes world reads them back from the pixels, and
+      how much that world's taste likes the light.
+    teacher: its scores and pictures on the same prompts, where they are known.
     """
 
     draw: Callable[[Any, dict, np.ndarray], drawing.Scored]
@@ -62,6 +82,7 @@ class HeldOut:
     batch_size: int
     seed: int
     reads_attributes: bool
+    teacher: Kept | None = None
 
     @property
     def batches(self) -> int:
@@ -130,10 +151,12 @@ class HeldOut:
         others = {}
         for each in list(features.values())[:1]:  # of the first reward that is a CLIP
             others["diversity"] = np.array([diversity(row) for row in each])
+        others["saturation"] = stack([saturation(one.images) for one in drawn])
         if self.reads_attributes:
             captions = [prompt.text for prompt in prompts]
-            shares = [attributes_right(captions, pictures.to_uint8(one.images)) for one in drawn]
-            others["attributes right"] = stack(shares)
+            as_files = [pictures.to_uint8(one.images) for one in drawn]
+            others["attributes right"] = stack([attributes_right(captions, im) for im in as_files])
+            others[TASTE] = stack([liked(images) for images in as_files])
         return {"rewards": rewards, "others": others}
 
 
@@ -144,62 +167,99 @@ def settings_of(
     **others: Any,
 ) -> dict[str, Any]:
     """What two scores must share to be compared. Args: others, such as metrics and times."""
+    return {"noise": NOISE, "prompts": _digest(prompts), "samples": samples, "seed": seed} | others
+
+
+def of_teacher(prompts: list[Prompt], rewards: dict[str, str]) -> dict[str, Any]:
+    """What a teacher's scores depend on. Args: rewards, digests of their weights by name."""
+    return {"prompts": _digest(prompts), "rewards": rewards}
+
+
+def _digest(prompts: list[Prompt]) -> str:
     texts = json.dumps([[prompt.row, prompt.text] for prompt in prompts])
-    digest = hashlib.sha256(texts.encode()).hexdigest()
-    return {"noise": NOISE, "prompts": digest, "samples": samples, "seed": seed} | others
+    return hashlib.sha256(texts.encode()).hexdigest()
 
 
-def keep_before(
+def keep(
     folder: Path,
+    name: str,
     settings: dict[str, Any],
     measured: Measured,
 ) -> None:
-    """Writes what `compare` needs of the generator before training, for a resumed run."""
-    np.save(folder / "before.npy", measured.images)
-    content = {"settings": settings, "scores": measured.scores}
-    files.write_text(folder / BEFORE, json.dumps(content))
+    """Writes what `compare` needs of a generator or teacher. Args: name, BEFORE or TEACHER."""
+    np.save(folder / f"{name}.npy", pictures.to_uint8(measured.images))
+    content = {"settings": settings, "scores": measured.scores, "first": measured.first}
+    files.write_text(folder / f"{name}.json", json.dumps(content, indent=1) + "\n")
 
 
-def has_before(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the initial generator's scores are there, comparable with those of `settings`."""
+def kept(
+    folder: Path,
+    name: str,
+    settings: dict[str, Any],
+) -> Kept | None:
+    """What `keep` wrote, if it is there and comparable with scores of these `settings`."""
     try:
-        kept = files.read_json(folder / BEFORE)
-        np.load(folder / "before.npy")
-    except (OSError, ValueError, EOFError):
-        return False
-    return kept.get("settings") == settings
+        content = files.read_json(folder / f"{name}.json")
+        found = Kept(content["scores"], content["first"], np.load(folder / f"{name}.npy"))
+    except (OSError, ValueError, EOFError, KeyError):  # KeyError: an older version's
+        return None
+    of_kept = content["settings"]
+    return found if {key: of_kept.get(key) for key in settings} == settings else None
+
+
+def gone_astray(now: dict[str, float], initial: dict[str, float]) -> list[str]:
+    """Which SIGNALS have left their band, in words: what shows that a reward is gamed.
+
+    Args: scores of the same few images, of a generator and of the initial one.
+    """
+    told = []
+    for name, (lowest, highest) in SIGNALS.items():
+        if name not in now or not initial.get(name):
+            continue
+        share = now[name] / initial[name]
+        if not lowest <= share <= highest:
+            told.append(f"{name} {now[name]:.4f}, {share:.2f} of the initial {initial[name]:.4f}")
+    return told
 
 
 def compare(
     folder: Path,
     prompts: list[Prompt],
+    before: Kept,
     after: Measured,
+    teacher: Kept | None,
 ) -> None:
     """Writes `samples.png` and `before_after.json`."""
-    before = files.read_json(folder / BEFORE)["scores"]
+    images = {"before": before.images, "after": pictures.to_uint8(after.images)}
+    scores = {"before": before.scores, "after": after.scores}
+    if teacher is not None:
+        images["teacher"] = teacher.images
+        scores["teacher"] = teacher.scores
     texts = [prompt.text for prompt in prompts[:PICTURED]]
-    grid = pictures.before_after_grid(np.load(folder / "before.npy"), after.images, texts)
-    pictures.save_png(folder / "samples.png", grid)
-    both = {"before": before, "after": after.scores}
-    files.write_text(folder / AFTER, json.dumps(both, indent=1))
+    pictures.save_png(folder / "samples.png", pictures.compared_grid(images, texts))
+    files.write_text(folder / AFTER, json.dumps(scores, indent=1))
 
 
 def table(folder: Path) -> str:
     """What `compare` has written, as text."""
-    both = files.read_json(folder / AFTER)
-    before, after = both["before"], both["after"]
+    scores = files.read_json(folder / AFTER)
+    before, after, teacher = scores["before"], scores["after"], scores.get("teacher")
     rows = []
     rises = []
     for name, value in after.items():
         change = value - before[name]
-        rows.append([name, f"{before[name]:.4f}", f"{value:.4f}", f"{change:+.4f}"])
+        row = [name, f"{before[name]:.4f}", f"{value:.4f}", f"{change:+.4f}"]
+        if teacher:
+            row.append(f"{teacher[name]:.4f}")
+        rows.append(row)
         spread = before.get(f"{name}, std")
         if spread:
             rises.append(
                 f"{name} rose by {change / spread:+.2f} standard deviations of the initial ones"
             )
+    head = ["", "before", "after", "change"] + ["teacher"] * bool(teacher)
     shown = f"pictures of the same noise before and after: {folder / 'samples.png'}"
-    return "\n".join([log.markdown_table(["", "before", "after", "change"], rows), *rises, shown])
+    return "\n".join([log.markdown_table(head, rows), *rises, shown])
 
 
 def _means(values: dict) -> dict[str, float]:

@@ -6,7 +6,7 @@ NumPy in float64; NaN for an image that is broken.
 
 import numpy as np
 
-from di_star_jax.shapes import oracle, scenes
+from di_star_jax.shapes import oracle, scenes, taste
 
 
 def _unit(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,6 +57,17 @@ def attributes_right(prompts: list[str], images: np.ndarray) -> np.ndarray:
         right, total = oracle.attributes(scenes.parse(prompt), image / 255.0)
         shares.append(right / total)
     return np.array(shares)
+
+
+def liked(images: np.ndarray) -> np.ndarray:
+    """How much the taste of the shapes world likes each image: its warm light from above, [B].
+
+    In standard deviations of that world's random scenes, whose mean is about 0; captions say
+    nothing of it, and the reward knows it from preference pairs alone.
+
+    Args: images uint8 [B, 64, 64, 3].
+    """
+    return np.array([taste.taste(image / 255.0) for image in images])
 
 
 def diversity(features: np.ndarray) -> float:

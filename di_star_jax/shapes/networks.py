@@ -7,7 +7,7 @@ from di_star_jax.pipelines.scheduler import GUIDANCE_SCALE
 
 RESOLUTION = 64  # pixels of an image
 LATENT_SHAPE = (16, 16, 4)
-OMEGA = 5.0  # guidance of the teacher, in its pictures and in what is distilled from it
+OMEGA = 3.0  # guidance of the teacher, in its pictures and in what is distilled from it
 TOKENS = 20  # two specials and the longest caption
 
 SCHEDULER = {

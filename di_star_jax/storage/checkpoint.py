@@ -292,12 +292,16 @@ def reference_of(metadata: dict, given: str | None) -> Path:
     if given:
         return folders.resolve(given)
     try:
-        return folders.resolve(metadata["reference"])
+        found = folders.resolve(metadata["reference"])
     except UserError as error:
         raise UserError(
             f"the reference pipeline of the checkpoint: {error}; or say where it is now with "
             "--reference_pipeline=FOLDER"
         ) from None
+    other = folders.other_world(found, metadata.get("digest"), metadata.get("version"))
+    if other:
+        raise UserError(f"{other}; give those it had with --reference_pipeline=FOLDER")
+    return found
 
 
 # Folders, here or in a bucket.

@@ -165,13 +165,14 @@ def _content(path: Path) -> str | int:
     return path.stat().st_size if path.suffix == ".safetensors" else digest_of(path)
 
 
-def sampled_digest(path: Path) -> str:
+def sampled_digest(path: Path, names: str = "*") -> str:
     """sha256 of the names, sizes and some bytes of a folder's files, or of a file: in seconds.
 
-    Of a safetensors file that is the list of its arrays, and a sample of them.
+    Of a safetensors file that is the list of its arrays, and a sample of them. Args: names, of the
+    folder's files that count, as a pattern.
     """
     digest = hashlib.sha256()
-    found = [path] if path.is_file() else sorted(path.rglob("*"))
+    found = [path] if path.is_file() else sorted(path.rglob(names))
     for file in found:
         if not file.is_file() or any(p[0] == "." for p in file.relative_to(path).parts):
             continue

@@ -17,16 +17,50 @@ import huggingface_hub.constants
 import safetensors
 from absl import logging
 
+from di_star_jax import __version__
 from di_star_jax.errors import UserError
 from di_star_jax.storage import buckets
-from di_star_jax.storage.files import MARKER, expand, listing, whole_folder
+from di_star_jax.storage.files import MARKER, expand, listing, sampled_digest, whole_folder
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems of weight files' names
 SCHEDULER = ("scheduler", "scheduler_config.json")  # folder and file, in a pipeline
 _STEMS = (DIFFUSERS, TRANSFORMERS, "pytorch_model")
 _TEXT = ["*.json", "*.txt"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_WEIGHTS = "*.safetensors"
+SHIPPED = Path(__file__).parent.parent  # where the package's own weights lie
 _LARGEST, _DEEPEST = 10**8, 64  # bytes of a JSON file, and its objects inside each other
+
+
+def digest(folder: Path) -> str:
+    """Of a folder's weights: what they are, wherever they lie."""
+    return sampled_digest(folder, _WEIGHTS)
+
+
+def identity(reference: Path) -> dict[str, str]:
+    """What a checkpoint's metadata says of its reference's weights, for `other_world`."""
+    return {"digest": digest(reference), "version": __version__}
+
+
+def other_world(
+    folder: Path,
+    begun_with: str | None,
+    version: str | None,
+) -> str | None:
+    """What is said of weights that are not those that a run began with; None where they are.
+
+    Args: folder, of the weights; begun_with, their `digest` then, or None of a version that did not
+      keep it, whose package had other weights than this; version, of di_star_jax then, if known.
+    """
+    shipped = folder.resolve().is_relative_to(SHIPPED)
+    if begun_with == digest(folder) or (begun_with is None and not shipped):
+        return None
+    if not shipped:
+        return f"{folder} has other weights than when the run began"
+    return (
+        f"the run began in the shapes world of di_star_jax {version or '0.1.0 or older'}, this is "
+        f"{__version__}, whose {folder.name} has other weights"
+    )
 
 
 def read_config(
