@@ -56,10 +56,10 @@ def test_the_teacher_is_a_third_column_of_the_table_and_of_the_pictures(tmp_path
     before, teacher = (held_out.kept(tmp_path, n, {}) for n in (held_out.BEFORE, held_out.TEACHER))
     after = measured(0.7, 0.0)
     held_out.compare(tmp_path, PROMPTS, before, after, None)
-    narrow = Image.open(tmp_path / "samples.png").width
     assert held_out.table(tmp_path).splitlines()[0] == "|  | before | after | change |"
     held_out.compare(tmp_path, PROMPTS, before, after, teacher)
-    assert Image.open(tmp_path / "samples.png").width > narrow
+    picture = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert [picture[34 + 64, 24 + 64 + 132 * k, 0] for k in range(3)] == [0, 128, 255]
     lines = held_out.table(tmp_path).splitlines()
     assert lines[0] == "|  | before | after | change | teacher |"
     assert lines[2] == "| pickscore | 0.5000 | 0.7000 | +0.2000 | 0.6000 |"
