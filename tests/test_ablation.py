@@ -290,7 +290,7 @@ def test_results_of_another_generator_or_default_are_refused(workdir, monkeypatc
 
 def test_other_balances_do_not_make_a_workdir_another_one(workdir, monkeypatch):
     kept = json.loads((workdir / "world.json").read_text())
-    row = rows.ROWS["kl_x0@4"]._replace(name="kl_x0@5", overrides={"reward.balance": 5.0})
+    row = rows.ROWS["kl_x0@1.6"]._replace(name="kl_x0@5", overrides={"reward.balance": 5.0})
     monkeypatch.setattr(rows, "ROWS", {"di_star": rows.ROWS["di_star"], row.name: row})
     results.check_origin(workdir, CONFIG)
     results.note_origin(workdir, CONFIG)

@@ -40,7 +40,6 @@ SHOWN = (
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "D", "h", "p", "8")
 _INK = ("white", "black", "white", "black", "white", "black")  # readable on these colours
-_FRACTIONS = {"0.125": "⅛", "0.25": "¼", "0.5": "½", "0.75": "¾"}
 _HACKING = ("reward", "taste", "saturation", "diversity", "attributes")
 _TITLES = {
     "reward": "reward (cosine)",
@@ -148,7 +147,7 @@ def _draw_method(
         yerr=bars["reward"],
         color=COLOURS[i],
         marker=MARKERS[i],
-        markersize=14,
+        markersize=16,
         markeredgecolor="white",
         linewidth=1.5,
         elinewidth=1.5,
@@ -156,13 +155,12 @@ def _draw_method(
         label=rows.METHODS[method].label,
     )
     for balance, *place in zip(points, at[x], at["reward"]):
-        text = f"{balance:g}"
         axis.annotate(
-            _FRACTIONS.get(text, text),
+            f"{balance:g}",
             place,
             ha="center",
             va="center_baseline",
-            fontsize=8,
+            fontsize=7.5,
             fontweight="bold",
             color=_INK[i],
             zorder=3.5 + i,
