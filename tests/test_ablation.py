@@ -121,13 +121,15 @@ def test_distillation_begins_with_the_teacher_and_every_other_row_with_the_gener
 
 
 def test_rows_are_asked_for_by_name_and_by_group(workdir):
-    asked = [(row.name, seed) for row, seed in ablation._todo(workdir, ["di_star", "hacking"], ())]
-    assert asked == [  # the first seed of di_star is done
-        *((name, 0) for name in ("good_run", "reward_times_10", "no_regulariser")),
-        ("di_star", 1),
-        ("di_star", 2),
-    ]
     conclusive = rows.CONCLUSIVE[-1]
+    put(workdir, conclusive, 0)
+    asked = [(r.name, seed) for r, seed in ablation._todo(workdir, [conclusive, "hacking"], ())]
+    assert asked == [  # the first seed of the conclusive row is done
+        *((name, 0) for name in ("good_run", "reward_times_10", "no_regulariser")),
+        (conclusive, 1),
+        (conclusive, 2),
+    ]
+    conclusive = rows.CONCLUSIVE[0]
     assert [seed for _, seed in ablation._todo(workdir, [conclusive], ())] == [0, 1, 2]
     assert [seed for _, seed in ablation._todo(workdir, [conclusive], [7])] == [7]
 
@@ -172,10 +174,11 @@ def untrained(*args):
 
 
 def test_each_seed_that_is_not_done_is_missing(workdir):
+    put(workdir, rows.CONCLUSIVE[0], 0)
     done = results.results_of(workdir)
-    lacking = [name for name in results.missing(done, ()) if name.startswith("di_star (")]
-    assert lacking == ["di_star (seed 1)", "di_star (seed 2)"]
-    assert "di_star (seed 0)" not in results.missing(done, [0])
+    lacking = [n for n in results.missing(done, ()) if n.startswith(rows.CONCLUSIVE[0])]
+    assert lacking == [f"{rows.CONCLUSIVE[0]} (seed {seed})" for seed in (1, 2)]
+    assert f"{rows.CONCLUSIVE[0]} (seed 0)" not in results.missing(done, [0])
 
 
 def run_main(monkeypatch, **given):
@@ -295,7 +298,8 @@ def test_other_balances_do_not_make_a_workdir_another_one(workdir, monkeypatch):
     results.check_origin(workdir, CONFIG)
     results.note_origin(workdir, CONFIG)
     noted = json.loads((workdir / "world.json").read_text())
-    assert noted == kept | {"row kl_x0@5": {"objective.name": "kl", "reward.balance": 5.0}}
+    of_row = {"objective.name": "kl", "reward.balance": 5.0, "start": "generator"}
+    assert noted == kept | {"row kl_x0@5": of_row}
 
 
 def test_a_generator_is_told_from_another_by_its_content(monkeypatch, tmp_path):

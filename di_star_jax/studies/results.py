@@ -20,6 +20,7 @@ REFERENCES = {INIT: "initial generator", TEACHER: "teacher, 50 steps"}  # label 
 # Of the reward, a cosine, over a run's last EVERY steps: less is not seen as a rise.
 RISING = 0.005
 _WORLD = "world.json"
+_TOLD = 3  # of the differences, in an error
 _ELSEWHERE = ("weights.", "data.prompts", "eval", "train.keep")  # by content, or no matter
 
 
@@ -150,7 +151,9 @@ def origin(file: str) -> dict[str, Any]:
     found |= {name: value for name, value in trained.items() if not name.startswith(_ELSEWHERE)}
     for row in rows.ROWS.values():
         of_row = fields(rows.config_of(row, file, 0))
-        found[f"row {row.name}"] = {k: v for k, v in of_row.items() if v != trained[k]}
+        changed = {k: v for k, v in of_row.items() if v != trained[k]}
+        changed = {k: v for k, v in changed.items() if not k.startswith(_ELSEWHERE)}
+        found[f"row {row.name}"] = changed | {"start": row.start}
     return json.loads(json.dumps(found))
 
 
@@ -171,10 +174,11 @@ def check_origin(workdir: pathlib.Path, config_file: str) -> None:
     now = origin(config_file)
     differ = [name for name in now if name in kept and kept[name] != now[name]]
     if differ:
+        told = ", ".join(_told(kept, now, name) for name in differ[:_TOLD])
+        more = f" and {len(differ) - _TOLD} more" if len(differ) > _TOLD else ""
         raise UserError(
             f"--workdir={workdir} holds results of another study: other than now "
-            f"{'are' if len(differ) > 1 else 'is'} {', '.join(_told(kept, now, k) for k in differ)}"
-            "; give another --workdir"
+            f"{'are' if len(differ) > 1 else 'is'} {told}{more}; give another --workdir"
         )
 
 
