@@ -813,9 +813,6 @@ MUTANTS = r"""
 + if seed in (seeds or row.seeds)
 - each = sum(run.seconds for run, _ in done) / sum(row.length for _, row in done)
 + each = sum(run.seconds for run, _ in done) / sum(1 for _, row in done) / 2
-@ studies/rows.py | test_ablation.py | distillation_begins
-- os.path.join(config.weights.reference, row.start),
-+ config.weights.generator,
 @ studies/rows.py | test_ablation.py | balances or hacked or rows_are_presets
 - {**method.overrides, "reward.balance": balance},
 + {"reward.balance": balance},

@@ -112,14 +112,6 @@ def test_hacked_runs_are_as_long_as_the_good_one_beside_them():
     assert good.train.steps == hard.train.steps == free.train.steps == 2 * rows.STEPS
 
 
-def test_distillation_begins_with_the_teacher_and_every_other_row_with_the_generator():
-    for row in rows.ROWS.values():
-        weights = rows.config_of(row, CONFIG, seed=0).weights
-        start = "unet" if row.group == "distillation" else "generator"
-        assert weights.generator == f"{weights.reference}/{start}"
-        assert row.group != "distillation" or rows.config_of(row, CONFIG, 0).reward.pickscore == 0
-
-
 def test_rows_are_asked_for_by_name_and_by_group(workdir):
     conclusive = rows.CONCLUSIVE[-1]
     put(workdir, conclusive, 0)
@@ -298,8 +290,7 @@ def test_other_balances_do_not_make_a_workdir_another_one(workdir, monkeypatch):
     results.check_origin(workdir, CONFIG)
     results.note_origin(workdir, CONFIG)
     noted = json.loads((workdir / "world.json").read_text())
-    of_row = {"objective.name": "kl", "reward.balance": 5.0, "start": "generator"}
-    assert noted == kept | {"row kl_x0@5": of_row}
+    assert noted == kept | {"row kl_x0@5": {"objective.name": "kl", "reward.balance": 5.0}}
 
 
 def test_a_generator_is_told_from_another_by_its_content(monkeypatch, tmp_path):

@@ -44,9 +44,6 @@ value are drawn for the reward and not for the caption; `diversity`, for what fa
 is lost for good. And `attributes`, or any score that the run does not train on: where it falls
 while the reward still rises, take an earlier checkpoint. Then lower the reward's scale, or set
 `reward.balance`.""",
-    "distillation": """The generator begins as a copy of the teacher, and no reward is given: how \
-the one-step generator that all
-other rows begin from was made (by `dmd`, longer). These rows take twice the steps.""",
 }
 _FIGURES = {
     "paper": ("ablation.png", "the same captions and noise in every row"),

@@ -151,9 +151,7 @@ def origin(file: str) -> dict[str, Any]:
     found |= {name: value for name, value in trained.items() if not name.startswith(_ELSEWHERE)}
     for row in rows.ROWS.values():
         of_row = fields(rows.config_of(row, file, 0))
-        changed = {k: v for k, v in of_row.items() if v != trained[k]}
-        changed = {k: v for k, v in changed.items() if not k.startswith(_ELSEWHERE)}
-        found[f"row {row.name}"] = changed | {"start": row.start}
+        found[f"row {row.name}"] = {k: v for k, v in of_row.items() if v != trained[k]}
     return json.loads(json.dumps(found))
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the ablation trains: a row is a preset of the shapes world with a few fields changed."""
 
-import os
 import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ GROUPS = {  # the title of its section
     "paper": "Table 2 at the paper's scales",
     "balance": "All methods at equal balance",
     "hacking": "Reward hacking: what to watch for",
-    "distillation": "From the teacher alone: which loss",
 }
 
 
@@ -29,7 +27,7 @@ class Row(NamedTuple):
 
     name: its folder, and what --rows takes. label: what the table and figures call it. group: a
     key of GROUPS. preset: of the config. overrides: values by the full names of its fields. length:
-    in STEPS. start: folder of the generator's first weights, in the shapes checkpoint.
+    in STEPS.
     """
 
     name: str
@@ -38,7 +36,6 @@ class Row(NamedTuple):
     preset: str
     overrides: Mapping[str, Any] = types.MappingProxyType({})
     length: int = 1
-    start: str = "generator"
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -113,11 +110,7 @@ def _balanced(name: str, balance: float) -> Row:
 def _rows() -> list[Row]:
     paper = [Row(name, label, "paper", name) for name, label in _PAPER.items()]
     balanced = [_balanced(name, balance) for name in METHODS for balance in BALANCES]
-    distilled = [
-        Row(f"distil_{name}", _PAPER[name], "distillation", name, length=2, start="unet")
-        for name in ("dmd", "diff_instruct", "sim", "sid")
-    ]
-    return [*paper, *balanced, *_HACKING, *distilled]
+    return [*paper, *balanced, *_HACKING]
 
 
 ROWS = {row.name: row for row in _rows()}
@@ -142,7 +135,6 @@ def config_of(
     config.update_from_flattened_dict(
         {
             "seed": seed,
-            "weights.generator": os.path.join(config.weights.reference, row.start),
             "eval.prompts": "",
             "train.steps": row.length * STEPS,
             "train.save_every": EVERY,
