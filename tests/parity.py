@@ -5,6 +5,7 @@ Float32 on CPU, random weights; errors are max|ours - theirs| / max|theirs|.
 """
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import torch
 from flax import nnx
 
 from di_star_jax import models
+from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.storage import weights
 
@@ -271,12 +273,104 @@ def vae_encoder_errors(batch: int, height: int, width: int) -> Errors:
     )
 
 
+# Small transformers of PixArt-alpha's layout, as its config.json has it: the second is told sizes.
+PIXARTS = {
+    "PixArt-512": {
+        **published.PIXART_512,
+        "num_attention_heads": 3,
+        "attention_head_dim": 24,
+        "cross_attention_dim": 72,
+        "num_layers": 3,
+        "caption_channels": 40,
+    },
+}
+PIXARTS["PixArt-1024"] = {**PIXARTS["PixArt-512"], "sample_size": 128}
+PIXART_WEIGHTS = {
+    "PixArt-512": [
+        "pos_embed.proj.weight",
+        "caption_projection.linear_1.weight",
+        "transformer_blocks.1.ff.net.0.proj.weight",
+    ],
+    "PixArt-1024": [
+        "adaln_single.emb.resolution_embedder.linear_1.weight",
+        "transformer_blocks.2.scale_shift_table",
+        "transformer_blocks.0.attn2.to_k.weight",
+    ],
+}
+
+
+def torch_pixart(name: str, seed: int = 0):
+    from diffusers import PixArtTransformer2DModel
+
+    known = inspect.signature(PixArtTransformer2DModel).parameters
+    config = {k: v for k, v in PIXARTS[name].items() if k in known}
+    return randomise(PixArtTransformer2DModel(**config), seed)
+
+
+def pixart_inputs(
+    config: dict, batch: int, height: int, width: int, tokens: int = 7
+) -> dict[str, np.ndarray]:
+    """Of texts of different lengths, the first of one token as that of no prompt."""
+    rng = np.random.default_rng(0)
+    lengths = 1 + np.arange(batch) * (tokens - 1) // max(batch - 1, 1)
+    lengths = lengths if batch > 1 else np.array([tokens // 2])
+    size = rng.integers(256, 2048, (batch, 2)).astype(np.float32)
+    return {
+        "x": rng.standard_normal((batch, height, width, 4)).astype(np.float32),
+        "t": rng.integers(0, 1000, batch).astype(np.int32),
+        "context": rng.standard_normal((batch, tokens, config["caption_channels"])).astype(
+            np.float32
+        ),
+        "mask": np.arange(tokens) < lengths[:, None],
+        "time_ids": np.concatenate([size, size[:, :1] / size[:, 1:]], axis=1),
+    }
+
+
+def pixart_condition(v: dict[str, np.ndarray]):
+    from di_star_jax.models.unet import Condition
+
+    return Condition(v["context"], None, v["time_ids"], v["mask"])
+
+
+def torch_pixart_eps(module, v: dict[str, np.ndarray], x: torch.Tensor) -> torch.Tensor:
+    """The first half of the channels, which the pipeline keeps."""
+    size = torch.tensor(v["time_ids"])
+    out = module(
+        x,
+        encoder_hidden_states=torch.tensor(v["context"]),
+        timestep=torch.tensor(v["t"]),
+        added_cond_kwargs={"resolution": size[:, :2], "aspect_ratio": size[:, 2:]},
+        encoder_attention_mask=torch.tensor(v["mask"]),
+    ).sample
+    return out.chunk(2, dim=1)[0]
+
+
+def pixart_errors(name: str, batch: int, height: int, width: int, *, remat: str = "none") -> Errors:
+    v = pixart_inputs(PIXARTS[name], batch, height, width)
+    module = torch_pixart(name)
+    return compare(
+        module,
+        lambda x: torch_pixart_eps(module, v, x),
+        PIXARTS[name],
+        lambda pixart, x: pixart(x, v["t"], pixart_condition(v)),
+        v["x"],
+        PIXART_WEIGHTS[name],
+        remat=remat,
+    )
+
+
 def main() -> None:
     rows = {
         "UNet2DConditionModel, SDXL layout (depths 1/2/10), 24x40, batch 3": unet_errors(
             "SDXL", 3, 24, 40
         ),
         "UNet2DConditionModel, SD 1.5 layout, 24x40, batch 1": unet_errors("SD 1.5", 1, 24, 40),
+        "PixArtTransformer2DModel, 512 layout, 10x14, batch 3": pixart_errors(
+            "PixArt-512", 3, 10, 14
+        ),
+        "PixArtTransformer2DModel, 1024 layout (told sizes), 26x18, batch 1": pixart_errors(
+            "PixArt-1024", 1, 26, 18
+        ),
         "AutoencoderKL, encoder, 48x80, batch 1": vae_encoder_errors(1, 48, 80),
         "AutoencoderKL, decoder, 6x10, batch 3": vae_decoder_errors(3, 6, 10),
     }

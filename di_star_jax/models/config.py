@@ -24,6 +24,7 @@ _SMALLEST = {
     "freq_shift": -math.inf,
     "logit_scale_init_value": -math.inf,
     "scaling_factor": 1e-6,
+    "interpolation_scale": 1e-3,
     "beta_start": 1e-12,
     "beta_end": 1e-12,
 }
@@ -33,6 +34,7 @@ _LARGEST = {
     "layers_per_block": 16,
     "transformer_layers_per_block": 128,
     "num_hidden_layers": 1024,
+    "num_layers": 1024,
     "image_size": 4096,
     "beta_start": 0.999,
     "beta_end": 0.999,

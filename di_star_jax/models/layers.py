@@ -138,13 +138,18 @@ class Embed(nnx.Embed):
         return jnp.take(table, ids, axis=0)
 
 
+def standardised(x: jax.Array, epsilon: float) -> jax.Array:
+    """In float32, with mean 0 and variance 1 over the last axis: a layer norm without weights."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
+
+
 class LayerNorm(nnx.LayerNorm):
     """`nnx.LayerNorm` over the last axis, in float32, whose weights may be split over devices."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
+        x = standardised(x, self.epsilon)
         scale, bias = (
             sharding.gather_param(leaf[...], x.shape[-1:], jnp.float32)
             for leaf in (self.scale, self.bias)
@@ -227,6 +232,11 @@ def conv1x1(
 def gelu(x: jax.Array) -> jax.Array:
     """The exact one."""
     return nnx.gelu(x, approximate=False)
+
+
+def tanh_gelu(x: jax.Array) -> jax.Array:
+    """GELU by its tanh formula, 5e-4 off the exact one at most."""
+    return nnx.gelu(x, approximate=True)
 
 
 def sinusoidal_embedding(
@@ -346,7 +356,7 @@ class Attention(nnx.Module):
     """Multi-head attention of [B, N, C] on itself or on a context [B, M, K].
 
     With `groups` it is the VAE's attention: group norm before, residual after, biases in the
-    projections. Source: diffusers `Attention`.
+    projections, which `bias` gives to others too. Source: diffusers `Attention`.
     """
 
     def __init__(
@@ -356,13 +366,14 @@ class Attention(nnx.Module):
         heads: int,
         context: int | None = None,
         groups: int | None = None,
+        bias: bool = False,
         kernel: str,
         **kw,
     ):
         self.heads = heads
         self.kernel = kernel
         self.group_norm = None if groups is None else group_norm(channels, groups, 1e-6, **kw)
-        biased = groups is not None
+        biased = bias or groups is not None
         c_in = channels if context is None else context
         self.to_q = Linear(channels, channels, use_bias=biased, **kw)
         self.to_k = Linear(c_in, channels, use_bias=biased, **kw)
@@ -372,7 +383,13 @@ class Attention(nnx.Module):
     def _split_heads(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], self.heads, -1)  # [B, N, heads, C / heads]
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Args: mask, bool [B, M], true for the tokens that are seen; None shows all of them."""
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.reshape(h.shape[0], -1, h.shape[-1])  # [B, N, C]
         seen = h if context is None else context
@@ -382,7 +399,8 @@ class Attention(nnx.Module):
         if context is None:
             k = sharding.all_rows(k)
             v = sharding.all_rows(v)
-        h = attention(q, k, v, kernel=self.kernel)
+        seen_by_all = None if mask is None else mask[:, None, None, :]  # heads, queries
+        h = attention(q, k, v, mask=seen_by_all, kernel=self.kernel)
         h = h.reshape(*h.shape[:2], -1)  # [B, N, C]
         h = self.to_out[0](h).reshape(x.shape)
         return h if self.group_norm is None else x + h
@@ -407,6 +425,24 @@ class GEGLU(nnx.Module):
         return h * gelu(gate)
 
 
+class TanhGELU(nnx.Module):
+    """[B, N, C] -> [B, N, D]: a linear map, then GELU by its tanh formula.
+
+    Source: diffusers `GELU` with approximate="tanh".
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        **kw,
+    ):
+        self.proj = Linear(c_in, c_out, **kw)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return tanh_gelu(self.proj(x))
+
+
 class Dropout(nnx.Module):
     """Keeps PyTorch's index 1 in `ff.net` occupied; it never drops."""
 
@@ -415,13 +451,19 @@ class Dropout(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """[B, N, C] -> [B, N, C] through width 4C. Source: diffusers `FeedForward` with GEGLU."""
+    """[B, N, C] -> [B, N, C] through width 4C, reached by `into`: GEGLU or TanhGELU.
 
-    def __init__(self, channels: int, **kw):
+    Source: diffusers `FeedForward`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        into: type[nnx.Module] = GEGLU,
+        **kw,
+    ):
         width = 4 * channels
-        self.net = nnx.List(
-            [GEGLU(channels, width, **kw), Dropout(), Linear(width, channels, **kw)]
-        )
+        self.net = nnx.List([into(channels, width, **kw), Dropout(), Linear(width, channels, **kw)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in self.net:

@@ -42,6 +42,33 @@ UNET_SD15 = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
 }
+PIXART_512 = {
+    "_class_name": "Transformer2DModel",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 72,
+    "attention_type": "default",
+    "caption_channels": 4096,
+    "cross_attention_dim": 1152,
+    "double_self_attention": False,
+    "dropout": 0.0,
+    "in_channels": 4,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "norm_type": "ada_norm_single",
+    "num_attention_heads": 16,
+    "num_embeds_ada_norm": 1000,
+    "num_layers": 28,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": 64,
+    "upcast_attention": False,
+    "use_linear_projection": False,
+}
+PIXART_1024 = {**PIXART_512, "sample_size": 128}
 VAE_SDXL = {
     "_class_name": "AutoencoderKL",
     "in_channels": 3,

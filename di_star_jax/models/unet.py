@@ -18,17 +18,21 @@ from di_star_jax.models.config import Fields, check_class, from_json, shown
 
 
 class Condition(NamedTuple):
-    """What a UNet is conditioned on. SD 1.5 has no pooled text and no time ids (None).
+    """What a denoiser is conditioned on; what a model has no use for is None.
 
     context: [B, M, K] text states for cross-attention.
-    pooled: [B, P] projected text embedding, or None.
-    time_ids: [B, 6] float32: original height and width, crop top and left, target height and width;
-      or None.
+    pooled: [B, P] projected text embedding (SDXL).
+    time_ids: float32 numbers about the image, in pixels. SDXL [B, 6]: original height and width,
+      crop top and left, target height and width. PixArt of 1024 pixels [B, 3]: height, width,
+      height / width.
+    mask: [B, M] bool, true for the tokens of `context` that are seen, at least one of each row;
+      None where all are (PixArt has one, the UNets have none). It belongs to its context.
     """
 
     context: jax.Array
     pooled: jax.Array | None
     time_ids: jax.Array | None
+    mask: jax.Array | None = None
 
 
 # What is made of the fields of config.json that `UNetConfig` does not have.
@@ -81,7 +85,8 @@ class UNetConfig:
     attention_head_dim is the number of heads: diffusers kept the wrong name for old files' sake.
     """
 
-    sample_size: int | None = None
+    # The network does not depend on it.
+    sample_size: int | None = dataclasses.field(default=None, compare=False)
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)

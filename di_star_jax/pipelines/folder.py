@@ -22,6 +22,7 @@ from di_star_jax.models.clip import (
     CLIPVisionModelWithProjection,
 )
 from di_star_jax.models.config import check_others, shown
+from di_star_jax.models.pixart import PixArtConfig, PixArtTransformer2DModel
 from di_star_jax.models.unet import UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines.export import timesteps_of
@@ -47,6 +48,9 @@ class Port(NamedTuple):
 
 _PORTS = {
     "UNet2DConditionModel": Port(UNet2DConditionModel, UNetConfig, long_attention=True),
+    "PixArtTransformer2DModel": Port(PixArtTransformer2DModel, PixArtConfig, long_attention=True),
+    # PixArt's published files say this, of a class that diffusers has parted since.
+    "Transformer2DModel": Port(PixArtTransformer2DModel, PixArtConfig, long_attention=True),
     "AutoencoderKL": Port(AutoencoderKL, VAEConfig, long_attention=True),
     "CLIPTextModel": Port(CLIPTextModel, CLIPTextConfig),
     "CLIPTextModelWithProjection": Port(CLIPTextModelWithProjection, CLIPTextConfig),
@@ -220,7 +224,7 @@ def check_like(folder: Path, config: dict) -> None:
         )
     for field in dataclasses.fields(expected):
         ours, theirs = getattr(expected, field.name), getattr(found, field.name)
-        if ours != theirs and field.name != "sample_size":  # which no network depends on
+        if field.compare and ours != theirs:
             raise UserError(
                 f"{folder / 'config.json'} has {field.name}={shown(theirs)}, but the reference has "
                 f"{shown(ours)}; give a network of the reference's kind"
