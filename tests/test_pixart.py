@@ -106,16 +106,6 @@ def test_full_size_pixart_has_the_published_parameters_and_flops(config, count, 
     assert found == pytest.approx(forward, rel=0.02)
 
 
-@pytest.mark.parametrize("fsdp", [8, 16])
-def test_full_size_pixart_is_split_over_devices(fsdp):
-    mesh = jax.sharding.AbstractMesh((1, fsdp, 1), sharding.AXES)
-    tree = pipeline.abstract_model(published.PIXART_1024).params
-    shardings = sharding.params_sharding(mesh, tree)
-    for leaf, split in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings)):
-        if leaf.size > sharding.LARGE:
-            assert math.prod(split.shard_shape(leaf.shape)) * fsdp == leaf.size, leaf.shape
-
-
 def test_a_folder_as_published_is_read_with_the_defaults_of_what_it_lacks(tmp_path):
     module = parity.torch_pixart("PixArt-1024")
     module.save_pretrained(tmp_path)

@@ -19,8 +19,14 @@ MEGABYTE = 2**20
 
 @pytest.mark.parametrize(
     "config",
-    [published.UNET_SDXL, published.VAE_SDXL, published.CLIP_BIGG_TEXT, published.CLIP_H14],
-    ids=["unet", "vae", "bigG", "pickscore"],
+    [
+        published.UNET_SDXL,
+        published.VAE_SDXL,
+        published.PIXART_1024,
+        published.CLIP_BIGG_TEXT,
+        published.CLIP_H14,
+    ],
+    ids=["unet", "vae", "pixart", "bigG", "pickscore"],
 )
 @pytest.mark.parametrize("fsdp", [8, 16])
 def test_no_leaf_over_a_megabyte_is_replicated_at_full_size(config, fsdp):
