@@ -19,7 +19,7 @@ from flax import nnx
 
 from di_star_jax import drawing, samplers
 from di_star_jax.errors import UserError
-from di_star_jax.models import blip, clip, config, published, unet, vae
+from di_star_jax.models import blip, clip, config, pixart, published, unet, vae
 from di_star_jax.pipelines import export, scheduler
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.sdxl import SDXL
@@ -775,6 +775,12 @@ FILES = {
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
         **{name: only[0] for name, only in vae.FIELDS.fixed.items()},
+    },
+    "transformer": {
+        **parity.PIXARTS["PixArt-1024"],
+        "interpolation_scale": 2,
+        "use_additional_conditions": True,
+        **{name: only[0] for name, only in pixart.FIELDS.fixed.items()},
     },
     "text_encoder": TEXT_SDXL,
     "reward": CLIP_B32,
