@@ -147,7 +147,7 @@ def test_sizes_are_told_and_positions_halved_by_sample_size_unless_the_file_says
     "change, message",
     [
         ({"norm_type": "ada_norm_zero"}, "wrong architecture: .* is of a 'Transformer2DModel'"),
-        ({"_class_name": "DiTTransformer2DModel"}, "wrong architecture.*give the folder of a Pix"),
+        ({"_class_name": "DiTTransformer2DModel"}, "wrong architecture.*folder of a PixArt-alpha"),
         ({"activation_fn": "geglu"}, "activation_fn='geglu', the port implements 'gelu-approx"),
         ({"interpolation_scale": 0}, "interpolation_scale=0, expected a finite number in 0.001"),
         (

@@ -399,8 +399,8 @@ class Attention(nnx.Module):
         if context is None:
             k = sharding.all_rows(k)
             v = sharding.all_rows(v)
-        seen_by_all = None if mask is None else mask[:, None, None, :]  # heads, queries
-        h = attention(q, k, v, mask=seen_by_all, kernel=self.kernel)
+        allowed = None if mask is None else mask[:, None, None, :]  # [B, heads, N, M]
+        h = attention(q, k, v, mask=allowed, kernel=self.kernel)
         h = h.reshape(*h.shape[:2], -1)  # [B, N, C]
         h = self.to_out[0](h).reshape(x.shape)
         return h if self.group_norm is None else x + h

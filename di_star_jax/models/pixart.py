@@ -94,7 +94,10 @@ class PixArtConfig:
         Raises: UserError for a setting that the port does not implement.
         """
         file = file or FIELDS.file
-        advice = "give the folder of a PixArt-alpha transformer"
+        advice = (
+            "or a Transformer2DModel with norm_type='ada_norm_single'; give the folder of a "
+            "PixArt-alpha transformer"
+        )
         # The published files' class was several networks; this field says which.
         is_old = config.get("_class_name") == "Transformer2DModel"
         if not is_old or config.get("norm_type") != "ada_norm_single":
