@@ -108,6 +108,20 @@ CLIP_BIGG_TEXT = {
     "projection_dim": 1280,
     "eos_token_id": 2,
 }
+T5_XXL = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "feed_forward_proj": "gated-gelu",
+}
 CLIP_H14 = {
     "architectures": ["CLIPModel"],
     "model_type": "clip",

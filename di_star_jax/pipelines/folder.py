@@ -23,6 +23,7 @@ from di_star_jax.models.clip import (
 )
 from di_star_jax.models.config import check_others, shown
 from di_star_jax.models.pixart import PixArtConfig, PixArtTransformer2DModel
+from di_star_jax.models.t5 import T5Config, T5EncoderModel
 from di_star_jax.models.unet import UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines.export import timesteps_of
@@ -38,7 +39,7 @@ class Port(NamedTuple):
 
     module: built of (settings, rngs=, dtype=, remat=), and kernel= where attention is long.
     settings: its frozen dataclass, with `from_json`.
-    long_attention: false for the CLIPs, whose attention is short, and in text encoders masked.
+    long_attention: false for CLIPs and T5, whose attention is short, and in text encoders masked.
     """
 
     module: type[nnx.Module]
@@ -54,6 +55,7 @@ _PORTS = {
     "AutoencoderKL": Port(AutoencoderKL, VAEConfig, long_attention=True),
     "CLIPTextModel": Port(CLIPTextModel, CLIPTextConfig),
     "CLIPTextModelWithProjection": Port(CLIPTextModelWithProjection, CLIPTextConfig),
+    "T5EncoderModel": Port(T5EncoderModel, T5Config),
     "CLIPModel": Port(CLIPModel, CLIPConfig),
     "CLIPVisionModelWithProjection": Port(CLIPVisionModelWithProjection, CLIPConfig),
 }

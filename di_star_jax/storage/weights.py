@@ -22,13 +22,17 @@ from di_star_jax.errors import UserError
 from di_star_jax.storage import folders
 
 # Modules whose leaves have a leading axis, one row per PyTorch block.
-STACKED = ("transformer_blocks", "layers", "layer", "blocks")
+STACKED = ("transformer_blocks", "layers", "layer", "block", "blocks")
+# Modules that stand beside a stack here, and in its first block in PyTorch.
+_IN_FIRST = {"relative_attention_bias": "block.0.layer.0.SelfAttention.relative_attention_bias"}
 MAX_SHARD = 5 * 10**9  # bytes; the hub's own limit for one file of weights
 # Ours in PyTorch's order: [O, I], [O, I, kh, kw].
 _AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}
 _INTEGERS = ("I64", "I32")  # of position_ids, which old files carry
 # VAE files of SD 1.5.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# T5's table is one of several modules in PyTorch, and some files have it under another one's name.
+_SHARED = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
 # The rule.
@@ -44,6 +48,7 @@ def torch_keys(path: tuple, leaf: Any) -> str | list[str]:
       the name, or for a leaf of a stacked module the names of its rows, in order.
     """
     *modules, name = path
+    modules = [_IN_FIRST.get(module, module) for module in modules]
     name = "weight" if name in ("kernel", "scale", "embedding") else name
     for i, module in enumerate(modules):
         if module in STACKED and not isinstance(path[i + 1], int):
@@ -99,7 +104,7 @@ def _current_name(name: str, wanted: set[str]) -> str:
     """The model's name of a tensor whose file follows an older or newer convention."""
     renamed = ".".join(_OLD_NAMES.get(part, part) for part in name.split("."))
     # transformers >= 5 writes text encoders without their prefix.
-    for candidate in (name, renamed, f"text_model.{name}"):
+    for candidate in (name, renamed, f"text_model.{name}", _SHARED.get(name)):
         if candidate in wanted:
             return candidate
     return name
@@ -112,14 +117,18 @@ def _matched(
 ) -> dict[str, Any]:
     """The tensors by the model's names; `position_ids`, which old files carry, are left out.
 
-    Raises: UserError with the first ten tensors that are missing, extra or of another shape.
+    Raises: UserError with the first ten tensors that are missing, extra or of another shape, or for
+      one that is there twice and not the same.
     """
     expected = {key: rows.shape for rows, _ in leaves for key in rows.keys}
-    found = {
-        _current_name(name, set(expected)): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith("position_ids")
-    }
+    names, found = {}, {}
+    for name, tensor in tensors.items():
+        if name.endswith("position_ids"):
+            continue
+        key = _current_name(name, set(expected))
+        if key in found:
+            _check_same(where, (names[key], name), (found[key], tensor))
+        names[key], found[key] = name, tensor
     missing = [
         f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in found
     ]
@@ -138,6 +147,20 @@ def _matched(
             f"{own}give weights and config.json of the same model"
         )
     return found
+
+
+def _check_same(
+    where: str,
+    names: tuple[str, str],
+    tensors: tuple[Any, Any],
+) -> None:
+    """Raises: UserError where two tensors of one parameter differ."""
+    first, second = (tensor.read() if isinstance(tensor, Stored) else tensor for tensor in tensors)
+    if not np.array_equal(first, second):
+        raise UserError(
+            f"{where} has {names[0]} and {names[1]}, which are one parameter of the model, with "
+            "other values; give weights that were saved whole"
+        )
 
 
 def _own_names(strange: list[str], expected: Mapping[str, Any]) -> str:
