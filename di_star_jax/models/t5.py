@@ -122,10 +122,9 @@ def relative_buckets(
     half = count // 2
     exact = half // 2
     away = np.abs(distances)
-    # float32, as PyTorch: the edges are where its rounding has them.
-    ratio = np.log(np.maximum(away, exact).astype(np.float32) / np.float32(exact))
-    growth = ratio / np.float32(math.log(furthest / exact)) * np.float32(half - exact)
-    far = np.minimum(exact + growth.astype(np.int32), half - 1)
+    growth = np.log(np.maximum(away, exact) / exact) / math.log(furthest / exact) * (half - exact)
+    # The nudge keeps a whole number one, whatever its rounding.
+    far = np.minimum(exact + np.floor(growth + 1e-9).astype(int), half - 1)
     near = np.where(away < exact, away, far)
     return (near + np.where(distances > 0, half, 0)).astype(np.int32)
 

@@ -14,6 +14,7 @@ import numpy as np
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import card
 from di_star_jax.pipelines.scheduler import NUM_TRAIN_TIMESTEPS, betas_of
+from di_star_jax.prompts import spiece, t5
 from di_star_jax.storage import buckets, folders
 from di_star_jax.storage.weights import (
     stored_tensors,
@@ -41,6 +42,7 @@ _FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    spiece.FILE,
 )
 
 
@@ -252,6 +254,8 @@ def _copy_component(
     target.mkdir()
     for file in _small_files(source):
         shutil.copyfile(file, target / file.name)
+    if (source / spiece.FILE).is_file() and not (source / t5.JSON).is_file():
+        t5.write_json(source, target)
     if not (source / "config.json").is_file():  # a tokenizer has no weights
         return
     config = folders.read_config(source)

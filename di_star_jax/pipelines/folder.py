@@ -30,6 +30,7 @@ from di_star_jax.pipelines.export import timesteps_of
 from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.scheduler import SchedulerFile, schedule_from_json
 from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.prompts.t5 import T5Tokenizer
 from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.storage import folders, weights
 
@@ -40,11 +41,13 @@ class Port(NamedTuple):
     module: built of (settings, rngs=, dtype=, remat=), and kernel= where attention is long.
     settings: its frozen dataclass, with `from_json`.
     long_attention: false for CLIPs and T5, whose attention is short, and in text encoders masked.
+    tokenizer: of a text encoder's prompts.
     """
 
     module: type[nnx.Module]
     settings: Any
     long_attention: bool = False
+    tokenizer: type = Tokenizer
 
 
 _PORTS = {
@@ -55,7 +58,7 @@ _PORTS = {
     "AutoencoderKL": Port(AutoencoderKL, VAEConfig, long_attention=True),
     "CLIPTextModel": Port(CLIPTextModel, CLIPTextConfig),
     "CLIPTextModelWithProjection": Port(CLIPTextModelWithProjection, CLIPTextConfig),
-    "T5EncoderModel": Port(T5EncoderModel, T5Config),
+    "T5EncoderModel": Port(T5EncoderModel, T5Config, tokenizer=T5Tokenizer),
     "CLIPModel": Port(CLIPModel, CLIPConfig),
     "CLIPVisionModelWithProjection": Port(CLIPVisionModelWithProjection, CLIPConfig),
 }
@@ -107,7 +110,7 @@ class Pipeline(NamedTuple):
     folder: Path
     family: Family
     models: dict[str, Model]
-    tokenizers: dict[str, Tokenizer]
+    tokenizers: dict[str, Tokenizer | T5Tokenizer]
     schedule: Schedule
     timesteps: tuple[int, ...]
     scheduler: SchedulerFile = SchedulerFile()
@@ -289,11 +292,13 @@ def check_pipeline(folder: Path, family: Family) -> SchedulerFile:
     return scheduler_file
 
 
-def _tokenizers(folder: Path, family: Family) -> dict[str, Tokenizer]:
+def _tokenizers(folder: Path, family: Family) -> dict[str, Tokenizer | T5Tokenizer]:
     """Raises: UserError for one that its text encoder has no tables for."""
     found = {}
     for name, part in family.tokenizers.items():
-        found[name] = Tokenizer(folder / name)
-        _, settings = model_class(folders.read_config(folder, part))
-        found[name].check_fits(settings.vocab_size, settings.max_position_embeddings, part)
+        config = folders.read_config(folder, part)
+        file = str(folder / part / "config.json")
+        port = _port(config, file)
+        found[name] = port.tokenizer(folder / name)
+        found[name].check_fits(port.settings.from_json(config, file), part)
     return found

@@ -53,16 +53,13 @@ class Tokenizer:
         """Token ids, int32 [B, max_length]."""
         return self._ids(self._tokenizer, texts)
 
-    def check_fits(
-        self,
-        vocab_size: int,
-        positions: int,
-        encoder: str,
-    ) -> None:
+    def check_fits(self, settings: Any, encoder: str) -> None:
         """Raises: UserError for ids or lengths that a text encoder's tables do not have.
 
-        Args: the encoder's vocab_size and max_position_embeddings; its name, for the error.
+        Args: the encoder's settings, with vocab_size and max_position_embeddings; its name, for the
+          error.
         """
+        vocab_size, positions = settings.vocab_size, settings.max_position_embeddings
         if len(self._tokenizer) > vocab_size or self.max_length > positions:
             raise UserError(
                 f"the tokenizer {self._tokenizer.name_or_path} has {len(self._tokenizer)} tokens "
@@ -111,15 +108,30 @@ def read_tokenizer(
     for name in _FILES:
         if (folder / name).exists():
             read_object(folder / name)
+    advice = _ADVICE if class_name == "CLIPTokenizer" else "download it again"
+    cls = getattr(transformers, class_name)
+    return tried(lambda: cls.from_pretrained(folder, **settings), folder, ids, advice)
+
+
+def tried(
+    build: Callable[[], Any],
+    folder: Path,
+    ids: Callable[[Any, list[str]], np.ndarray],
+    advice: str,
+) -> Any:
+    """What `build` makes of a folder's files, called once as in `read_tokenizer`.
+
+    Raises: UserError, which ends in the advice, where transformers cannot.
+    """
     try:
-        tokenizer = getattr(transformers, class_name).from_pretrained(folder, **settings)
-        tried = ids(tokenizer, ["a cat", ""])
-        assert tried.ndim == 2, f"token ids of shape {tried.shape}"
+        tokenizer = build()
+        found = ids(tokenizer, ["a cat", ""])
+        assert found.ndim == 2, f"token ids of shape {found.shape}"
     except Exception as error:  # tokenizers has no class of its own for its errors
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"transformers cannot read the tokenizer in {folder} ({type(error).__name__}: "
-            f"{reason}); {_ADVICE if class_name == 'CLIPTokenizer' else 'download it again'}"
+            f"{reason}); {advice}"
         ) from None
     return tokenizer
 

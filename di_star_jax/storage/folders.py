@@ -25,7 +25,7 @@ from di_star_jax.storage.files import MARKER, expand, listing, sampled_digest, w
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems of weight files' names
 SCHEDULER = ("scheduler", "scheduler_config.json")  # folder and file, in a pipeline
 _STEMS = (DIFFUSERS, TRANSFORMERS, "pytorch_model")
-_TEXT = ["*.json", "*.txt"]
+_TEXT = ["*.json", "*.txt", "*spiece.model"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = "*.safetensors"
 SHIPPED = Path(__file__).parent.parent  # where the package's own weights lie
@@ -122,7 +122,7 @@ def write_object(path: Path, content: dict) -> None:
 def resolve(name: str) -> Path:
     """A local folder for a folder's, a bucket's or a Hub repository's name.
 
-    Of the latter two, safetensors, json and txt files only.
+    Of the latter two, safetensors, json and txt files and spiece.model only.
 
     Raises: UserError for a path that is no folder (without asking the network), or when bucket or
       Hub do not deliver.
