@@ -19,19 +19,22 @@ FOLDER = Path(__file__).with_suffix("")
 MODEL, IDS = FOLDER / "spiece.model.xz", FOLDER / "ids.json"
 PROMPTS = Path(__file__).parents[2] / "shared" / "prompts"
 
-ADJECTIVES = """
-    red blue green small large old new bright dark wooden golden quiet stormy tiny giant happy
-    sleepy round square soft exquisite next
-""".split()
-NOUNS = """
-    cat dog house river mountain robot castle forest ship lamp table dragon city bridge garden
-    window teapot violin planet whale market tower painter street horse bicycle train island flower
-    mirror queen box
-""".split()
-VERBS = """
-    sitting running sleeping flying dancing floating standing burning shining waiting reading
-""".split()
-PLACES = "on in under beside above behind near with inside across".split()
+_WORDS = {
+    "adjectives": """
+        red blue green small large old new bright dark wooden golden quiet stormy tiny giant happy
+        sleepy round square soft exquisite next
+    """,
+    "nouns": """
+        cat dog house river mountain robot castle forest ship lamp table dragon city bridge garden
+        window teapot violin planet whale market tower painter street horse bicycle train island
+        flower mirror queen box
+    """,
+    "verbs": "sitting running sleeping flying dancing floating standing burning shining waiting",
+    "places": "on in under beside above behind near with inside across",
+    "consonants": "b c d f g h j k l m n p q r s t v w x y z ch sh th st tr",
+    "vowels": "a e i o u ai ea ou er in on al an",
+}
+WORDS = {kind: words.split() for kind, words in _WORDS.items()}
 STYLES = [
     "oil painting",
     "watercolor",
@@ -45,8 +48,7 @@ STYLES = [
     "35mm",
     "by an unknown artist",
 ]
-CONSONANTS = "b c d f g h j k l m n p q r s t v w x y z ch sh th st tr".split()
-VOWELS = "a e i o u ai ea ou er in on al an".split()
+SIZE = 2000  # pieces
 ALPHABETS = [
     "éèêäöüßñçàâîôûøåæœłśžč",
     "абвгдежзиклмнопрстуфхцчшыьюя",
@@ -106,10 +108,10 @@ ODD = [
 
 
 def _sentence(rng: random.Random) -> str:
-    a, b = rng.sample(ADJECTIVES, 2)
-    n, m = rng.sample(NOUNS, 2)
+    a, b = rng.sample(WORDS["adjectives"], 2)
+    n, m = rng.sample(WORDS["nouns"], 2)
     s, t = rng.sample(STYLES, 2)
-    v, p = rng.choice(VERBS), rng.choice(PLACES)
+    v, p = rng.choice(WORDS["verbs"]), rng.choice(WORDS["places"])
     return rng.choice(
         [
             f"a {a} {n} {v} {p} the {b} {m}, {s}",
@@ -121,7 +123,10 @@ def _sentence(rng: random.Random) -> str:
 
 
 def _word(rng: random.Random) -> str:
-    pairs = (rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.randint(1, 4)))
+    pairs = (
+        rng.choice(WORDS["consonants"]) + rng.choice(WORDS["vowels"])
+        for _ in range(rng.randint(1, 4))
+    )
     return "".join(pairs)
 
 
@@ -172,14 +177,50 @@ def cleaned(texts: list[str]) -> list[str]:
     return [text.lower().strip() for text in texts]
 
 
+def rows(ids: list[list[int]]) -> list[list[int]]:
+    """Cut to 120 tokens, the last of which is the end, and padded to as many."""
+    cut = [row if len(row) <= 120 else [*row[:119], 1] for row in ids]
+    return [row + [0] * (120 - len(row)) for row in cut]
+
+
 def digest(ids: list[list[int]]) -> str:
-    """Of token ids."""
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    """Of the token ids of many prompts."""
+    return hashlib.sha256(json.dumps(rows(ids)).encode()).hexdigest()
 
 
-def write_model(folder: Path) -> Path:
-    """Unpacks spiece.model into a folder, which it returns."""
+def write_folder(folder: Path) -> Path:
+    """A tokenizer's folder with the files that PixArt's has, which it returns."""
+    folder.mkdir()
     (folder / "spiece.model").write_bytes(lzma.decompress(MODEL.read_bytes()))
+    sentinels = {f"<extra_id_{i}>": SIZE + 99 - i for i in range(100)}
+    specials = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    files = {
+        "added_tokens.json": sentinels,
+        "special_tokens_map.json": {"additional_special_tokens": [*sentinels], **specials},
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                str(number): {
+                    "content": text,
+                    "lstrip": False,
+                    "normalized": False,
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": True,
+                }
+                for text, number in {"<pad>": 0, "</s>": 1, "<unk>": 2, **sentinels}.items()
+            },
+            "additional_special_tokens": [*sentinels],
+            "clean_up_tokenization_spaces": True,
+            "extra_ids": 100,
+            "legacy": True,
+            "model_max_length": 512,
+            "sp_model_kwargs": {},
+            "tokenizer_class": "T5Tokenizer",
+            **specials,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2))
     return folder
 
 
@@ -192,7 +233,7 @@ def main() -> None:
         sentence_iterator=iter(_corpus()),
         model_writer=model,
         model_type="unigram",
-        vocab_size=2000,
+        vocab_size=SIZE,
         pad_id=0,
         eos_id=1,
         unk_id=2,
@@ -206,20 +247,16 @@ def main() -> None:
     MODEL.write_bytes(lzma.compress(model.getvalue(), preset=9))
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     with tempfile.TemporaryDirectory() as folder:
-        theirs = transformers.T5Tokenizer.from_pretrained(write_model(Path(folder)))
+        theirs = transformers.T5Tokenizer.from_pretrained(write_folder(Path(folder) / "tokenizer"))
     made = {
         "sentencepiece": lambda texts: [[*pieces.encode(text), 1] for text in cleaned(texts)],
         "transformers": lambda texts: theirs(cleaned(texts))["input_ids"],
     }
-    rows = {name: ids_of(strings()) for name, ids_of in made.items()}
-    of_prompts = {name: digest(ids_of(real_prompts())) for name, ids_of in made.items()}
-    IDS.write_text(json.dumps({"strings": rows, "prompts": of_prompts}, separators=(",", ":")))
-    for name, (first, second) in {
-        "strings": [ids_of(strings()) for ids_of in made.values()],
-        "prompts": [ids_of(real_prompts()) for ids_of in made.values()],
-    }.items():
-        differ = sum(a != b for a, b in zip(first, second))
-        print(f"{name}: sentencepiece and transformers differ in {differ} of {len(first)}")
+    content = {
+        "strings": {name: ids_of(strings()) for name, ids_of in made.items()},
+        "prompts": {name: digest(ids_of(real_prompts())) for name, ids_of in made.items()},
+    }
+    IDS.write_text(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -576,7 +576,7 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     assert folders.resolve("stabilityai/sdxl") == folder
     assert {name for name, _, _ in hub} == {"stabilityai/sdxl"}
     assert [asked[1:] for asked in hub] == [
-        (["*.json", "*.txt"], None),
+        (["*.json", "*.txt", "*spiece.model"], None),
         (["unet/*.safetensors"], "*.fp16*"),
         (["unet/*.safetensors"], None),
     ], "half precision where there is nothing else"
@@ -586,10 +586,13 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     (folder / "model_index.json").unlink()
     hub.clear()
     folders.resolve("yuvalkirstain/PickScore_v1")
-    assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt"], ["*.safetensors"]]
+    assert [patterns for _, patterns, _ in hub] == [
+        ["*.json", "*.txt", "*spiece.model"],
+        ["*.safetensors"],
+    ]
     hub.clear()
     assert folders.resolve_tokenizer("laion/CLIP-ViT-H-14-laion2B-s32B-b79K") == folder
-    assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt"]]
+    assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt", "*spiece.model"]]
     assert "no folder ./nowhere" in _error(folders.resolve_tokenizer, "./nowhere")
 
 
@@ -678,6 +681,7 @@ def test_half_precision_is_fetched_for_the_components_that_have_no_other(server)
         "text_encoder/pytorch_model.bin": b"pickle",
         "scheduler/scheduler_config.json": b"{}",
         "tokenizer/vocab.json": b"{}",
+        "tokenizer/spiece.model": b"pieces",
     }
     folder = folders.resolve("some/one")
     found = {str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()}

@@ -60,7 +60,10 @@ class T5Tokenizer:
 
     def too_long(self, texts: list[str]) -> str | None:
         """One line on the prompts that are cut: how many, and the first. None where none is."""
-        lengths = [len(ids) for ids in self._tokenizer(list(map(_cleaned, texts)))["input_ids"]]
+        lengths = [
+            len(ids)
+            for ids in self._tokenizer(list(map(_cleaned, texts)), verbose=False)["input_ids"]
+        ]
         long = [i for i, length in enumerate(lengths) if length > LENGTH]
         if not long:
             return None
