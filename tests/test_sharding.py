@@ -25,8 +25,9 @@ MEGABYTE = 2**20
         published.PIXART_1024,
         published.CLIP_BIGG_TEXT,
         published.CLIP_H14,
+        published.T5_XXL,
     ],
-    ids=["unet", "vae", "pixart", "bigG", "pickscore"],
+    ids=["unet", "vae", "pixart", "bigG", "pickscore", "t5"],
 )
 @pytest.mark.parametrize("fsdp", [8, 16])
 def test_no_leaf_over_a_megabyte_is_replicated_at_full_size(config, fsdp):
