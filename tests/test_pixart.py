@@ -238,7 +238,7 @@ def test_a_mask_goes_with_its_context_through_guidance():
     np.testing.assert_allclose(scores.psi, network(1.0, x_t, t, condition), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_size_pixart_512_equals_diffusers_with_random_weights(monkeypatch):
     monkeypatch.setitem(parity.PIXARTS, "PixArt-512", published.PIXART_512)
     module = parity.torch_pixart("PixArt-512")
