@@ -858,6 +858,11 @@ MUTANTS = r"""
 + _WORLD, json.dumps(origin(config_file), indent=1)
 - for s in seeds or row.seeds if s not in done]
 + for s in seeds or row.seeds if not done]
+@ studies/results.py | test_ablation.py | same_reward
+- if not found or not rewards[0] <= reward <= rewards[-1]:
++ if not found:
+- found.sort(key=lambda runs: mean(runs, "reward"))
++ found.sort(key=lambda runs: -mean(runs, "reward"))
 @ studies/ablation.py | test_ablation.py | partial or by_group or time_left
 -     if lacking:
 +     if False:

@@ -136,6 +136,19 @@ def test_table_has_mean_and_spread_over_seeds(workdir):
     assert lines[4].startswith("| DI* inside (100, 7.5) | `di_star` | 1 | 0.800 |")
 
 
+def test_methods_are_compared_where_they_have_the_same_reward(workdir):
+    for balance, reward, attributes in zip(rows.BALANCES, (0.6, 0.66, 0.74), (1.0, 0.9, 0.5)):
+        put(workdir, rows.balanced_name("kl_x0", balance), 0, reward, attributes=attributes)
+    found = results.results_of(workdir)
+    at = results.at_reward(found, "kl_x0", 0.7)
+    assert at["attributes"] == pytest.approx(0.7) and at["reward"] == pytest.approx(0.7)
+    assert results.at_reward(found, "kl_x0", 0.75) is None
+    assert results.at_reward(found, "l2", 0.7) is None
+    lines = ablation_page.table_at_rewards(found).splitlines()
+    assert "| 0.7 | KL in x0 | 0.250 | 0.700 |" in "\n".join(lines)
+    assert "| 0.75 | KL in x0 | beyond its balances |" in "\n".join(lines)
+
+
 def test_a_row_says_where_its_reward_was_best_and_whether_it_still_rose():
     def ending(*seeds):
         steps = [40, 80, 120]

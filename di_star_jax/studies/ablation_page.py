@@ -14,6 +14,7 @@ from di_star_jax.studies.results import (
     RISING,
     Results,
     Run,
+    at_reward,
     ending,
     label_of,
     mean,
@@ -45,6 +46,7 @@ is lost for good. And `attributes`, or any score that the run does not train on:
 while the reward still rises, take an earlier checkpoint. Then lower the reward's scale, or set
 `reward.balance`.""",
 }
+_AT_REWARDS = """At equal reward, linear between the two balances next to it, means over seeds:"""
 _FIGURES = {
     "paper": ("ablation.png", "the same captions and noise in every row"),
     "balance": ("ablation_balance.png", "reward against attributes and distance, by method"),
@@ -57,6 +59,20 @@ def table(results: Results, group: str) -> str:
     names = [name for name in results if name in REFERENCES or rows.ROWS[name].group == group]
     header = ["row", "name", "seeds", *MEASURES, "best reward at step", "still rising", "minutes"]
     return log.markdown_table(header, [_line(name, results[name]) for name in names])
+
+
+def table_at_rewards(results: Results) -> str:
+    """Markdown: every method where it has the same reward, between the balances it was run at."""
+    measures = [name for name in MEASURES if name != "reward"]
+    lines = []
+    for reward in rows.REWARDS:
+        for name, method in rows.METHODS.items():
+            found = at_reward(results, name, reward)
+            cells = ["beyond its balances"] + [""] * (len(measures) - 1)
+            if found is not None:
+                cells = [f"{found[measure]:.3f}" for measure in measures]
+            lines.append([f"{reward:g}", method.label, *cells])
+    return log.markdown_table(["reward", "method", *measures], lines)
 
 
 def _line(name: str, runs: list[Run]) -> list[str]:
@@ -122,6 +138,8 @@ def _section(results: Results, group: str) -> str:
     if not _has(results, group):
         return f"{title}\n\nNot run yet.\n"
     text = f"{title}\n\n{_INTRODUCTIONS[group]}\n\n{table(results, group)}\n"
+    if group == "balance":
+        text += f"\n{_AT_REWARDS}\n\n{table_at_rewards(results)}\n"
     if group not in _FIGURES:
         return text
     figure, alt = _FIGURES[group]

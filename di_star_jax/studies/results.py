@@ -112,6 +112,27 @@ def curve(runs: list[Run], measure: str) -> np.ndarray:
     return np.mean([run.curve[measure] for run in runs], axis=0)
 
 
+def at_reward(
+    results: Results,
+    method: str,
+    reward: float,
+) -> dict[str, float] | None:
+    """What a method's scores are where it has that reward, linear between two balances.
+
+    Args: method, a key of rows.METHODS. Returns: by name of MEASURES; None beyond its balances.
+    """
+    names = [rows.balanced_name(method, balance) for balance in rows.BALANCES]
+    found = [runs for runs in map(results.get, names) if runs]
+    found.sort(key=lambda runs: mean(runs, "reward"))
+    rewards = [mean(runs, "reward") for runs in found]
+    if not found or not rewards[0] <= reward <= rewards[-1]:
+        return None
+    return {
+        name: float(np.interp(reward, rewards, [mean(runs, name) for runs in found]))
+        for name in found[0][0].scores
+    }
+
+
 def ending(runs: list[Run]) -> tuple[int, bool]:
     """Where a row's reward was best, and whether it was rising at the end still.
 

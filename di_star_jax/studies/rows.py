@@ -13,6 +13,8 @@ EVERY = 40  # steps, a point of the curve; divides STEPS and WARMUP
 WARMUP = 40  # of the assistant alone, before them
 # Of `reward.balance`: the reward's pull on a sample over the regulariser's.
 BALANCES = (0.1, 0.4, 1.6, 6.4)
+# At which the methods are compared, between the balances.
+REWARDS = (0.65, 0.7, 0.75)
 # Rows that the conclusions rest on: three seeds instead of one.
 CONCLUSIVE = ("di_star_x0@0.4", "di_star_x0@1.6", "kl_x0@0.4", "kl_x0@1.6")
 GROUPS = {  # the title of its section
