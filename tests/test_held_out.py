@@ -23,9 +23,9 @@ def measured(reward, shade):
     "changed, told",
     [
         ({"saturation": 0.51}, "saturation 0.5100, 1.27 of the initial 0.4000"),
-        ({"saturation": 0.3}, "saturation 0.3000, 0.75 of the initial 0.4000"),
+        ({"saturation": 0.372}, "saturation 0.3720, 0.93 of the initial 0.4000"),
         ({"diversity": 0.013}, "diversity 0.0130, 0.65 of the initial 0.0200"),
-        ({"attributes right": 0.84}, "attributes right 0.8400, 0.88 of the initial 0.9500"),
+        ({"attributes right": 0.91}, "attributes right 0.9100, 0.96 of the initial 0.9500"),
     ],
 )
 def test_a_signal_that_leaves_its_band_is_told(changed, told):

@@ -35,16 +35,17 @@ a sample, over how hard the
 regulariser does, measured over a run's first 20 steps and fixed from there
 ([method.md](method.md)). A divergence keeps more than another where its line lies above it, at
 equal attributes or distance, by more than seeds differ: bars are standard deviations over three
-seeds, and points without one are of a single seed.""",
+seeds, and points without one are of a single seed. The dotted line is the teacher's reward, whose
+distance to itself is none.""",
     "hacking": """The reward is a network that learnt a taste, warm light that falls from above, \
 from pairs of pictures; `taste` is
 that taste itself, which no run sees: a reward that rises while the taste does not is hacked.
 
-What a user watches for, who has no true taste: `saturation`, for colours that leave the teacher's
-value are drawn for the reward and not for the caption; `diversity`, for what falls below the start
-is lost for good. And `attributes`, or any score that the run does not train on: where it falls
-while the reward still rises, take an earlier checkpoint. Then lower the reward's scale, or set
-`reward.balance`.""",
+What a user watches for, who has no true taste: `attributes`, or any score that the run does not
+train on, for where it falls while the reward still rises, the reward is gamed. `saturation`, for
+colours that leave their value are drawn for the reward and not for the caption. And `diversity`:
+where it falls, what is lost is lost for good, and here it rises, for no two pictures have the same
+faults. Then take an earlier checkpoint, and lower the reward's scale, or set `reward.balance`.""",
 }
 _AT_REWARDS = """At equal reward, linear between the two balances next to it, means over seeds:"""
 _FIGURES = {

@@ -47,7 +47,11 @@ _TITLES = {
     "saturation": "saturation",
     "diversity": "diversity",
     "attributes": "attributes right",
-    "Frechet distance": "Frechet distance to the teacher (axis reversed)",
+}
+# Of the figure of balances: what is measured, as a number that is better when small; its title.
+_FAULTS = {
+    "attributes": (lambda right: max(1.0 - right, 1e-3), "attributes wrong (better to the right)"),
+    "Frechet distance": (lambda d: d, "Frechet distance to the teacher (better to the right)"),
 }
 
 
@@ -102,16 +106,19 @@ def draw_balance(results: Results, path: pathlib.Path) -> None:
 
     figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, x in zip(axes, ("attributes", "Frechet distance")):
+    for axis, (x, (_, title)) in zip(axes, _FAULTS.items()):
+        axis.set_xscale("log")  # one method is ten times as far away as the others
         for i, method in enumerate(rows.METHODS):
             _draw_method(axis, results, x, i, method)
         for name, marker in ((INIT, "X"), (TEACHER, "*")):
             _draw_reference(axis, results, x, name, marker)
-        axis.set_xlabel(_TITLES[x], fontsize=10)
+        axis.set_xlabel(title, fontsize=10)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=9)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.invert_xaxis()
     axes[0].set_ylabel(_TITLES["reward"], fontsize=10)
-    axes[1].invert_xaxis()  # better is to the right in both
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles,
@@ -138,7 +145,9 @@ def _draw_method(
     points = {balance: runs for balance, runs in points.items() if runs}
     if not points:
         return
+    fault, _ = _FAULTS[x]
     at = {measure: [mean(runs, measure) for runs in points.values()] for measure in (x, "reward")}
+    at[x] = [fault(value) for value in at[x]]
     bars = {m: [np.nan_to_num(spread(runs, m)) for runs in points.values()] for m in (x, "reward")}
     axis.errorbar(
         at[x],
@@ -174,12 +183,17 @@ def _draw_reference(
     name: str,
     marker: str,
 ) -> None:
-    """The initial generator or the teacher."""
+    """The initial generator or the teacher, which has no distance to itself to be shown."""
     if name not in results:
         return
+    fault, _ = _FAULTS[x]
+    reward = mean(results[name], "reward")
+    if x == "Frechet distance" and name == TEACHER:
+        axis.axhline(reward, color="black", linestyle=":", linewidth=1)
+        return
     axis.plot(
-        mean(results[name], x),
-        mean(results[name], "reward"),
+        fault(mean(results[name], x)),
+        reward,
         color="black",
         marker=marker,
         markersize=11,
