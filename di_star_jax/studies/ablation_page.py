@@ -58,7 +58,7 @@ _FIGURES = {
 def table(results: Results, group: str) -> str:
     """Markdown: mean and standard deviation over seeds, of a group and what it starts from."""
     names = [name for name in results if name in REFERENCES or rows.ROWS[name].group == group]
-    header = ["row", "name", "seeds", *MEASURES, "best reward at step", "still rising", "minutes"]
+    header = ["row", "name", "seeds", *MEASURES, "best reward at step", "still rising"]
     return log.markdown_table(header, [_line(name, results[name]) for name in names])
 
 
@@ -79,10 +79,9 @@ def table_at_rewards(results: Results) -> str:
 def _line(name: str, runs: list[Run]) -> list[str]:
     cells = [_cell(mean(runs, measure), spread(runs, measure)) for measure in MEASURES]
     if name in REFERENCES:
-        return [label_of(name), "", "", *cells, "", "", ""]
+        return [label_of(name), "", "", *cells, "", ""]
     best, rising = ending(runs)
-    minutes = sum(run.seconds for run in runs) / len(runs) / 60
-    ends = [str(best), "yes" if rising else "no", f"{minutes:.1f}"]
+    ends = [str(best), "yes" if rising else "no"]
     return [label_of(name), f"`{name}`", str(len(runs)), *cells, *ends]
 
 
