@@ -69,10 +69,10 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     # Folders in diffusers' layout, or names on the Hub. A dot says that it is a folder: without, it
     # could name a repository. Of the rewards only those that are used need to be there.
     config.weights = ml_collections.ConfigDict()
-    # pipeline folder or Hub name: teacher UNet, VAE, text encoders, schedule
+    # pipeline folder or Hub name: teacher denoiser, VAE, text encoders, schedule
     config.weights.reference = "stabilityai/stable-diffusion-xl-base-1.0"
-    # one-step UNet to start from, a folder with safetensors; DMD2's pickle is converted once, see
-    # README
+    # one-step denoiser to start from, a folder with safetensors; DMD2's pickle is converted once,
+    # see README
     config.weights.generator = "./weights/dmd2-sdxl-1step"
     # first weights of the assistant; empty copies the reference, as all siblings do
     config.weights.assistant = ""
@@ -115,8 +115,12 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.generator = ml_collections.ConfigDict()
     # 2 and 4 train a few-step generator, by DMD2's backward simulation
     config.generator.steps = 1
-    # of the steps, falling, 0..999; empty: 399 for one step, else evenly from 999 (DMD2's)
+    # of the steps, falling, 0..999; empty: for one step that of the reference's family (SDXL 399,
+    # SD 1.5 625), else evenly from 999 (DMD2's)
     config.generator.timesteps = ()
+    # what its one step is given: noise, z (DMD2), or scaled, sigma_t z (SIM, SiD-LSG); empty: that
+    # of the reference's family (SDXL noise, SD 1.5 scaled)
+    config.generator.input = ""
 
     config.objective = ml_collections.ConfigDict()
     # a key of objectives.OBJECTIVES
@@ -215,10 +219,11 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.compute.attention = "auto"
     # parts that a device's images are taken in, one after the other: less memory
     config.compute.microbatches = 1
-    # one traced UNet serves several passes: compiles in half the time, 6 % more work
+    # one traced denoiser serves several passes: compiles in half the time, 6 % more work
     config.compute.loop_networks = True
-    # what UNet blocks recompute in the backward pass: full, dots (all but matrix products), none
-    config.compute.remat_unet = "full"
+    # what the denoiser recomputes in the backward pass, by block: full, dots (all but matrix
+    # products), none
+    config.compute.remat_denoiser = "full"
     # of VAE blocks
     config.compute.remat_vae = "full"
     # of reward blocks

@@ -56,7 +56,7 @@ SMALL = {
     "compute.dtype": "float32",
     # on CPU a convolution's gradient is 15 times slower inside of a loop
     "compute.loop_networks": False,
-    "compute.remat_unet": "none",
+    "compute.remat_denoiser": "none",
     "compute.remat_vae": "none",
     "compute.remat_reward": "none",
     "decode.resolution": 64,

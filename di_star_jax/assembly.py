@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from di_star_jax import objectives, sharding, step
 from di_star_jax.gradients import Method, Settings
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines.family import Family
+from di_star_jax.pipelines.family import DENOISER, Family
 from di_star_jax.pipelines.folder import (
     Model,
     Options,
@@ -24,12 +24,11 @@ from di_star_jax.pipelines.folder import (
     load_pipeline,
     model_class,
 )
-from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards import REWARDS, load_rewards, rewards_used, scales_of
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.views import VIEWS, in_slices
-from di_star_jax.samplers import generator_timesteps
+from di_star_jax.samplers import generator_form
 from di_star_jax.storage import folders
 
 
@@ -41,7 +40,7 @@ class Parts(NamedTuple):
 
     @property
     def models(self) -> dict[str, Model]:
-        """By component; the unet is the reference's."""
+        """By component; the denoiser is the reference's."""
         return self.pipeline.models
 
     @property
@@ -52,7 +51,7 @@ class Parts(NamedTuple):
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """[h, w, C] of one sample. Args: pixels."""
         side = resolution // self.pipeline.vae_scale
-        return side, side, model_class(self.models["unet"].config)[1].in_channels
+        return side, side, model_class(self.models[DENOISER].config)[1].in_channels
 
     def frozen(self) -> dict:
         """Parameters that a run never changes.
@@ -60,7 +59,7 @@ class Parts(NamedTuple):
         Those of the reference, the VAE, the text encoders and, by name, the rewards.
         """
         params = {name: model.params for name, model in self.models.items()}
-        params["reference"] = params.pop("unet")
+        params["reference"] = params.pop(DENOISER)
         return params | {"rewards": {name: r.params for name, r in self.rewards.items()}}
 
     def tokenize(self, prompts: list[str]) -> dict[str, Any]:
@@ -72,7 +71,8 @@ class Parts(NamedTuple):
 def load_parts(config, mesh: Mesh) -> Parts:
     """Reads reference pipeline and rewards, sharded over the mesh, in the compute dtype."""
     options = model_options(config, mesh)
-    reference = load_pipeline(folders.resolve(config.weights.reference), options)
+    folder = folders.resolve(config.weights.reference)
+    reference = load_pipeline(folder, options["text"], options)
     tokenizer = config.weights.reward_tokenizer
     return Parts(reference, load_rewards(reward_sources(config), tokenizer, options["reward"]))
 
@@ -93,7 +93,10 @@ def kernel_of(config, platform: str) -> str:
 
 
 def model_options(config, mesh: Mesh) -> dict[str, Options]:
-    """How each component runs and is held: in the compute dtype, over the mesh."""
+    """How components run and are held: in the compute dtype, over the mesh.
+
+    Returns: of the denoiser, the VAE, the rewards and, under "text", all text encoders.
+    """
     compute = config.compute
     common = Options(
         dtype=jnp.dtype(compute.dtype),
@@ -101,14 +104,15 @@ def model_options(config, mesh: Mesh) -> dict[str, Options]:
         kernel=kernel_of(config, mesh.devices.flat[0].platform),
         shardings=functools.partial(sharding.params_sharding, mesh),
     )
-    remat = dict.fromkeys(SDXL.parts, "none") | {
-        "unet": compute.remat_unet,
+    remat = {
+        DENOISER: compute.remat_denoiser,
         "vae": compute.remat_vae,
         "reward": compute.remat_reward,
+        "text": "none",
     }
     options = {part: dataclasses.replace(common, remat=policy) for part, policy in remat.items()}
     param_dtype = reference_dtype(config)
-    options["unet"] = dataclasses.replace(options["unet"], param_dtype=param_dtype)
+    options[DENOISER] = dataclasses.replace(options[DENOISER], param_dtype=param_dtype)
     return options
 
 
@@ -135,23 +139,23 @@ def method_of(config, parts: Parts) -> Method:
     """The step's networks and settings."""
     resolution = config.data.resolution
     return Method(
-        unet=functools.partial(nnx.merge, parts.graphdefs["unet"]),
+        denoiser=functools.partial(nnx.merge, parts.graphdefs[DENOISER]),
         encode_text=text_encoder(parts, resolution),
         reward=reward_of_latents(config, parts),
         schedule=parts.pipeline.schedule,
         settings=settings_of(config, parts.latent_shape(resolution), parts.pipeline.family),
-        score_unet=score_unet(config, parts),
+        score_denoiser=score_denoiser(config, parts),
     )
 
 
-def score_unet(config, parts: Parts) -> Callable | None:
-    """`Method.score_unet`; None where it is the one that learns."""
+def score_denoiser(config, parts: Parts) -> Callable | None:
+    """`Method.score_denoiser`; None where it is the one that learns."""
     dtype = scores_dtype(config)
     if dtype == jnp.dtype(config.compute.dtype):
         return None
     kernel = kernel_of(config, jax.default_backend())
-    options = Options(dtype=dtype, remat=config.compute.remat_unet, kernel=kernel)
-    graphdef = abstract_model(parts.models["unet"].config, options).graphdef
+    options = Options(dtype=dtype, remat=config.compute.remat_denoiser, kernel=kernel)
+    graphdef = abstract_model(parts.models[DENOISER].config, options).graphdef
 
     def bind(params: Any) -> Callable[..., jax.Array]:
         network = nnx.merge(graphdef, params)
@@ -168,11 +172,9 @@ def score_unet(config, parts: Parts) -> Callable | None:
 
 def text_encoder(parts: Parts, resolution: int) -> Callable:
     """(frozen, token_ids) -> (Condition, null Condition) of images of so many pixels."""
-    graphdefs = parts.graphdefs
-    family = parts.pipeline.family
 
     def encode_text(frozen, token_ids) -> tuple[Condition, Condition]:
-        return family.encode_text(graphdefs, frozen, token_ids, resolution)
+        return parts.pipeline.encode_text(frozen, token_ids, resolution)
 
     return encode_text
 
@@ -235,7 +237,7 @@ def settings_of(
         assistant_times=(config.assistant.t_min, config.assistant.t_max),
         assistant_updates=config.assistant.updates,
         scheme="looped" if config.compute.loop_networks else scheme,
-        generator_timesteps=generator_timesteps(config.generator, family.one_step),
+        generator=generator_form(config.generator, family.one_step),
         latent_shape=latent_shape,
         ema_half_life=config.ema.half_life_samples,
         assistant_first=config.assistant.first,
@@ -257,12 +259,12 @@ def optimizers_of(config) -> step.Optimizers:
 
 
 def abstract_state(
-    unet: Model,
+    denoiser: Model,
     optimizers: step.Optimizers,
     mesh: Mesh,
 ) -> step.TrainState:
-    """The state's shapes and shardings. Args: unet, the generator's model."""
-    params = sharding.abstract(unet.params, dtype=jnp.float32)
+    """The state's shapes and shardings. Args: denoiser, the generator's model."""
+    params = sharding.abstract(denoiser.params, dtype=jnp.float32)
     state = jax.eval_shape(lambda g, a: step.init_state(g, a, optimizers), params, params)
     return sharding.abstract(state, sharding.params_sharding(mesh, state))
 

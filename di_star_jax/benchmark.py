@@ -3,7 +3,7 @@
 
     di-star benchmark --config=sdxl --topology=v5e:4x4  # no TPU needed
     di-star benchmark --config=sdxl --config.mesh.fsdp=1 --config.data.batch_size=4 --vs=torch
-    di-star benchmark --config=shapes --what=unet --vs=torch
+    di-star benchmark --config=shapes --what=denoiser --vs=torch
 
 For a slice XLA is told to make little effort (--effort=-1): that takes 4 minutes and 11 GB on two
 cores; --effort=0, what a TPU would run, a quarter of an hour and over 22 GB. Compilation is timed
@@ -43,7 +43,7 @@ from di_star_jax.cost import compile as aot
 from di_star_jax.cost import plan
 from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError, check_all
-from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.rewards import REWARDS, rewards_used, scales_of
 from di_star_jax.storage import buckets, files
 
@@ -472,14 +472,14 @@ def _torch_call(config, what: str) -> Callable[[], None]:
     from di_star_jax.cost import peer
 
     cuda = torch.cuda.is_available() and jax.devices()[0].platform == "gpu"
-    configs, _ = plan.model_configs(config)
+    known = plan.known_models(config)
     (reward,) = rewards_used(scales_of(config.reward), config.eval.metrics)
-    configs["reward"] = configs.pop(reward)
+    configs = known.networks | {"reward": known.rewards[reward]}
     side = config.data.resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    latent_shape = (side, side, configs["unet"].get("in_channels", 4))
+    latent_shape = (side, side, configs[DENOISER].get("in_channels", 4))
     job = peer.Job(
         configs,
-        assembly.settings_of(config, latent_shape, SDXL),
+        assembly.settings_of(config, latent_shape, known.family),
         batch=config.data.batch_size,
         resolution=config.data.resolution,
         dtype=config.compute.dtype,
@@ -561,7 +561,7 @@ def _json_file(path: str | None) -> Path | str | None:
 def define_flags() -> None:
     """The command's flags."""
     config_flags.DEFINE_config_file(
-        "config", None, "What to measure: sdxl, shapes, or the path of a file; :PRESET may follow."
+        "config", None, "What to measure: sdxl, sd15, shapes, or a file's path; :PRESET may follow."
     )
     flags.DEFINE_enum("what", "train", sorted(aot.WORK), "The whole step, or a part of it.")
     flags.DEFINE_string(

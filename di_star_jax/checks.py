@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 
 from di_star_jax.config import fields
+from di_star_jax.diffusion import INPUTS, FewStep
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.objectives import DISTANCES, OBJECTIVES, OUTSIDE, WEIGHTINGS
-from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, add, listed, rewards_used, scales_of
-from di_star_jax.samplers import generator_timesteps
+from di_star_jax.samplers import generator_form
 from di_star_jax.sharding import mesh_shape
 from di_star_jax.storage.buckets import exists, is_remote
 from di_star_jax.storage.checkpoint import check_path
@@ -31,11 +31,12 @@ _CHOICES = {
     "compute.dtype": ("bfloat16", "float32"),
     "compute.scores": ("auto", "bfloat16", "float32"),
     "compute.attention": ("auto", "splash", "cudnn", "xla"),
-    "compute.remat_unet": ("none", "dots", "full"),
+    "compute.remat_denoiser": ("none", "dots", "full"),
     "compute.remat_vae": ("none", "dots", "full"),
     "compute.remat_reward": ("none", "dots", "full"),
     "decode.view": ("full", "resized", "crop"),
     "eval.oracle": ("", "shapes"),
+    "generator.input": ("", *INPUTS),
 }
 _POSITIVE = (
     "data.batch_size",
@@ -76,8 +77,10 @@ _NEW = (
     "reward.custom",
     "reward.custom_scale",
     "assistant.first",
+    "generator.input",
     "objective.power",
 )  # copied configs may lack them
+_ANY = FewStep((0,))  # a family's, of which nothing is checked
 _FOLDER = (
     "give a folder in diffusers' layout with safetensors, or a name on the Hub such as "
     "stabilityai/stable-diffusion-xl-base-1.0"
@@ -265,11 +268,16 @@ def _check_generator(generator) -> None:
         raise UserError(
             f"generator.steps={generator.steps}, expected 1 to 100; 1, 2 and 4 are usual"
         )
-    times = generator_timesteps(generator, SDXL.one_step)
+    times = generator_form(generator, _ANY).timesteps
     if len(times) != generator.steps:
         raise UserError(
             f"generator.timesteps={times} are {len(times)}, but generator.steps={generator.steps}; "
             "give as many, or () for DMD2's"
+        )
+    if generator.steps > 1 and generator.input == "scaled":
+        raise UserError(
+            f"generator.input='scaled' with generator.steps={generator.steps}, whose first step is "
+            "given noise; set generator.input='', or generator.steps=1"
         )
     known = all(isinstance(t, int) and 0 <= t <= 999 for t in times)
     if not known or not all(a > b for a, b in zip(times, times[1:])):
@@ -348,9 +356,9 @@ def _check_rows(config, context: int) -> None:
     for name, pixels in seen.items():
         if context > 1 and pixels % (32 * context):
             raise UserError(
-                f"mesh.context={context} does not divide the rows of {name}={pixels} at the UNet's "
-                f"lowest level; use a {name} that is a multiple of {32 * context}, or a smaller "
-                "mesh.context"
+                f"mesh.context={context} does not divide the rows of {name}={pixels} at the "
+                f"denoiser's lowest level; use a {name} that is a multiple of {32 * context}, or a "
+                "smaller mesh.context"
             )
 
 

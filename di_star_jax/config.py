@@ -10,7 +10,10 @@ from typing import Any
 
 from di_star_jax.errors import UserError, suggest
 
-_RENAMED = {"eval.num_per_prompt": "eval.samples"}
+_RENAMED = {
+    "compute.remat_unet": "compute.remat_denoiser",
+    "eval.num_per_prompt": "eval.samples",
+}
 _PACKAGE = Path(__file__).parent
 # An installed package has its configs inside, a checkout beside it.
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")

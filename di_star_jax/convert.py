@@ -6,7 +6,7 @@
 
 The first reads a pipeline or a single model in the layout of diffusers and writes checkpoint 0,
 with one item per model. The second reads a checkpoint of a run, one written by the first
-(--which=unet), or the folder of a UNet (with --reference), and writes a pipeline.
+(--which=denoiser), or the folder of a denoiser (with --reference), and writes a pipeline.
 """
 
 import os
@@ -17,18 +17,25 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from di_star_jax.command import run
+from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
-from di_star_jax.models.unet import UNet2DConditionModel
 from di_star_jax.pipelines.card import About
 from di_star_jax.pipelines.export import (
     DTYPES,
-    Unet,
+    Denoiser,
     check_export,
     export_pipeline,
+    form_of_run,
     weights_name,
 )
-from di_star_jax.pipelines.folder import abstract_model, load_unet, model_class, read_config
-from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.pipelines.families import family_at, is_denoiser
+from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines.folder import (
+    abstract_model,
+    class_name,
+    load_denoiser,
+    read_config,
+)
 from di_star_jax.storage import buckets, checkpoint, folders, weights
 from di_star_jax.storage.files import expand
 
@@ -36,9 +43,10 @@ from di_star_jax.storage.files import expand
 def _model_folders(folder: Path) -> dict[str, Path]:
     """{name: folder} of the models of a pipeline, or of a single one."""
     if folders.is_pipeline(folder):
-        return {name: folder / name for name in folders.components(folder) if name in SDXL.parts}
-    cls, _ = model_class(read_config(folder))
-    return {"unet" if cls is UNet2DConditionModel else "model": folder}
+        parts = family_at(folder).parts
+        there = folders.components(folder)
+        return {name: folder / p.folder for name, p in parts.items() if p.folder in there}
+    return {DENOISER if is_denoiser(class_name(read_config(folder))) else "model": folder}
 
 
 def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
@@ -60,8 +68,8 @@ def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
     metadata = {"configs": configs, "reference": reference, "directory": str(Path.cwd())}
     if reference:
         metadata |= folders.identity(folder)
-    if "unet" in configs:
-        metadata["unet_config"] = configs["unet"]
+    if DENOISER in configs:
+        metadata["denoiser_config"] = configs[DENOISER]
     with checkpoint.Checkpoints(output, keep=None) as checkpoints:
         checkpoints.save(0, state, metadata)
 
@@ -75,7 +83,10 @@ def _is_taken(output: str | os.PathLike) -> bool:
 
 
 class _Source(NamedTuple):
-    """What `to_diffusers` reads. metadata: the run's. network: in words. params: of its UNet."""
+    """What `to_diffusers` reads.
+
+    metadata: the run's. network: in words. params: of its denoiser.
+    """
 
     metadata: dict
     network: str
@@ -88,33 +99,34 @@ def _restored(
     which: str,
     check: Callable[[dict], None],
 ) -> _Source:
-    """One of a checkpoint's UNets. Args: step, None for the newest; check, of the metadata."""
+    """One of a checkpoint's denoisers. Args: step, None for the newest; check, of the metadata."""
     if step is None and folder.name.isdigit() and (folder / "metadata").is_dir():
         folder, step = folder.parent, int(folder.name)
     with checkpoint.existing(folder) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         metadata = checkpoints.metadata(step)
-        if "unet_config" not in metadata:
+        if "denoiser_config" not in metadata:
             raise UserError(
                 f"checkpoint {step} in {folder} is of {sorted(metadata['configs'])}, "
-                "expected one with a UNet; give the checkpoint of a run or of a pipeline"
+                "expected one with a denoiser; give the checkpoint of a run or of a pipeline"
             )
         check(metadata)
-        abstract = abstract_model(metadata["unet_config"]).params
+        abstract = abstract_model(metadata["denoiser_config"]).params
         params = checkpoints.restore_item(step, which, abstract)
         return _Source(metadata, f"{which}, step {step}", params)
 
 
-def _read_unet(folder: os.PathLike, reference: str | None) -> _Source:
-    """A UNet's folder."""
+def _read_denoiser(folder: os.PathLike, reference: str | None) -> _Source:
+    """A denoiser's folder."""
     if not reference:
         raise UserError(
             f"{folder} holds a single model; say with --reference=FOLDER which pipeline its text "
             "encoders and VAE are from"
         )
-    unet = load_unet(folders.resolve(str(folder)))
-    metadata = {"unet_config": unet.config, "reference": reference}
-    return _Source(metadata, folder.resolve().name, unet.params)
+    family = family_at(folders.resolve(reference))
+    denoiser = load_denoiser(folders.resolve(str(folder)), family)
+    metadata = {"denoiser_config": denoiser.config, "reference": reference}
+    return _Source(metadata, folder.resolve().name, denoiser.params)
 
 
 def to_diffusers(
@@ -126,27 +138,29 @@ def to_diffusers(
     dtype: str,
     reference: str | None,
 ) -> str:
-    """Writes one UNet as a pipeline, the rest of it from the run's reference.
+    """Writes one denoiser as a pipeline, the rest of it from the run's reference.
 
     A generator ("generator" or "ema") gets the scheduler of its steps, the others keep the
-    reference's. Without a reference (the checkpoint was made from a single UNet) only the UNet's
+    reference's. Without a reference (the checkpoint was made from a single denoiser) only its
     folder is written.
 
     Args:
-      folder: a workdir, its folder of checkpoints, one checkpoint in it, or the folder of a UNet,
-        which is a one-step generator's but for "unet"; here or in a bucket, as output.
-      which: item of the checkpoint: "generator", "ema", "assistant" or "unet".
+      folder: a workdir, its folder of checkpoints, one checkpoint in it, or a denoiser's folder,
+        which is a one-step generator's but for "denoiser"; here or in a bucket, as output.
+      which: item of the checkpoint: "generator", "ema", "assistant" or "denoiser".
       output: replaced as a whole if it is an earlier export.
       step: of the checkpoint, or None for the newest.
       dtype: of all weights, one of export.DTYPES.
       reference: pipeline folder or Hub name, or None for the one that the checkpoint names.
-    Returns: how diffusers draws with it, as lines of Python; "" for a single UNet.
+    Returns: how diffusers draws with it, as lines of Python; "" for a single denoiser.
     Raises: UserError for anything that is missing or does not fit.
     """
     folder = checkpoint.place(folder) if buckets.is_remote(folder) else expand(folder)
     folders.check_output(output)
     if folders.is_pipeline(folder):
-        raise UserError(f"{folder} is a pipeline already; give a workdir, or the folder of a UNet")
+        raise UserError(
+            f"{folder} is a pipeline already; give a workdir, or the folder of a denoiser"
+        )
     sources = []
 
     def check(metadata) -> None:  # before weights are read
@@ -155,25 +169,32 @@ def to_diffusers(
             check_export(sources[0], output)
 
     if folders.is_model(folder):
-        read = _read_unet(folder, reference)
+        read = _read_denoiser(folder, reference)
         check(read.metadata)
     else:
         read = _restored(folder, step, which, check)
     metadata = read.metadata | ({"reference": reference} if reference else {})
-    config = metadata["unet_config"]
+    config = metadata["denoiser_config"]
     if not sources:
         file_name = weights_name(folders.DIFFUSERS, dtype)
         weights.save(output, read.params, config=config, file_name=file_name, dtype=dtype)
         return ""
     is_generator = which in ("generator", "ema")
-    times = metadata.get("generator_timesteps", [SDXL.one_step]) if is_generator else ()
+    form = _form(metadata, sources[0]) if is_generator else None
     return export_pipeline(
-        Unet(read.params, config, tuple(times)),
+        Denoiser(read.params, config, form),
         About.of_run(metadata, read.network),
         reference_folder=sources[0],
         output=output,
         dtype=dtype,
     )
+
+
+def _form(metadata: dict, reference: Path) -> FewStep:
+    """Of a generator; of one that no run made, its family's."""
+    if "generator_timesteps" in metadata:
+        return form_of_run(metadata)
+    return family_at(reference).one_step
 
 
 def _define_flags() -> None:  # not at import: other commands have flags of the same names
@@ -188,8 +209,8 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
     flags.DEFINE_enum(
         "which",
         "ema",
-        ["generator", "ema", "assistant", "unet"],
-        "Network of the checkpoint; unet is that of a converted folder.",
+        ["generator", "ema", "assistant", "denoiser"],
+        "Network of the checkpoint; denoiser is that of a converted folder.",
     )
     flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
     flags.DEFINE_enum(
@@ -201,7 +222,7 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
     flags.DEFINE_string(
         "reference_pipeline",
         None,
-        "Pipeline of the other networks: of a UNet's folder, or of a run where it has moved.",
+        "Pipeline of the other networks: of a denoiser's folder, or of a run where it has moved.",
     )
     flags.DEFINE_alias("reference", "reference_pipeline")
 

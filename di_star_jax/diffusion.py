@@ -90,3 +90,23 @@ def guide(
     Same shapes in and out.
     """
     return eps_uncond + omega * (eps_cond - eps_uncond)
+
+
+class FewStep(NamedTuple):
+    """The form of a few-step generator.
+
+    timesteps: of its steps, falling, in [0, 999].
+    input: what the first step is given, one of INPUTS: "noise" is z (DMD2, PixArt-DMD), "scaled"
+      is sigma_t z (SIM, SiD-LSG).
+    """
+
+    timesteps: tuple[int, ...]
+    input: str = "noise"
+
+
+INPUTS = ("noise", "scaled")
+
+
+def first_input(z: jax.Array, form: FewStep, schedule: Schedule) -> jax.Array:
+    """What a generator's first step is given. Args and result: z [B, ...] standard normal."""
+    return schedule.sigma[form.timesteps[0]] * z if form.input == "scaled" else z

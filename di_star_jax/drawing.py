@@ -16,21 +16,22 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from di_star_jax import samplers, sharding
-from di_star_jax.diffusion import guide
+from di_star_jax.diffusion import FewStep, guide
 from di_star_jax.errors import UserError
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import scheduler
+from di_star_jax.pipelines.export import form_of_run
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.folder import (
     Model,
     Options,
     Pipeline,
     abstract_model,
     check_like,
+    load_denoiser,
     load_pipeline,
-    load_unet,
     model_class,
 )
-from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.samplers import EpsFn
@@ -72,6 +73,12 @@ class Sampling(NamedTuple):
         return self.guidance_scale not in (0.0, 1.0)
 
 
+def few_step(form: FewStep, latent_shape: tuple[int, int, int]) -> Sampling:
+    """How a few-step generator draws."""
+    times = np.array(form.timesteps)
+    return Sampling("few_step", times, 1.0, latent_shape, {"input": form.input})
+
+
 def noise(
     seed: int,
     rows: Sequence[int],
@@ -110,29 +117,29 @@ class Drawer:
     ) -> jax.Array:
         """Images [b, H, W, 3] in [-1, 1].
 
-        Args: params, of unet, vae and text encoders; z [b, h, w, C], [K, b, h, w, C] for few_step.
+        Args: params, by component; z [b, h, w, C], [K, b, h, w, C] for few_step.
         """
         graphdefs = {name: model.graphdef for name, model in self.pipeline.models.items()}
         resolution = z.shape[-2] * self.pipeline.vae_scale
-        conditions = self.pipeline.family.encode_text(graphdefs, params, token_ids, resolution)
-        eps_fn = self.eps_fn(nnx.merge(graphdefs["unet"], params["unet"]), conditions)
+        conditions = self.pipeline.encode_text(params, token_ids, resolution)
+        eps_fn = self.eps_fn(nnx.merge(graphdefs[DENOISER], params[DENOISER]), conditions)
         sampler = samplers.SAMPLERS[self.sampling.sampler]
         x0 = sampler(
             eps_fn, z, self.sampling.timesteps, self.pipeline.schedule, **self.sampling.settings
         )
         return jnp.clip(nnx.merge(graphdefs["vae"], params["vae"]).decode(x0), -1.0, 1.0)
 
-    def eps_fn(self, unet: Callable, conditions: tuple[Condition, Condition]) -> EpsFn:
-        """The UNet's noise prediction, with guidance if there is any."""
+    def eps_fn(self, denoiser: Callable, conditions: tuple[Condition, Condition]) -> EpsFn:
+        """The denoiser's noise prediction, with guidance if there is any."""
         condition, null = conditions
         omega = self.sampling.guidance_scale
 
         def plain(x_t, t) -> jax.Array:
-            return unet(x_t, t, condition)
+            return denoiser(x_t, t, condition)
 
         def guided(x_t, t) -> jax.Array:
             both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), condition, null)
-            eps = unet(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
+            eps = denoiser(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both)
             eps_cond, eps_null = jnp.split(eps, 2)
             return guide(eps_cond, eps_null, omega)
 
@@ -223,22 +230,21 @@ def load(
     dtype: Any = jnp.float32,
     reference: str | None = None,
 ) -> Pipeline:
-    """A pipeline, or the reference's with the UNet of a run's newest checkpoint in it, or another.
+    """A pipeline, or the reference's with a denoiser of a run's newest checkpoint, or with another.
 
     Args:
-      source: pipeline folder, workdir, folder of a single UNet, address of one, or Hub name.
+      source: pipeline folder, workdir, folder of a single denoiser, address of one, or Hub name.
       which: item of the checkpoint: "ema", "generator" or "assistant"; or "initial", the generator
         before the run. Of what has one network, "ema".
       mesh: of devices that share the parameters; None for one device.
       dtype: of parameters and computation.
-      reference: pipeline folder or Hub name of what a UNet lacks; None for the one of the run.
+      reference: pipeline folder or Hub name of what a denoiser lacks; None for the one of the run.
     Raises: UserError for what is not there or does not go together.
     """
     shardings = None if mesh is None else functools.partial(sharding.params_sharding, mesh)
     options = Options(dtype=dtype, param_dtype=dtype, shardings=shardings)
-    of_parts = dict.fromkeys(SDXL.parts, options)
     if is_run(source):
-        return _load_run(source, which, reference, of_parts)
+        return _load_run(source, which, reference, options)
     if which != "ema":
         raise UserError(
             f"--which={which} with {source}, which is no run and has one network; leave the flag "
@@ -246,13 +252,13 @@ def load(
         )
     folder = folders.resolve(source)
     if folders.is_model(folder):
-        return _load_unet(folder, reference, of_parts)
+        return _load_denoiser(folder, reference, options)
     if reference:
         raise UserError(
             f"--reference_pipeline={reference} with {source}, which is a whole pipeline; leave the "
             "flag out"
         )
-    return load_pipeline(folder, of_parts)
+    return load_pipeline(folder, options)
 
 
 def is_run(source: str) -> bool:
@@ -267,41 +273,41 @@ def _load_run(
     source: str,
     which: str,
     reference: str | None,
-    options: dict[str, Options],
+    options: Options,
 ) -> Pipeline:
     with checkpoint.existing(source) as checkpoints:
         metadata = checkpoint.located(checkpoints.metadata(checkpoints.latest_step()))
         loaded = load_pipeline(checkpoint.reference_of(metadata, reference), options)
-        unet = abstract_model(metadata["unet_config"], options["unet"])
+        denoiser = abstract_model(metadata["denoiser_config"], options)
         if which == "initial":
-            params = _initial(source, metadata, unet)
+            params = _initial(source, metadata, denoiser)
         else:
-            params = checkpoints.restore_item(checkpoints.latest_step(), which, unet.params)
-    models = loaded.models | {"unet": unet._replace(params=params)}
-    times = () if which == "assistant" else tuple(metadata["generator_timesteps"])
-    return loaded._replace(models=models, timesteps=times)
+            params = checkpoints.restore_item(checkpoints.latest_step(), which, denoiser.params)
+    models = loaded.models | {DENOISER: denoiser._replace(params=params)}
+    form = None if which == "assistant" else form_of_run(metadata)
+    return loaded._replace(models=models, form=form)
 
 
-def _load_unet(
+def _load_denoiser(
     folder: Path,
     reference: str | None,
-    options: dict[str, Options],
+    options: Options,
 ) -> Pipeline:
-    """A UNet that stands alone is a one-step generator's, as DMD2's."""
+    """A denoiser that stands alone is a one-step generator's, as DMD2 publishes its own."""
     if not reference:
         raise UserError(
             f"{folder} holds a single model; say with --reference_pipeline=FOLDER which pipeline "
             "its text encoders and VAE are from"
         )
     loaded = load_pipeline(folders.resolve(reference), options)
-    models = loaded.models | {"unet": load_unet(folder, options["unet"])}
-    return loaded._replace(models=models, timesteps=(loaded.family.one_step,))
+    models = loaded.models | {DENOISER: load_denoiser(folder, loaded.family, options)}
+    return loaded._replace(models=models, form=loaded.family.one_step)
 
 
 def _initial(
     source: str,
     metadata: dict,
-    unet: Model,
+    denoiser: Model,
 ) -> Any:
     """Parameters of the generator that a run began from."""
     if "initial" not in metadata:
@@ -310,8 +316,8 @@ def _initial(
             "pipeline"
         )
     folder = folders.resolve(metadata["initial"])
-    check_like(folder, unet.config)
-    return weights.load(folder, unet.params)
+    check_like(folder, denoiser.config)
+    return weights.load(folder, denoiser.params)
 
 
 class Asked(NamedTuple):
@@ -343,20 +349,19 @@ class Asked(NamedTuple):
 
 def sampling_of(asked: Asked, loaded: Pipeline) -> Sampling:
     """What is asked for, of a pipeline. Raises: UserError for a setting that would not be used."""
-    times = asked.timesteps or loaded.timesteps
-    sampler = asked.sampler or ("few_step" if times else _own_sampler(loaded.scheduler))
-    _, unet = model_class(loaded.models["unet"].config)
-    if not asked.resolution and unet.sample_size is None:
-        raise UserError(
-            f"{loaded.folder / 'unet' / 'config.json'} has no sample_size; give --resolution"
-        )
-    size = asked.resolution // loaded.vae_scale if asked.resolution else unet.sample_size
-    shape = (size, size, unet.in_channels)
+    is_generator = asked.timesteps or loaded.form
+    sampler = asked.sampler or ("few_step" if is_generator else _own_sampler(loaded.scheduler))
+    _, denoiser = model_class(loaded.models[DENOISER].config)
+    if not asked.resolution and denoiser.sample_size is None:
+        where = loaded.folder / loaded.family.parts[DENOISER].folder / "config.json"
+        raise UserError(f"{where} has no sample_size; give --resolution")
+    size = asked.resolution // loaded.vae_scale if asked.resolution else denoiser.sample_size
+    shape = (size, size, denoiser.in_channels)
     if sampler == "few_step":
-        times = times or (loaded.family.one_step,)
-        _check_few_step(asked, times)
+        form = _form(asked, loaded)
+        _check_few_step(asked, form.timesteps)
         scheduler.check(loaded.scheduler, sampler)
-        return Sampling(sampler, np.array(times), 1.0, shape)
+        return few_step(form, shape)
     if asked.timesteps:
         raise UserError(
             f"--timestep={asked.timesteps[0]} with --sampler={sampler}, which takes --steps; leave "
@@ -367,6 +372,13 @@ def sampling_of(asked: Asked, loaded: Pipeline) -> Sampling:
     if guidance_scale is None:
         guidance_scale = scheduler.guidance_scale_of(loaded.scheduler, teacher.guidance_scale)
     return Sampling(sampler, times, guidance_scale, shape, settings)
+
+
+def _form(asked: Asked, loaded: Pipeline) -> FewStep:
+    """Of the steps that are asked for; several begin at the noise itself."""
+    form = loaded.form or loaded.family.one_step
+    times = asked.timesteps or form.timesteps
+    return FewStep(times, form.input if len(times) == 1 else "noise")
 
 
 def _check_few_step(asked: Asked, times: Sequence[int]) -> None:

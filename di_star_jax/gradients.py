@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from di_star_jax import objectives, sharding
-from di_star_jax.diffusion import Schedule, add_noise, eps_to_x0, guide, per_sample
+from di_star_jax.diffusion import (
+    FewStep,
+    Schedule,
+    add_noise,
+    eps_to_x0,
+    first_input,
+    guide,
+    per_sample,
+)
 from di_star_jax.models.unet import Condition
 from di_star_jax.objectives import OBJECTIVES, Point, Scores
 
@@ -43,7 +51,7 @@ class Settings:
     assistant_times: tuple[int, int]
     assistant_updates: int
     scheme: str  # a key of schemes.SCHEMES
-    generator_timesteps: tuple[int, ...]  # falling, one per step of the generator
+    generator: FewStep  # what learns is of this form
     latent_shape: tuple[int, ...]
     ema_half_life: float  # in images
     assistant_first: bool = False
@@ -57,24 +65,25 @@ class Settings:
 class Method:
     """What a step is made of, bound once.
 
-    unet: parameters -> network (x_t [b, h, w, 4], t [b], Condition) -> eps [b, h, w, 4] float32.
+    denoiser: parameters -> network (x_t [b, h, w, 4], t [b], Condition) -> eps [b, h, w, 4],
+      float32.
     encode_text: (frozen, token_ids) -> (Condition, null Condition).
     reward: (frozen, x0 [b, h, w, 4], token_ids, crop [b, 2]) -> (alpha_rew r(x0, c) summed over the
       rewards [b], each reward by name [b]), through the VAE decoder. Only the sum is
       differentiated.
-    score_unet: as unet, in the precision of the scores; None is the same.
+    score_denoiser: as denoiser, in the precision of the scores; None is the same.
     """
 
-    unet: Callable[[Params], Callable[..., jax.Array]]
+    denoiser: Callable[[Params], Callable[..., jax.Array]]
     encode_text: Callable[[dict, dict], tuple[Condition, Condition]]
     reward: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     schedule: Schedule
     settings: Settings
-    score_unet: Callable[[Params], Callable[..., jax.Array]] | None = None
+    score_denoiser: Callable[[Params], Callable[..., jax.Array]] | None = None
 
     def score(self, params: Params) -> Callable[..., jax.Array]:
         """A score network of the generator's loss, assistant or reference."""
-        return (self.score_unet or self.unet)(params)
+        return (self.score_denoiser or self.denoiser)(params)
 
     @property
     def objective(self) -> objectives.Objective:
@@ -123,7 +132,7 @@ def draw(
     """
     key_z, key_generator, key_assistant = jax.random.split(key, 3)
     shape = (batch, *settings.latent_shape)
-    steps = len(settings.generator_timesteps)
+    steps = len(settings.generator.timesteps)
     t, eps = times_and_noise(key_generator, settings.generator_times, shape)
     t_psi, eps_psi = times_and_noise(key_assistant, settings.assistant_times, shape)
     return Draws(
@@ -194,24 +203,26 @@ def simulate(
 ) -> tuple[jax.Array, jax.Array]:
     """DMD2's backward simulation: what the generator's step `draws.step` is given.
 
-    Returns: (x_t [b, h, w, 4] without gradient, t [b] int32). With one step, z and its time.
+    Returns: (x_t [b, h, w, 4] without gradient, t [b] int32). With one step, its input and time.
     """
-    timesteps = jnp.array(method.settings.generator_timesteps)
+    form = method.settings.generator
+    timesteps = jnp.array(form.timesteps)
     noise = jnp.moveaxis(draws.noise, 1, 0)
+    first = first_input(noise[0], form, method.schedule)
 
     def for_all(t) -> jax.Array:
         return jnp.full(noise.shape[1:2], t)
 
     if len(timesteps) == 1:
-        return noise[0], for_all(timesteps[0])
-    unet = method.unet(generator)
+        return first, for_all(timesteps[0])
+    denoiser = method.denoiser(generator)
 
     def earlier(k, x_t) -> jax.Array:
         t = for_all(timesteps[k])
-        x0 = x0_of(method, x_t, t, unet(x_t, t, condition))
+        x0 = x0_of(method, x_t, t, denoiser(x_t, t, condition))
         return method.noise(x0, for_all(timesteps[k + 1]), noise[k + 1]).x_t
 
-    x_t = jax.lax.fori_loop(0, draws.step, earlier, noise[0])
+    x_t = jax.lax.fori_loop(0, draws.step, earlier, first)
     return x_t, for_all(timesteps[draws.step])
 
 
@@ -235,7 +246,7 @@ def generate(
     z, t = simulate(method, generator, draws, condition)
 
     def x0_by(params) -> jax.Array:
-        return x0_of(method, z, t, method.unet(params)(z, t, condition))
+        return x0_of(method, z, t, method.denoiser(params)(z, t, condition))
 
     return jax.vjp(x0_by, generator)
 
@@ -388,7 +399,7 @@ def assistant_gradient(
     """The gradient of denoising score matching at x_t (Eq. 2.2), and its loss [b] per element."""
 
     def mean_loss(assistant):
-        eps_psi = method.unet(assistant)(point.x_t, t, condition)
+        eps_psi = method.denoiser(assistant)(point.x_t, t, condition)
         loss = objectives.denoising_score_matching(eps_psi, point.eps)
         return mean_share(loss), loss
 
@@ -485,7 +496,7 @@ def of_assistant(
     assistant, generator, frozen = networks
     condition = method.encode_text(frozen, token_ids)[0]
     x_t, t = simulate(method, generator, draws, condition)
-    x0 = x0_of(method, x_t, t, method.unet(generator)(x_t, t, condition))
+    x0 = x0_of(method, x_t, t, method.denoiser(generator)(x_t, t, condition))
     return assistant_gradient(
         method, assistant, *noised_for_assistant(method, x0, draws), condition
     )

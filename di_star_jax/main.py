@@ -26,7 +26,7 @@ from di_star_jax.sharding import check_slices, mesh_shape
 from di_star_jax.storage.buckets import is_remote
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "What to do: shapes, sdxl, or the path of a file; :PRESET may follow."
+    "config", None, "What to do: shapes, sdxl, sd15, or a file; :PRESET may follow."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for the run, or a gs:// address: checkpoints, logs and results."

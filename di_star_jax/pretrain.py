@@ -18,7 +18,6 @@ beside the usual parts.
 
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from di_star_jax import assembly, checks, drawing, log, samplers
@@ -26,6 +25,7 @@ from di_star_jax.command import run as run_command
 from di_star_jax.config import load_config
 from di_star_jax.evaluation import held_out
 from di_star_jax.evaluation.held_out import TEACHER, HeldOut
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.folder import load_model
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.files import Prompt
@@ -55,7 +55,7 @@ def score_all(folder: Path) -> dict[str, dict[str, float]]:
     parts = _parts_of(folder)
     guided = drawing.Sampling("euler", samplers.leading_timesteps(50), networks.OMEGA, LATENT_SHAPE)
     teacher = _held_out(folder, parts, guided)
-    scored = teacher.measure(parts.models["unet"].params, "scoring the teacher, 50 steps")
+    scored = teacher.measure(parts.models[DENOISER].params, "scoring the teacher, 50 steps")
     (folder / TEACHER).mkdir(exist_ok=True)
     reward = {"pickscore": folders.digest(folder / "reward")}
     held_out.keep(
@@ -65,7 +65,7 @@ def score_all(folder: Path) -> dict[str, dict[str, float]]:
         scored,
     )
 
-    one_step = drawing.Sampling("few_step", np.array([SDXL.one_step]), 1.0, LATENT_SHAPE)
+    one_step = drawing.few_step(SDXL.one_step, LATENT_SHAPE)
     generator = load_model(folder / "generator").params
     of_generator = _held_out(folder, parts, one_step).measure(generator, "scoring the generator")
     return {"teacher, 50 guided steps": scored.scores, "one-step generator": of_generator.scores}
@@ -90,8 +90,8 @@ def _held_out(
     drawer = drawing.Drawer(parts.pipeline, sampling)
     compiled = drawing.make_scored_draw(drawer, parts.rewards, drawing.one_device())
 
-    def draw(unet, token_ids, z):
-        return compiled(parts.frozen() | {"unet": unet}, token_ids, z)
+    def draw(denoiser, token_ids, z):
+        return compiled(parts.frozen() | {DENOISER: denoiser}, token_ids, z)
 
     return HeldOut(
         draw=draw,

@@ -42,13 +42,13 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Workdir of a run, folder of a pipeline or of a UNet, an address of one (gs://, s3://), or "
-        "Hub name.",
+        "Workdir of a run, folder of a pipeline or of a denoiser, an address (gs://, s3://) of "
+        "one, or Hub name.",
     )
     flags.DEFINE_string(
         "reference_pipeline",
         None,
-        "Pipeline of the other networks: of a UNet's folder, or of a run where it has moved.",
+        "Pipeline of the other networks: of a denoiser's folder, or of a run where it has moved.",
     )
     flags.DEFINE_integer("seed", 0, "Seed of the noise.")
     flags.DEFINE_enum(
@@ -74,8 +74,8 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     flags.DEFINE_float(
         "guidance_scale",
         None,
-        "Guidance of the samplers ddim, euler and dpm_solver_pp; if not given, 7.5 for SDXL, as in "
-        "the paper's SDXL rows, and 5 for the shapes world; 1 is none.",
+        "Guidance of the samplers ddim, euler and dpm_solver_pp; if not given, 7.5, as in the "
+        "paper's SDXL rows and diffusers' SD 1.5, and 3 for the shapes world; 1 is none.",
         lower_bound=0.0,
     )
     flags.DEFINE_multi_integer(
@@ -85,7 +85,7 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
         lower_bound=0,
         upper_bound=999,
     )
-    flags.DEFINE_integer("resolution", None, "Pixels of a side; the UNet's own if not given.")
+    flags.DEFINE_integer("resolution", None, "Pixels of a side; the denoiser's own if not given.")
     flags.DEFINE_enum(
         "dtype",
         "float32",

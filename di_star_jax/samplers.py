@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from di_star_jax.diffusion import Schedule, add_noise, eps_to_x0
+from di_star_jax.diffusion import FewStep, Schedule, add_noise, eps_to_x0, first_input
 
 EpsFn = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -61,6 +61,8 @@ def few_step(
     noise: jax.Array,
     timesteps: np.ndarray,
     schedule: Schedule,
+    *,
+    input: str = "noise",
 ) -> jax.Array:
     """x_0 from each time, noised again to the next one: a few-step generator of DMD2.
 
@@ -69,11 +71,13 @@ def few_step(
       noise: [K, B, ...] standard normal; the first is z.
       timesteps: [K] int, falling; 999, 749, 499, 249 for DMD2's four steps.
       schedule: alpha and sigma.
+      input: as in `FewStep`.
     Returns:
       [B, ...] scaled latents. Source: diffusers `LCMScheduler`, whose boundary conditions are
       within 1e-7 of this.
     """
-    x0 = one_step(eps_fn, noise[0], timesteps[:1], schedule)
+    z = first_input(noise[0], FewStep(tuple(timesteps), input), schedule)
+    x0 = one_step(eps_fn, z, timesteps[:1], schedule)
     for k in range(1, len(timesteps)):
         t = jnp.full(x0.shape[:1], timesteps[k], jnp.int32)
         x_t = add_noise(x0, noise[k], schedule.alpha[t], schedule.sigma[t])
@@ -234,13 +238,15 @@ def dpm_solver_pp(
 SAMPLERS = {"few_step": few_step, "ddim": ddim, "euler": euler, "dpm_solver_pp": dpm_solver_pp}
 
 
-def generator_timesteps(generator, one_step: int) -> tuple[int, ...]:
-    """The times of the generator's steps.
+def generator_form(generator, one_step: FewStep) -> FewStep:
+    """The form of the generator that a config trains.
 
-    Args: the config's section; without timesteps they are DMD2's. The one step's, of the family.
+    Args: the config's section, where () and "" are the family's for one step, DMD2's for more; the
+      family's.
     """
-    if generator.timesteps:
-        return tuple(generator.timesteps)
     if generator.steps == 1:
-        return (one_step,)
-    return tuple(999 - i * 1000 // generator.steps for i in range(generator.steps))
+        times = tuple(generator.timesteps) or one_step.timesteps
+        return FewStep(times, generator.input or one_step.input)
+    count = generator.steps
+    times = tuple(generator.timesteps) or tuple(999 - i * 1000 // count for i in range(count))
+    return FewStep(times, generator.input or "noise")

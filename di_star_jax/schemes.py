@@ -89,7 +89,7 @@ def looped(
     draws: Draws,
     scale: jax.Array,
 ) -> tuple[Gradients, Figures]:
-    """As `separate` with a UNet traced three times in place of seven, for slow compilers.
+    """As `separate` with a denoiser traced three times in place of seven, for slow compilers.
 
     Once forward for x0, once as a loop over the score networks (of objectives with guidance inside;
     others evaluate theirs one by one), once as a loop over the two that learn. The generator's
@@ -98,7 +98,7 @@ def looped(
     generator, assistant = trained
     conditions = method.encode_text(frozen, token_ids)
     z, t_z = simulate(method, generator, draws, conditions[0])
-    eps_z = method.unet(generator)(z, t_z, conditions[0])
+    eps_z = method.denoiser(generator)(z, t_z, conditions[0])
     x0, to_eps_z = jax.vjp(functools.partial(x0_of, method, z, t_z), eps_z)
     predict = functools.partial(
         evaluate,
@@ -120,7 +120,7 @@ def looped(
     def learn(_, turn):
         first, x_t, t = turn
         eps, pull_back = jax.vjp(
-            lambda params: method.unet(params)(x_t, t, conditions[0]),
+            lambda params: method.denoiser(params)(x_t, t, conditions[0]),
             select(first, generator, assistant),
         )
         of_loss, loss = denoising_gradient(eps, noised.eps)

@@ -122,7 +122,7 @@ def make_train_step(
 
     train_step(state, frozen, token_ids, key) -> (state, metrics):
       state: TrainState.
-      frozen: parameters that never change: {'reference': a UNet's, ...}, see assembly.py.
+      frozen: parameters that never change: {'reference': a denoiser's, ...}, see assembly.py.
       token_ids: `prompt_batches` of them, what text encoders and rewards make of B prompts, trees
         of [B, ...].
       key: of the run; the step's number is folded in.

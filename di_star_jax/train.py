@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from di_star_jax import (
@@ -39,7 +38,14 @@ from di_star_jax.evaluation.held_out import HeldOut
 from di_star_jax.gradients import Method, Settings
 from di_star_jax.models import attention
 from di_star_jax.pipelines.card import PICTURE, About
-from di_star_jax.pipelines.export import FOLDER, Unet, check_export, export_pipeline
+from di_star_jax.pipelines.export import (
+    FOLDER,
+    Denoiser,
+    check_export,
+    export_pipeline,
+    form_of_run,
+)
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.folder import check_like
 from di_star_jax.prompts import source as prompt_source
 from di_star_jax.prompts.files import Prompt
@@ -687,19 +693,19 @@ def load_state(
 ) -> step.TrainState:
     """The newest checkpoint's state, or that of step 0 from generator's and assistant's weights."""
     parts, optimizers = loaded.parts, loaded.optimizers
-    abstract = assembly.abstract_state(parts.models["unet"], optimizers, loaded.mesh)
+    abstract = assembly.abstract_state(parts.models[DENOISER], optimizers, loaded.mesh)
     latest = checkpoints.latest_step()
     if latest is not None:
         log.say(f"continuing at step {latest} of the checkpoints in {checkpoints.folder}")
         return checkpoints.restore(latest, abstract)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
-    of_assistant = parts.pipeline.folder / "unet"
+    of_assistant = parts.pipeline.folder / parts.pipeline.family.parts[DENOISER].folder
     if config.weights.assistant:
         of_assistant = folders.resolve(config.weights.assistant)
     of_generator = folders.resolve(config.weights.generator)
     for folder in (of_generator, of_assistant):
-        check_like(folder, parts.models["unet"].config)
+        check_like(folder, parts.models[DENOISER].config)
     generator = weights.load(of_generator, abstract.generator)
     assistant = weights.load(of_assistant, abstract.assistant)
     init = jax.jit(
@@ -717,9 +723,10 @@ def metadata_of(
 ) -> dict[str, Any]:
     """What convert, sample and evaluate need to know of a run; each checkpoint holds it."""
     return {
-        "unet_config": parts.models["unet"].config,
+        "denoiser_config": parts.models[DENOISER].config,
         "reference": config.weights.reference,
-        "generator_timesteps": settings.generator_timesteps,
+        "generator_timesteps": settings.generator.timesteps,
+        "generator_input": settings.generator.input,
         "initial": config.weights.generator,
         "objective": config.objective.name,
         "trained_on": {name: scale for name, scale in scales_of(config.reward).items() if scale},
@@ -785,16 +792,14 @@ def scorer_of(
     if "eval" not in prompts:
         return None
     held = eval_prompts(config, prompts["eval"])
-    sampling = drawing.Sampling(
-        "few_step", np.array(settings.generator_timesteps), 1.0, settings.latent_shape
-    )
+    sampling = drawing.few_step(settings.generator, settings.latent_shape)
     drawer = drawing.Drawer(parts.pipeline, sampling)
     compiled = drawing.make_scored_draw(drawer, parts.rewards, mesh)
     frozen = parts.frozen()
     del frozen["reference"]
 
     def draw(generator, token_ids, z):
-        return compiled(frozen | {"unet": generator}, token_ids, z)
+        return compiled(frozen | {DENOISER: generator}, token_ids, z)
 
     return HeldOut(
         draw=draw,
@@ -836,7 +841,7 @@ def export(
     """
     output, picture = workdir.folder / FOLDER, workdir.folder / PICTURE
     usage = export_pipeline(
-        Unet(generator, metadata["unet_config"], tuple(metadata["generator_timesteps"])),
+        Denoiser(generator, metadata["denoiser_config"], form_of_run(metadata)),
         About.of_run(metadata, f"ema, step {step_number}", picture if picture.exists() else None),
         reference_folder=parts.pipeline.folder,
         output=output,

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What one GPU makes of SDXL at 1024 pixels, in nine minutes on an H100 or H200; random weights, nothing is downloaded.
-#   launch/gpu_check.sh FOLDER [ITEM ...]        # of: device attention sample1 unet train sample4 vae torch
+#   launch/gpu_check.sh FOLDER [ITEM ...]        # of: device attention sample1 denoiser train sample4 vae torch
 #   SMALL=1 JAX_PLATFORMS=cpu launch/gpu_check.sh FOLDER          # the same on the shapes world, to try this script
 # In the order of what is wanted most, each in a time limit of its own; FOLDER gets ITEM.json as soon as an item is done, and ITEM.log.
-# torch is the UNet's work beside PyTorch's, where diffusers is installed too. PYTHON names another python.
+# torch is the denoiser's work beside PyTorch's, where diffusers is installed too. PYTHON names another python.
 # On an H200 sample1, sample4 and vae took 45 to 85 s each, and the step with its networks apart over 370 s to compile.
 set -uo pipefail
 fail() { echo "error: $*" >&2; exit 2; }
@@ -11,7 +11,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 mkdir -p "$1" || fail "cannot write in $1; give another folder"
 out="$(cd "$1" && pwd)"
 items=("${@:2}")
-[ ${#items[@]} -gt 0 ] || items=(device attention sample1 unet train sample4 vae torch)
+[ ${#items[@]} -gt 0 ] || items=(device attention sample1 denoiser train sample4 vae torch)
 cd "$(dirname "$0")/.." || exit
 python="${PYTHON:-python3}"
 deadline=$((SECONDS + ${LIMIT:-540}))  # seconds, of all items
@@ -101,12 +101,12 @@ for name in "${items[@]}"; do
         tests/test_attention.py -k "${SMALL:+not }cudnn"
       ;;
     sample1) bench 90 sample1 sample 1 ;;
-    unet) bench 150 unet unet "$batch" ;;
+    denoiser) bench 150 denoiser denoiser "$batch" ;;
     train) XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench 400 train train "$batch" "${train[@]}" ;;
     sample4) bench 90 sample4 sample 4 ;;
     vae) bench 120 vae vae "$batch" ;;
-    torch) bench 240 torch unet "$batch" --vs=torch ;;
-    *) fail "got item $name, expected of: device attention sample1 unet train sample4 vae torch" ;;
+    torch) bench 240 torch denoiser "$batch" --vs=torch ;;
+    *) fail "got item $name, expected of: device attention sample1 denoiser train sample4 vae torch" ;;
   esac || failed+=("$name")
 done
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -192,8 +192,8 @@ MUTANTS = r"""
 - return jnp.sum(per_sample_loss) / (per_sample_loss.shape[0] * sharding.size(*sharding.BATCH))
 + return jnp.sum(per_sample_loss)
 # the assistant
-- eps_psi = method.unet(assistant)(point.x_t, t, condition)
-+ eps_psi = method.unet(assistant)(point.x0, t, condition)
+- eps_psi = method.denoiser(assistant)(point.x_t, t, condition)
++ eps_psi = method.denoiser(assistant)(point.x0, t, condition)
 - loss = objectives.denoising_score_matching(eps_psi, point.eps)
 + loss = objectives.denoising_score_matching(eps_psi, point.x0)
 - method, assistant, *noised_for_assistant(method, x0, draws), conditions[0]
@@ -214,8 +214,8 @@ MUTANTS = r"""
 - norms = [batch * _norm(gradient) for gradient in (of_regulariser, of_reward)]
 + norms = [batch * _norm(gradient) for gradient in (of_reward, of_regulariser)]
 @ gradients.py | test_by_hand.py | assistants_own
-- x0 = x0_of(method, x_t, t, method.unet(generator)(x_t, t, condition))
-+ x0 = x0_of(method, x_t, t, method.unet(assistant)(x_t, t, condition))
+- x0 = x0_of(method, x_t, t, method.denoiser(generator)(x_t, t, condition))
++ x0 = x0_of(method, x_t, t, method.denoiser(assistant)(x_t, t, condition))
 - x_t, t = simulate(method, generator, draws, condition)
 + x_t, t = simulate(method, assistant, draws, condition)
 - condition = method.encode_text(frozen, token_ids)[0]
@@ -248,8 +248,16 @@ MUTANTS = r"""
 + return method.noise(x0, for_all(timesteps[k + 1]), noise[k]).x_t
 - return method.noise(x0, for_all(timesteps[k + 1]), noise[k + 1]).x_t
 + return method.noise(x0, for_all(timesteps[k]), noise[k + 1]).x_t
-- x_t = jax.lax.fori_loop(0, draws.step, earlier, noise[0])
-+ x_t = jax.lax.fori_loop(1, draws.step, earlier, noise[0])
+- x_t = jax.lax.fori_loop(0, draws.step, earlier, first)
++ x_t = jax.lax.fori_loop(1, draws.step, earlier, first)
+@ gradients.py | test_by_hand.py | given_z_or
+- first = first_input(noise[0], form, method.schedule)
++ first = noise[0]
+@ diffusion.py | test_by_hand.py | given_z_or
+- return schedule.sigma[form.timesteps[0]] * z if form.input == "scaled" else z
++ return schedule.alpha[form.timesteps[0]] * z if form.input == "scaled" else z
+- return schedule.sigma[form.timesteps[0]] * z if form.input == "scaled" else z
++ return schedule.sigma[form.timesteps[0]] * z
 @ gradients.py | test_by_hand.py | not_finite
 - kept = jnp.isfinite(total).all(axis=tuple(range(1, total.ndim)))
 + kept = jnp.full(len(total), jnp.isfinite(total).all())
@@ -267,9 +275,9 @@ MUTANTS = r"""
 - names = ("cond", "null") if omega == 1.0 else ("null", "cond")
 + names = ("null", "cond") if omega == 1.0 else ("cond", "null")
 - return method.score(assistant)(x_t, t, condition)
-+ return method.unet(assistant)(x_t, t, condition)
++ return method.denoiser(assistant)(x_t, t, condition)
 - eps_cond, eps_null = jnp.split(method.score(reference)(x_t, t, both), 2)
-+ eps_cond, eps_null = jnp.split(method.unet(reference)(x_t, t, both), 2)
++ eps_cond, eps_null = jnp.split(method.denoiser(reference)(x_t, t, both), 2)
 @ gradients.py | test_step.py | eight_devices
 - return jnp.sum(per_sample_loss) / (per_sample_loss.shape[0] * sharding.size(*sharding.BATCH))
 + return jnp.sum(per_sample_loss) / per_sample_loss.shape[0]
@@ -506,8 +514,8 @@ MUTANTS = r"""
 - return (ratio * x_t + weight * extrapolated, x0), None
 + return (ratio * x_t + weight * extrapolated, x0_before), None
 @ samplers.py | test_assembly.py | constants
-- return tuple(999 - i * 1000 // generator.steps for i in range(generator.steps))
-+ return tuple(1000 - i * 1000 // generator.steps for i in range(generator.steps))
+- tuple(999 - i * 1000 // count for i in range(count))
++ tuple(1000 - i * 1000 // count for i in range(count))
 @ samplers.py | test_fields.py | follows_the_file or last_noise
 - return _deterministic(eps_fn, z, _steps(timesteps, schedule, to), clip)
 + return _deterministic(eps_fn, z, _steps(timesteps, schedule, to))
@@ -677,8 +685,8 @@ MUTANTS = r"""
 - guided = objective.omega != 1.0 and objective.name not in objectives.OUTSIDE
 + guided = objective.omega != 1.0
 @ assembly.py | test_assembly.py | what_learns
-- params = sharding.abstract(unet.params, dtype=jnp.float32)
-+ params = sharding.abstract(unet.params)
+- params = sharding.abstract(denoiser.params, dtype=jnp.float32)
++ params = sharding.abstract(denoiser.params)
 @ assembly.py | test_clip_rewards.py | add_up or resized or scale_zero
 - total += scale * each[name]
 + total += each[name]
@@ -747,6 +755,33 @@ MUTANTS = r"""
 + if field == "use_additional_conditions" or getattr(self, field) is None:
 - "interpolation_scale": float(max(self.sample_size // 64, 1)),
 + "interpolation_scale": self.sample_size / 64,
+@ pipelines/sd15.py | test_sd15.py | condition_and_null
+- context = encoder(token_ids["tokenizer"]).last_hidden_state.astype(jnp.float32)
++ context = encoder(token_ids["tokenizer"]).hidden_states_penultimate.astype(jnp.float32)
+- return Condition(context), Condition(jnp.broadcast_to(null, context.shape))
++ return Condition(context), Condition(jnp.zeros_like(context))
+@ pipelines/export.py | test_sd15.py | draws_in_diffusers
+- "timestep_spacing": "trailing" if form.input == "scaled" else "leading",
++ "timestep_spacing": "leading",
+- if len(timesteps) == 1 and keeps_offset:
++ if len(timesteps) == 1:
+- if name in (folder_of_denoiser, folders.SCHEDULER[0], *folders.LEFT_OUT):
++ if name in (folder_of_denoiser, folders.SCHEDULER[0]):
+- index["requires_safety_checker"] = False  # else diffusers warns of its absence
++ pass
+- common["steps_offset"] = 1  # else the pipeline puts it there, with a warning
++ pass
+@ pipelines/export.py | test_sd15.py | draws_in_diffusers
+- given = metadata.get("generator_input", "noise")  # earlier runs had no other
++ given = "noise"
+- INPUT: form.input,
++ INPUT: "noise",
+@ storage/checkpoint.py | test_checkpoint.py | earlier_versions
+- return {_RENAMED.get(name, name): value for name, value in found.items()}
++ return found
+@ storage/folders.py | test_weights.py | repository_only
+- parts = [part for part in components(folder) if part not in LEFT_OUT]
++ parts = components(folder)
 @ pipelines/sdxl.py | test_by_hand.py | sdxls
 - [first.hidden_states_penultimate, second.hidden_states_penultimate], axis=-1
 + [second.hidden_states_penultimate, first.hidden_states_penultimate], axis=-1
@@ -830,8 +865,8 @@ MUTANTS = r"""
 + if True
 - if held and size + tensor.nbytes > MAX_SHARD:
 + if held and tensor.nbytes > MAX_SHARD:
-- for candidate in (name, renamed, f"text_model.{name}"):
-+ for candidate in (name, renamed):
+- for candidate in (name, renamed, f"text_model.{name}", _SHARED.get(name)):
++ for candidate in (name, renamed, _SHARED.get(name)):
 - if key in found and tuple(found[key].shape) != shape
 + if key in found and len(found[key].shape) != len(shape)
 @ storage/weights.py | test_weights.py | count_from_one

@@ -13,6 +13,7 @@ from test_config import dry
 from test_step import CONFIGS
 
 from di_star_jax import assembly, gradients, models, sharding, step
+from di_star_jax.diffusion import FewStep
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines.folder import abstract_model, model_class
 from di_star_jax.pipelines.sdxl import SDXL
@@ -54,7 +55,7 @@ def test_guidance_order_balance_and_parts_of_the_batch_are_those_of_the_config()
 
 def test_what_learns_is_float32_whatever_the_reference_is_kept_in():
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    options = assembly.model_options(dry(), mesh)["unet"]
+    options = assembly.model_options(dry(), mesh)["denoiser"]
     unet = abstract_model(CONFIGS["unet"], options)
     assert {leaf.dtype for leaf in jax.tree.leaves(unet.params)} == {jnp.dtype("bfloat16")}
     state = assembly.abstract_state(unet, assembly.optimizers_of(dry()), mesh)
@@ -90,7 +91,7 @@ def test_constants_and_weights_of_the_loss_come_from_their_fields():
     )
     assert found.constants == ("power", 0.1, 1.5, 0.2, 0.3)
     assert (found.weighting, found.reduction) == ("x0", "mean")
-    assert found.generator_timesteps == (999, 499) and found.latent_shape == SHAPE
+    assert found.generator == FewStep((999, 499)) and found.latent_shape == SHAPE
 
 
 def step_sizes(**changes):
@@ -146,20 +147,20 @@ def score_gap(**changes):
 
     The assistant is a tiny UNet 0.2 % of the way from the reference to another.
     """
-    config = dry(**{"objective.omega": 1.0, "compute.remat_unet": "none", **changes})
+    config = dry(**{"objective.omega": 1.0, "compute.remat_denoiser": "none", **changes})
     options = assembly.model_options(config, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
-    model = abstract_model(FLAT, options["unet"])
+    model = abstract_model(FLAT, options["denoiser"])
     cls, fields = model_class(FLAT)
     params = [models.init(lambda rngs: cls(fields, rngs=rngs), seed)[1] for seed in (0, 1)]
     reference = params[0]
     assistant = jax.tree.map(lambda a, b: a + 0.002 * (b - a), *params)
     method = gradients.Method(
-        unet=functools.partial(nnx.merge, model.graphdef),
+        denoiser=functools.partial(nnx.merge, model.graphdef),
         encode_text=None,
         reward=None,
         schedule=None,
         settings=None,
-        score_unet=assembly.score_unet(config, SimpleNamespace(models={"unet": model})),
+        score_denoiser=assembly.score_denoiser(config, SimpleNamespace(models={"denoiser": model})),
     )
     keys = jax.random.split(jax.random.key(0), 3)
     condition = Condition(
@@ -169,7 +170,7 @@ def score_gap(**changes):
     )
     x_t, t = jax.random.normal(keys[2], (4, 8, 8, 4)), jnp.array([60, 250, 400, 800])
     predict = jax.jit(lambda params: method.score(params)(x_t, t, condition))
-    return np.asarray(predict(assistant) - predict(reference)), options["unet"].param_dtype
+    return np.asarray(predict(assistant) - predict(reference)), options["denoiser"].param_dtype
 
 
 def cosines(a, b):

@@ -43,6 +43,8 @@ def folder(tmp_path_factory):
     for name, config in {**CONFIGS, "unet": unet}.items():
         (out / name).mkdir()
         (out / name / "config.json").write_text(json.dumps(config))
+    index = {"_class_name": "StableDiffusionXLPipeline"}
+    (out / "model_index.json").write_text(json.dumps(index))
     return out
 
 
@@ -80,7 +82,7 @@ def test_model_flop_do_not_depend_on_how_memory_is_saved(folder):
     plain = aot.model_flop("train", tiny(folder), jax.devices()[0])
     saving = tiny(
         folder,
-        **{"compute.loop_networks": False, "compute.remat_unet": "none", "data.batch_size": 8},
+        **{"compute.loop_networks": False, "compute.remat_denoiser": "none", "data.batch_size": 8},
     )
     assert aot.model_flop("train", saving, jax.devices()[0]) == plain
 
@@ -155,7 +157,7 @@ def test_a_measurement_holds_times_settings_and_environment(folder):
         1 / result["ours"]["median_s"]
     )
     assert result["environment"]["mesh"] == {"data": 1, "fsdp": 8, "context": 1}
-    assert json.loads(json.dumps(result))["settings"]["remat_unet"] == "full"
+    assert json.loads(json.dumps(result))["settings"]["remat_denoiser"] == "full"
     assert "mfu" not in result  # a CPU is not in the table
 
 
@@ -285,7 +287,7 @@ def test_a_batch_that_a_device_cannot_hold_is_predicted_before_anything_is_loade
     fits = plan.make(dry(**{"data.batch_size": 16}), 16, "TPU v5 lite")
     plan.check_memory(fits)
     with pytest.raises(
-        UserError, match="raise compute.microbatches=1, set compute.remat_unet='full'"
+        UserError, match="raise compute.microbatches=1, set compute.remat_denoiser='full'"
     ):
         plan.check_memory(dataclasses.replace(fits, config=dry(**{"data.batch_size": 128})))
 

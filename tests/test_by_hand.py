@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from di_star_jax import gradients, objectives, sharding, step, train
-from di_star_jax.diffusion import Schedule
+from di_star_jax.diffusion import FewStep, Schedule
 from di_star_jax.models.unet import Condition
 from di_star_jax.prompts.files import Prompt
 
@@ -41,7 +41,7 @@ SETTINGS = gradients.Settings(
     assistant_times=(0, 999),
     assistant_updates=1,
     scheme="separate",
-    generator_timesteps=(399,),
+    generator=FewStep((399,)),
     latent_shape=SHAPE,
     ema_half_life=np.inf,
     warmup_steps=2,
@@ -87,10 +87,10 @@ def drawn(steps=1, chosen=0):
 
 
 def method_of(**changes):
-    def unet(params):
+    def denoiser(params):
         return lambda x, t, condition: eps_of(params, x, t, condition.pooled)
 
-    def score_unet(params):  # another precision, one that shows
+    def score_denoiser(params):  # another precision, one that shows
         return lambda x, t, condition: 1.5 * eps_of(params, x, t, condition.pooled)
 
     def encode_text(frozen, token_ids):
@@ -104,7 +104,7 @@ def method_of(**changes):
 
     settings = dataclasses.replace(SETTINGS, **changes)
     schedule = Schedule(jnp.asarray(ALPHA), jnp.asarray(SIGMA))
-    return gradients.Method(unet, encode_text, reward, schedule, settings, score_unet)
+    return gradients.Method(denoiser, encode_text, reward, schedule, settings, score_denoiser)
 
 
 def put_in(monkeypatch, draws):
@@ -134,12 +134,13 @@ def noised(x0, t, eps):
     return at(ALPHA, t) * x0 + at(SIGMA, t) * eps
 
 
-def x0_by_hand(generator, draws, timesteps, texts):
+def x0_by_hand(generator, draws, form, texts):
     """Each step but the last is noised to the next time; the last is the one that learns."""
     x0 = jnp.zeros((BATCH, *SHAPE))
+    first = draws.noise[:, 0] * (SIGMA[form.timesteps[0]] if form.input == "scaled" else 1.0)
     for k in range(int(draws.step) + 1):
-        t = np.full(BATCH, timesteps[k])
-        x = noised(jax.lax.stop_gradient(x0), t, draws.noise[:, k]) if k else draws.noise[:, 0]
+        t = np.full(BATCH, form.timesteps[k])
+        x = noised(jax.lax.stop_gradient(x0), t, draws.noise[:, k]) if k else first
         x0 = (x - at(SIGMA, t) * eps_of(generator, x, t, texts)) / at(ALPHA, t)
     return x0
 
@@ -182,7 +183,7 @@ def by_hand(draws, settings):
     texts = TEXTS[PROMPTS["ids"]]
 
     def x0_of(generator):
-        return x0_by_hand(generator, draws, settings.generator_timesteps, texts)
+        return x0_by_hand(generator, draws, settings.generator, texts)
 
     def reward(x0):
         return 0.4 * reward_of(x0, PROMPTS["ids"], draws.crop)
@@ -243,21 +244,23 @@ def assert_close(found, expected):
         ("di_star", "separate", 1.0, (399,)),
         ("di_star", "looped", 1.0, (399,)),
         ("di_star", "looped", 0.0, (399,)),
-        ("di_star_outside", "separate", 0.0, (399,)),
+        ("di_star_outside", "separate", 0.0, "scaled"),
         ("kl_outside", "separate", 2.5, (398, 200)),
     ],
 )
 def test_a_step_is_the_one_that_is_written_out_by_hand(
     monkeypatch, objective, scheme, omega, timesteps
 ):
+    form = FewStep((399,), "scaled") if timesteps == "scaled" else FewStep(timesteps)
     method = method_of(
         objective=objective,
         scheme=scheme,
         omega=omega,
-        generator_timesteps=timesteps,
+        generator=form,
         ema_half_life=10.0 if scheme == "looped" else np.inf,
     )
-    draws = drawn(len(timesteps), len(timesteps) - 1)
+    steps = len(form.timesteps)
+    draws = drawn(steps, steps - 1)
     put_in(monkeypatch, draws)
     state, optimizers = begin(method)
     train_step = jax.jit(step.make_train_step(method, optimizers, one_device()))
@@ -271,10 +274,18 @@ def test_a_step_is_the_one_that_is_written_out_by_hand(
         np.testing.assert_allclose(metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("input, factor", [("noise", 1.0), ("scaled", SIGMA[399])])
+def test_the_one_step_generator_is_given_z_or_sigma_t_z(input, factor):
+    method, draws = method_of(generator=FewStep((399,), input)), drawn()
+    x_t, t = gradients.simulate(method, GENERATOR, draws, None)
+    np.testing.assert_allclose(x_t, factor * draws.noise[:, 0], rtol=1e-6)
+    assert t.tolist() == [399] * BATCH
+
+
 @pytest.mark.parametrize("updates", [1, 2])
 def test_the_assistants_own_updates_are_of_fresh_samples_of_the_generator(monkeypatch, updates):
     timesteps = (398, 200)
-    method = method_of(assistant_updates=updates, generator_timesteps=timesteps)
+    method = method_of(assistant_updates=updates, generator=FewStep(timesteps))
     draws = drawn(2, 1)
     put_in(monkeypatch, draws)
     state, optimizers = begin(method)
@@ -284,7 +295,7 @@ def test_the_assistants_own_updates_are_of_fresh_samples_of_the_generator(monkey
     assistant, moment = ASSISTANT, jax.tree.map(jnp.zeros_like, ASSISTANT)
     for batch in batches[:updates]:
         texts = TEXTS[batch["ids"]]
-        given = (x0_by_hand(GENERATOR, draws, timesteps, texts), draws, texts, False)
+        given = (x0_by_hand(GENERATOR, draws, FewStep(timesteps), texts), draws, texts, False)
         loss_of = jax.value_and_grad(
             lambda a, given=given: assistant_loss_by_hand(a, *given).mean()
         )
@@ -323,7 +334,7 @@ def test_draws_are_normal_and_each_samples_own_and_times_include_both_ends():
     settings = dataclasses.replace(
         SETTINGS,
         latent_shape=(8, 8, 4),
-        generator_timesteps=(900, 600, 300),
+        generator=FewStep((900, 600, 300)),
         generator_times=(5, 7),
         assistant_times=(1, 2),
     )
@@ -438,7 +449,7 @@ def test_sdxls_condition_has_both_contexts_in_order_and_its_null_is_zeros(monkey
     monkeypatch.setattr(sdxl.nnx, "merge", encoder)
     widths = {"text_encoder": 3, "text_encoder_2": 4}
     ids = {"tokenizer": jnp.array([1, 2]), "tokenizer_2": jnp.array([3, 4])}
-    condition, null = sdxl.encode_text(dict.fromkeys(widths), widths, ids, 640)
+    condition, null = sdxl.encode_text(dict.fromkeys(widths), widths, ids, {}, 640)
     assert condition.context.shape == (2, 5, 7)
     np.testing.assert_array_equal(condition.context[1, 0], [6, 6, 6, 16, 16, 16, 16])
     np.testing.assert_array_equal(condition.pooled, jnp.full((2, 4), 40.0))

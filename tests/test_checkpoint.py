@@ -67,7 +67,9 @@ def _error(call, *args) -> str:
 def saved(tmp_path):
     """A folder with one state at step 7."""
     with checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        checkpoints.save(7, _state(), {"unet_config": {"widths": [1, 2]}, "reference": "folder"})
+        checkpoints.save(
+            7, _state(), {"denoiser_config": {"widths": [1, 2]}, "reference": "folder"}
+        )
     return tmp_path / "checkpoints"
 
 
@@ -76,7 +78,17 @@ def test_a_state_comes_back_bit_for_bit_with_its_metadata(saved):
         assert checkpoints.latest_step() == 7
         _assert_same(checkpoints.restore(7, _abstract(_state())), _state())
         metadata = checkpoints.metadata(7)
-    assert metadata == {"unet_config": {"widths": [1, 2]}, "reference": "folder"}
+    assert metadata == {"denoiser_config": {"widths": [1, 2]}, "reference": "folder"}
+
+
+def test_what_earlier_versions_called_unet_is_found(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(7, _state(), {"unet_config": {"widths": [1]}, "reference": "folder"})
+    with checkpoint.existing(tmp_path) as checkpoints:
+        assert checkpoints.metadata(7) == {
+            "denoiser_config": {"widths": [1]},
+            "reference": "folder",
+        }
 
 
 def test_one_network_is_read_without_the_rest_of_the_state(saved):

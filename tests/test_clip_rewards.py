@@ -649,8 +649,7 @@ def mixture(tokenizer, tmp_path_factory):
     }
     fields |= {"eval.metrics": ("pickscore", "aesthetic"), "decode.resolution": 8}
     networks = {
-        name: pipeline.abstract_model(CONFIGS[name])
-        for name in ("unet", "text_encoder", "text_encoder_2", "vae")
+        name: pipeline.abstract_model(CONFIGS[part.folder]) for name, part in SDXL.parts.items()
     }
     cls, settings = pipeline.model_class(CONFIGS["vae"])
     networks["vae"] = networks["vae"]._replace(
@@ -662,7 +661,7 @@ def mixture(tokenizer, tmp_path_factory):
         sources = assembly.reward_sources(config)
         for name in sources.keys() - loaded.keys():
             loaded.update(rewards.load_rewards({name: sources[name]}, str(tokenizer[0])))
-        reference = pipeline.Pipeline(folder, SDXL, networks, {}, SCHEDULE, timesteps=())
+        reference = pipeline.Pipeline(folder, SDXL, networks, {}, SCHEDULE)
         parts = assembly.Parts(reference, {name: loaded[name] for name in sources})
         params = {name: parts.frozen()[name] for name in ("vae", "rewards")}
         return Run(

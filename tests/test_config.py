@@ -9,12 +9,18 @@ import pytest
 
 from di_star_jax.checks import check, check_workdir, make_workdir
 from di_star_jax.config import fields
+from di_star_jax.cost import plan
 from di_star_jax.cost.plan import planned_devices
+from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError, suggest
-from di_star_jax.samplers import generator_timesteps
+from di_star_jax.rewards import scales_of
+from di_star_jax.samplers import generator_form
 from di_star_jax.studies import fields as studies_fields
 
 ROOT = Path(__file__).parent.parent
+
+
+CONFIGS = ("sdxl", "shapes", "sd15", "pixart")
 
 
 def load(name, *preset):
@@ -31,9 +37,10 @@ def dry(**changes):
     return config
 
 
-def test_defaults_pass_and_both_configs_have_the_same_fields():
+def test_defaults_pass_and_all_configs_have_the_same_fields():
     check(dry(), 16)
-    assert fields(load("sdxl")).keys() == fields(load("shapes")).keys()
+    for name in CONFIGS:
+        assert fields(load("sdxl")).keys() == fields(load(name)).keys()
     assert load("sdxl", "sim").reward.pickscore == load("shapes", "sim").reward.pickscore == 0.0
 
 
@@ -44,7 +51,7 @@ def presets(name):
     return list(module.PRESETS)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "shapes"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_preset_passes_the_checks(name):
     for preset in presets(name):
         config = load(name, preset)
@@ -79,8 +86,82 @@ def test_rows_of_table_2_have_its_scales(preset, objective, omega, alpha_cfg, re
 
 
 def test_a_few_step_generator_without_times_has_those_of_dmd2():
-    times = [generator_timesteps(dry(**{"generator.steps": k}).generator, 399) for k in (1, 2, 4)]
-    assert times == [(399,), (999, 499), (999, 749, 499, 249)]
+    forms = [
+        generator_form(dry(**{"generator.steps": k}).generator, FewStep((399,))) for k in (1, 2, 4)
+    ]
+    assert forms == [FewStep((399,)), FewStep((999, 499)), FewStep((999, 749, 499, 249))]
+
+
+def test_the_one_step_form_is_the_familys_but_for_what_the_config_says():
+    def form(**changes):
+        fields = {f"generator.{name}": value for name, value in changes.items()}
+        return generator_form(dry(**fields).generator, FewStep((625,), "scaled"))
+
+    assert form() == FewStep((625,), "scaled")
+    assert form(timesteps=(440,)) == FewStep((440,), "scaled")
+    assert form(timesteps=(399,), input="noise") == FewStep((399,), "noise")
+    assert form(steps=2) == FewStep((999, 499), "noise")
+
+
+@pytest.mark.parametrize(
+    "preset, objective, omega, alpha_cfg, reward",
+    [
+        ("di_pp", "kl", 4.5, 0.0, 1.0),
+        ("kl_10_4.5", "kl", 4.5, 0.0, 10.0),
+        ("diff_instruct", "kl", 4.5, 0.0, 0.0),
+        ("di_star", "di_star", 4.5, 0.0, 1.0),
+        ("di_star_outside", "di_star_outside", 1.0, 4.5, 1.0),
+        ("sim", "di_star", 4.5, 0.0, 0.0),
+    ],
+)
+@pytest.mark.parametrize("name", ["sd15", "pixart"])
+def test_presets_of_di_pps_models_have_its_guidance_and_imagereward(
+    name, preset, objective, omega, alpha_cfg, reward
+):
+    row = load(name, preset)
+    c = row.objective
+    assert (c.name, c.omega, c.alpha_cfg) == (objective, omega, alpha_cfg)
+    scales = {name: scale for name, scale in scales_of(row.reward).items() if scale}
+    assert scales == ({"imagereward": reward} if reward else {})
+    assert row.data.resolution == 512
+    methods = {"di_star", "di_star_l2", "di_star_outside", "sim", "sid", "diff_instruct", "di_pp"}
+    assert {*presets(name)} - {"1024"} == methods | {"dmd", "reward_only", "kl_10_4.5"}
+    assert load(name) == load(name, "di_pp")
+
+
+def test_a_dry_run_of_sd15_counts_its_parameters_from_what_is_published():
+    config = load("sd15")
+    config.dry_run = True
+    lines = "\n".join(plan.describe(plan.make(config, 1, "cpu")))
+    for line in ("859,520,964 denoiser", "83,653,863 vae", "123,060,480 text_encoder\n"):
+        assert line in lines
+    assert "imagereward" in lines and "unknown" not in lines
+
+
+def test_a_dry_run_of_pixart_counts_its_parameters_from_what_is_published():
+    for preset, count in (("di_pp", "610,856,096"), ("1024", "611,349,152")):
+        config = load("pixart", preset)
+        config.dry_run = True
+        lines = "\n".join(plan.describe(plan.make(config, 1, "cpu")))
+        for line in (f"{count} denoiser", "83,653,863 vae", "4,762,310,656 text_encoder\n"):
+            assert line in lines
+        assert "imagereward" in lines and "unknown" not in lines
+    assert config.data.resolution == 1024
+
+
+@pytest.mark.parametrize(
+    "name, heading, base",
+    [("sd15", "## SD 1.5", "sdxl"), ("pixart", "## PixArt-alpha", "sd15")],
+)
+def test_what_a_config_changes_has_its_source(name, heading, base):
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    section = page.split(heading)[1].split("##")[0]
+    ours, base = fields(load(name)), fields(load(base))
+    changed = [f"- `{field}={value!r}`: " for field, value in ours.items() if value != base[field]]
+    lines = [line for line in section.splitlines() if line.startswith("- ")]
+    assert len(lines) == len(changed)
+    for start in changed:
+        assert any(line.startswith(start) for line in lines), start
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
@@ -175,6 +256,16 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
             r"objective.t_min=20, objective.t_max=1000, expected 0 <= t_min <= t_max <= 999",
         ),
         ({"assistant.t_min": 500, "assistant.t_max": 400}, 16, r"assistant.t_min=500"),
+        (
+            {"generator.input": "noisy"},
+            16,
+            r"generator.input='noisy', expected one of '', 'noise', 'scaled', did you mean noise",
+        ),
+        (
+            {"generator.input": "scaled", "generator.steps": 2},
+            16,
+            r"generator.input='scaled' with generator.steps=2, .*set generator.input=''",
+        ),
         ({"generator.timesteps": ("abc",)}, 16, r"\('abc',\), expected falling numbers in 0..999"),
         (
             {"generator.timesteps": (-1,)},
@@ -379,7 +470,7 @@ def test_the_page_of_all_fields_is_that_of_the_config():
     assert (ROOT / "docs" / "fields.md").read_text() == studies_fields.page(config)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "shapes"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_no_preset_has_two_names(name):
     rows = [load(name, preset).to_json_best_effort() for preset in presets(name)]
     assert len(set(rows)) == len(rows)

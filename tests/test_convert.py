@@ -19,6 +19,7 @@ import transformers
 from flax import nnx
 
 from di_star_jax import convert, drawing, samplers
+from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines import sdxl
@@ -114,7 +115,7 @@ def workdir(reference):
         for n, name in enumerate(("generator", "ema", "assistant"), start=1)
     }
     metadata = {
-        "unet_config": config,
+        "denoiser_config": config,
         "reference": str(reference),
         "generator_timesteps": [999, 749, 499, 249],
     }
@@ -148,7 +149,7 @@ def test_the_command_converts_a_pipeline_to_orbax_and_back_without_a_changed_byt
     assert there.returncode == 0, there.stderr
     checkpoints = checkpoint.existing(tmp_path / "orbax")
     assert set(checkpoints.metadata(0)["configs"]) == {
-        "unet",
+        "denoiser",
         "vae",
         "text_encoder",
         "text_encoder_2",
@@ -158,7 +159,7 @@ def test_the_command_converts_a_pipeline_to_orbax_and_back_without_a_changed_byt
         restored = checkpoints.restore_item(0, name, model.params)
         expected = weights.load(reference / name, model.params)
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), restored, expected))
-    _export(tmp_path / "orbax", "unet", tmp_path / "back")
+    _export(tmp_path / "orbax", "denoiser", tmp_path / "back")
     names = [str(path.relative_to(reference)) for path in reference.rglob("*") if path.is_file()]
     assert len(names) > 12
     _, changed, missing = filecmp.cmpfiles(reference, tmp_path / "back", names, shallow=False)
@@ -218,7 +219,7 @@ def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_p
 
     @jax.jit
     def sample(params, ids, z):
-        condition, _ = sdxl.encode_text(graphs, params, ids, 16)
+        condition, _ = sdxl.encode_text(graphs, params, ids, {}, 16)
         unet, vae = (nnx.merge(graphs[name], params[name]) for name in ("unet", "vae"))
         return vae.decode(
             samplers.one_step(lambda x, t: unet(x, t, condition), z, np.array([399]), schedule)
@@ -266,7 +267,8 @@ def test_a_few_step_generator_keeps_its_times_and_draws_what_diffusers_draws(
     _export(workdir, "generator", tmp_path / "out")
     loaded = drawing.load(str(tmp_path / "out"), "ema")
     times = (999, 749, 499, 249)
-    assert loaded.timesteps == drawing.load(str(workdir), "generator").timesteps == times
+    form = FewStep(times)
+    assert loaded.form == drawing.load(str(workdir), "generator").form == form
     asked = drawing.Asked(None, steps=None, guidance_scale=None, timesteps=(), resolution=None)
     sampling = drawing.sampling_of(asked, loaded)
     assert sampling.sampler == "few_step" and sampling.noise_shape == (4, 8, 8, 4)
@@ -305,9 +307,9 @@ def test_an_export_that_does_not_say_its_times_is_drawn_in_one_step(workdir, tmp
     scheduler = json.loads(file.read_text())
     assert scheduler.pop("_generator_timesteps") == [999, 749, 499, 249]
     file.write_text(json.dumps(scheduler))
-    assert drawing.load(str(tmp_path / "out"), "ema").timesteps == (399,)
+    assert drawing.load(str(tmp_path / "out"), "ema").form == FewStep((399,))
     _export(workdir, "assistant", tmp_path / "teacher")
-    assert drawing.load(str(tmp_path / "teacher"), "ema").timesteps == ()
+    assert drawing.load(str(tmp_path / "teacher"), "ema").form is None
 
 
 def test_a_reference_in_half_precision_files_gives_its_numbers_as_a_variant_or_without(
@@ -340,13 +342,14 @@ def test_a_reference_in_half_precision_files_gives_its_numbers_as_a_variant_or_w
 def test_a_single_unet_goes_to_orbax_and_back(reference, tmp_path):
     convert.to_orbax(reference / "unet", tmp_path / "orbax")
     _export(
-        tmp_path / "orbax" / "0", "unet", tmp_path / "back"
+        tmp_path / "orbax" / "0", "denoiser", tmp_path / "back"
     )  # one checkpoint's own folder will do
     assert (tmp_path / "back" / Path(UNET_FILE).name).read_bytes() == (
         reference / UNET_FILE
     ).read_bytes()
     convert.to_orbax(reference / "vae", tmp_path / "vae")
-    assert "expected one with a UNet" in _error(_export, tmp_path / "vae", "unet", tmp_path / "x")
+    error = _error(_export, tmp_path / "vae", "denoiser", tmp_path / "x")
+    assert "expected one with a denoiser" in error
 
 
 def test_only_data_is_copied_from_the_reference(reference, workdir, tmp_path):
@@ -361,7 +364,7 @@ def test_only_data_is_copied_from_the_reference(reference, workdir, tmp_path):
 def test_wrong_input_is_one_line_and_leaves_nothing(reference, workdir, tmp_path):
     output = tmp_path / "out"
     assert "there are [30]" in _error(_export, workdir, "ema", output, step=29)
-    assert "has no 'unet'" in _error(_export, workdir, "unet", output)
+    assert "has no 'denoiser'" in _error(_export, workdir, "denoiser", output)
     assert "no folder" in _error(_export, tmp_path / "nowhere", "ema", output)
     assert "no folder" in _error(_export, workdir, "ema", output, reference=str(tmp_path / "moved"))
     copy = shutil.copytree(reference, tmp_path / "copy")

@@ -122,7 +122,7 @@ def workdir(folder, tmp_path_factory):
         2,
         {"ema": trained(folder)},
         {
-            "unet_config": UNET,
+            "denoiser_config": UNET,
             "reference": str(folder),
             "generator_timesteps": [399],
             "initial": str(folder / "generator"),
@@ -262,7 +262,7 @@ def test_results_say_what_drew_the_images_and_nothing_that_does_not_apply(
         2,
     )
     assert not {"steps", "timestep", "images_digest"} & settings.keys()
-    assert settings["unet_sha256"] == params_digest(trained(folder))
+    assert settings["denoiser_sha256"] == params_digest(trained(folder))
     reward = load_model(folder / "reward").params
     assert settings["metrics"]["pickscore"] == {
         "weights": "reward",
@@ -345,8 +345,8 @@ def test_one_device_and_split_parameters_give_the_images_and_numbers_of_eight_de
         assert np.max(apart) <= 1 and np.mean(apart) < 0.01
         assert same_numbers(out, straight, tolerance=1e-3)
         assert (
-            results_of(out)["settings"]["unet_sha256"]
-            == results_of(straight)["settings"]["unet_sha256"]
+            results_of(out)["settings"]["denoiser_sha256"]
+            == results_of(straight)["settings"]["denoiser_sha256"]
         )
 
 
@@ -524,7 +524,9 @@ def test_images_of_other_weights_under_the_same_path_are_not_mixed(command, fold
     (out / "images" / "00002_1.png").unlink()
     code, _, stderr = command(*given)
     assert (
-        code == 2 and "holds images drawn with unet_sha256=" in stderr and stderr.count("\n") == 1
+        code == 2
+        and "holds images drawn with denoiser_sha256=" in stderr
+        and stderr.count("\n") == 1
     )
 
 

@@ -19,6 +19,7 @@ from test_train import config_for
 
 from di_star_jax import convert, drawing, train
 from di_star_jax.checks import check_workdir
+from di_star_jax.diffusion import FewStep
 from di_star_jax.evaluation.job import Request
 from di_star_jax.evaluation.run import evaluate
 from di_star_jax.pipelines import export
@@ -51,7 +52,7 @@ def workdir_of(reference, tmp_path_factory):
     def make(times):
         if times not in made:
             metadata = {
-                "unet_config": config,
+                "denoiser_config": config,
                 "reference": str(reference.parent / "half"),
                 "generator_timesteps": list(times),
                 "trained_on": {"pickscore": 100.0},
@@ -189,7 +190,7 @@ def test_bfloat16_is_offered(exported):
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     assert {getattr(pipe, part).dtype for part in PARTS} == {torch.bfloat16}
     assert "bfloat16" in call_of(folder) and "variant" not in call_of(folder)
-    assert drawing.load(str(folder), "ema").timesteps == ONE
+    assert drawing.load(str(folder), "ema").form == FewStep(ONE)
 
 
 @pytest.mark.case("first hour 1", "faults 6")
@@ -199,7 +200,7 @@ def test_an_export_saved_again_by_diffusers_draws_the_same(exported, ours, their
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
     images = theirs(pipe, times, num_inference_steps=len(times))
     np.testing.assert_allclose(images, ours(exported(times), times), atol=2e-5)
-    assert drawing.load(str(tmp_path / "again"), "ema").timesteps == times
+    assert drawing.load(str(tmp_path / "again"), "ema").form == FewStep(times)
 
 
 @pytest.mark.case("first hour 1")
@@ -213,7 +214,7 @@ def test_shards_and_variant_get_the_names_that_diffusers_looks_for(
         tmp_path / "out", torch_dtype=torch.float16, variant="fp16"
     )
     assert {getattr(pipe, part).dtype for part in PARTS} == {torch.float16}
-    assert drawing.load(str(tmp_path / "out"), "ema").timesteps == ONE
+    assert drawing.load(str(tmp_path / "out"), "ema").form == FewStep(ONE)
 
 
 @pytest.mark.case("first hour 1")
@@ -226,7 +227,7 @@ def test_files_of_an_export_are_readable_as_any_new_file_is(exported, tmp_path):
 def test_every_number_of_dmd2s_steps_has_a_scheduler_that_draws_them(reference):
     for steps in range(1, 60):
         times = [999 - i * 1000 // steps for i in range(steps)]
-        config = export.generator_scheduler(reference, times)
+        config = export.generator_scheduler(reference, FewStep(tuple(times)))
         scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
         if export.calls_by_timesteps(config):
             assert steps == 38, "a rounding of diffusers' own"
@@ -282,8 +283,10 @@ def test_flags_that_a_sampler_does_not_use_are_refused(exported, asked, words):
 @pytest.mark.case("faults 6")
 def test_times_that_are_none_are_refused():
     for times in ("399", [1000], [399, 499], [True], [0.5]):
-        error = _error(export.timesteps_of, {export.TIMESTEPS: times}, 399)
+        error = _error(export.form_of, {export.TIMESTEPS: times}, FewStep((399,)))
         assert "scheduler_config.json" in error and repr(times) in error
+    error = _error(export.form_of, {export.TIMESTEPS: [625], export.INPUT: "z"}, FewStep((399,)))
+    assert "_generator_input is 'z', expected one of noise, scaled" in error
 
 
 @pytest.mark.case("first hour 18")
@@ -298,13 +301,13 @@ def test_a_single_unet_is_drawn_and_converted_with_a_reference(reference, ours, 
     unet = str(reference / "unet")
     assert "--reference_pipeline" in _error(drawing.load, unet, "ema")
     loaded = drawing.load(unet, "ema", reference=str(reference))
-    assert loaded.timesteps == ONE
+    assert loaded.form == FewStep(ONE)
     _export(Path(unet), "ema", tmp_path / "out", reference=str(reference))
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     images = theirs(pipe, ONE, num_inference_steps=1)
     np.testing.assert_allclose(images, ours(tmp_path / "out", ONE), atol=2e-5)
     assert "--reference" in _error(_export, Path(unet), "ema", tmp_path / "x")
-    assert "holds no UNet" in _error(
+    assert "holds no denoiser of SDXL" in _error(
         drawing.load, str(reference / "vae"), "ema", reference=str(reference)
     )
     assert "whole pipeline" in _error(drawing.load, str(reference), "ema", reference=str(reference))
@@ -330,12 +333,13 @@ def test_the_shipped_generator_is_drawn_by_the_command(tmp_path):
 @pytest.mark.case("faults 17", "first hour 12")
 def test_a_run_stores_what_was_configured():
     class Settings:
-        generator_timesteps = ONE
+        generator = FewStep(ONE)
 
     config = config_for(Path("a/pipeline"))
     config.weights.reference = "stabilityai/stable-diffusion-xl-base-1.0"
     model = pipeline.Model(None, None, {})
-    parts = train.Parts(pipeline.Pipeline(Path("/cache"), None, {"unet": model}, {}, None, ()), {})
+    loaded = pipeline.Pipeline(Path("/cache"), None, {"denoiser": model}, {}, None)
+    parts = train.Parts(loaded, {})
     metadata = json.loads(json.dumps(train.metadata_of(config, parts, Settings)))
     assert metadata["reference"] == "stabilityai/stable-diffusion-xl-base-1.0"
     assert metadata["initial"] == "a/pipeline/generator"
@@ -353,7 +357,7 @@ def test_a_moved_run_finds_its_reference_by_its_relative_path_or_is_told(
     config = folders.read_config(reference, "unet")
     params = weights.load(reference / "unet", pipeline.abstract_model(config).params)
     metadata = {
-        "unet_config": config,
+        "denoiser_config": config,
         "reference": "./base",
         "generator_timesteps": [399],
         "directory": str(first),
@@ -407,7 +411,7 @@ def test_an_earlier_export_is_replaced_unless_it_was_edited(workdir_of, exported
     output = shutil.copytree(exported(ONE), tmp_path / "out")
     (output / "README.md").unlink()
     _export(workdir_of(TWO), "ema", output)
-    assert drawing.load(str(output), "ema").timesteps == TWO
+    assert drawing.load(str(output), "ema").form == FewStep(TWO)
     (output / "README.md").write_text("My notes.")
     assert "README.md" in _error(_export, workdir_of(ONE), "ema", output)
     os.symlink(output, tmp_path / "link")
@@ -415,7 +419,7 @@ def test_an_earlier_export_is_replaced_unless_it_was_edited(workdir_of, exported
     shutil.copytree(exported(ONE), output)
     _export(workdir_of(TWO), "ema", tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert drawing.load(str(output), "ema").timesteps == TWO
+    assert drawing.load(str(output), "ema").form == FewStep(TWO)
 
 
 @pytest.mark.case("faults 1")
@@ -442,7 +446,7 @@ def test_a_tilde_is_the_home_folder(workdir_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _export(workdir_of(ONE), "ema", Path("~/x"))
     assert os.listdir(tmp_path) == ["home"]
-    assert drawing.load("~/x", "ema").timesteps == ONE
+    assert drawing.load("~/x", "ema").form == FewStep(ONE)
     convert.to_orbax("~/x/unet", "~/orbax")
     assert checkpoint.existing("~/orbax").latest_step() == 0
     assert files.expand("~/x") == tmp_path / "home" / "x"

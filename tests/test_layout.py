@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import di_star_jax
+from di_star_jax.pipelines.families import FAMILIES
 
 PACKAGE = Path(di_star_jax.__file__).parent
 # A module imports from the lines above its own, and a folder's modules from each other. A name
@@ -158,6 +159,53 @@ def test_objectives_know_nothing_of_networks():
 def test_configs_import_the_package_for_its_folder_and_its_errors_only():
     for path in (PACKAGE.parent / "configs").glob("*.py"):
         assert ours(path) <= {"errors"}, path
+
+
+def families():
+    """The modules that pipelines/families.py picks from."""
+    found = set(imports(PACKAGE / "pipelines" / "families.py"))
+    return {
+        name
+        for name in found - {"di_star_jax.pipelines.family"}
+        if name.startswith("di_star_jax.pipelines.")
+    }
+
+
+def strings(path):
+    """A file's literals."""
+    nodes = ast.walk(ast.parse(path.read_bytes()))
+    values = (node.value for node in nodes if isinstance(node, ast.Constant))
+    return {value for value in values if isinstance(value, str)}
+
+
+def words(path):
+    """A file's identifiers, and its strings without blanks: keys, flags, parts of paths."""
+    nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    fields = ("id", "attr", "arg", "name", "asname")
+    found = {getattr(node, field, None) for node in nodes for field in fields}
+    return {name for name in found if isinstance(name, str)} | {
+        text for text in strings(path) if len(text.split()) == 1
+    }
+
+
+def test_nothing_outside_pipelines_asks_which_family_it_is():
+    assert families() >= {"di_star_jax.pipelines.sdxl", "di_star_jax.pipelines.sd15"}
+    users = {wing(path) for path in FILES if families() & set(imports(path))}
+    assert users == {"pipelines", "shapes", "pretrain"}  # the shapes world is an SDXL
+    # models/ has their published sizes, and papers.py the papers' tables.
+    names = {*FAMILIES, *(family.name for family in FAMILIES.values())}
+    tellers = {wing(p) for p in FILES if names & strings(p) and p.name != "papers.py"}
+    assert tellers == {"pipelines", "shapes", "models"}
+
+
+def test_shared_code_calls_the_network_that_predicts_eps_the_denoiser():
+    earlier = {"compute.remat_unet", "unet_config"}  # names that are still read
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE))
+        if wing(path) in ("models", "pipelines", "shapes") or name == "cost/peer.py":
+            continue
+        found = {word for word in words(path) - earlier if "unet" in word.lower()}
+        assert not found, (name, found)
 
 
 def opens_text_by_locale(call):

@@ -65,6 +65,10 @@ def command(monkeypatch, capsys):
             "unknown config field batch_size, did you mean data.batch_size?",
         ),
         (
+            [SDXL, DRY, "--config.compute.remat_unet=none"],
+            "unknown config field compute.remat_unet, now called compute.remat_denoiser",
+        ),
+        (
             [SDXL, DRY, "--config.eval.num_per_prompt=8"],
             "unknown config field eval.num_per_prompt, now called eval.samples",
         ),
@@ -85,7 +89,10 @@ def command(monkeypatch, capsys):
         ([SDXL, "--train.steps=500"], "unknown flag --train.steps, did you mean --config.train."),
         ([SDXL, DRY, "--config.reward.brightness=1"], "is --config.reward.custom=FILE:FUNCTION"),
         ([SDXL + ":di_str", DRY], "unknown preset 'di_str', did you mean di_star or di_star_l2"),
-        (["--config=shpes"], "one of sdxl, shapes (--config=sdxl works from anywhere), did you"),
+        (
+            ["--config=shpes"],
+            "one of pixart, sd15, sdxl, shapes (--config=pixart works from anywhere), did",
+        ),
         ([SDXL, "--workdir"], "--workdir without a value; write --name=value"),
         (
             [SDXL, DRY, "--config.data.batch_size=6"],
@@ -389,7 +396,7 @@ def test_dry_run_as_a_user_types_it_exits_without_error_and_prints_the_plan():
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "2,567,463,684 unet" in done.stdout
+    assert "2,567,463,684 denoiser" in done.stdout
 
 
 def test_an_error_as_a_user_meets_it_is_one_line_without_traceback():

@@ -15,6 +15,7 @@ from test_step import CONFIGS, SCHEDULE, SETTINGS
 
 from di_star_jax import gradients
 from di_star_jax.cost import peer
+from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import sdxl
 from di_star_jax.rewards import similarity
@@ -83,7 +84,7 @@ def ours(world):
 
     method = gradients.Method(
         functools.partial(nnx.merge, graphdefs["reference"]),
-        lambda params, ids: sdxl.encode_text(graphdefs, params, ids, 2 * LATENT),
+        lambda params, ids: sdxl.encode_text(graphdefs, params, ids, {}, 2 * LATENT),
         reward,
         SCHEDULE,
         GIVEN,
@@ -126,7 +127,7 @@ def test_the_step_has_the_gradients_and_losses_of_pytorchs(world, ours):
 
 def job(dtype="float32", **changes):
     return peer.Job(
-        configs=CONFIGS,
+        configs=CONFIGS | {"denoiser": CONFIGS["unet"]},
         settings=dataclasses.replace(GIVEN, **changes),
         batch=2,
         resolution=24,
@@ -144,6 +145,14 @@ def test_each_work_of_the_benchmark_runs(what, dtype):
 
 
 def test_what_pytorchs_side_does_not_have_is_refused():
-    for changes in ({"objective": "kl"}, {"scheme": "shared"}, {"generator_timesteps": (999, 499)}):
+    for changes in (
+        {"objective": "kl"},
+        {"scheme": "shared"},
+        {"generator": FewStep((999, 499))},
+        {"generator": FewStep((399,), "scaled")},
+    ):
         with pytest.raises(UserError, match="PyTorch's side has no other"):
             peer.make("train", job(**changes))
+    one = {name: config for name, config in job().configs.items() if name != "text_encoder_2"}
+    with pytest.raises(UserError, match="expected SDXL's two: PyTorch's side has no other"):
+        peer.make("sample", dataclasses.replace(job(), configs=one))

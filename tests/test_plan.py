@@ -9,7 +9,7 @@ from di_star_jax.cost import plan
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 
-SDXL = {"unet": 2_567_463_684}
+SDXL = {"denoiser": 2_567_463_684}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -17,11 +17,15 @@ def build_once():
     """Models of the same config.json are built once for all tests."""
     built, plain = {}, plan.abstract_params
 
-    def abstract_params(configs):
-        for name, known in configs.items():
-            if json.dumps(known) not in built:
-                built[json.dumps(known)] = plain({name: known})[name]
-        return {name: built[json.dumps(known)] for name, known in configs.items()}
+    def abstract_params(known):
+        found = {}
+        for kind in ("networks", "rewards"):
+            for name, config in getattr(known, kind).items():
+                if json.dumps(config) not in built:
+                    one = known._replace(networks={}, rewards={})._replace(**{kind: {name: config}})
+                    built[json.dumps(config)] = plain(one)[name]
+                found[name] = built[json.dumps(config)]
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "abstract_params", abstract_params)
@@ -43,7 +47,7 @@ def test_dry_run_of_sdxl_counts_parameters_without_weights_or_devices(sdxl):
         in sdxl
     )
     for line in (
-        "2,567,463,684 unet\n",
+        "2,567,463,684 denoiser\n",
         "   83,653,863 vae\n",
         "  123,060,480 text_encoder\n",
         "694,659,840 text_encoder_2\n",
@@ -67,9 +71,10 @@ def test_state_is_what_two_networks_with_adam_and_average_take():
         for name, size in memory.items()
         if name.split()[0] in ("generator", "Adam's", "average")
     )
-    assert state == SDXL["unet"] * 4 * 5  # 51 GB, what a checkpoint holds
+    assert state == SDXL["denoiser"] * 4 * 5  # 51 GB, what a checkpoint holds
     assert (
-        plan.memory_per_chip(dry(), SDXL, shards=16)["Adam's moments of both"] == SDXL["unet"] / 2
+        plan.memory_per_chip(dry(), SDXL, shards=16)["Adam's moments of both"]
+        == SDXL["denoiser"] / 2
     )
 
 
@@ -78,8 +83,8 @@ def test_where_nothing_guides_the_reference_is_counted_in_float32():
         plan.memory_per_chip(dry(**{"objective.omega": omega}), SDXL, shards=1)
         for omega in (7.5, 1.0)
     )
-    assert guided["reference, bfloat16"] == 2 * SDXL["unet"]
-    assert plain["reference, float32"] == 4 * SDXL["unet"]
+    assert guided["reference, bfloat16"] == 2 * SDXL["denoiser"]
+    assert plain["reference, float32"] == 4 * SDXL["denoiser"]
     work = [plan.activation_bytes(dry(**{"objective.omega": omega})) for omega in (7.5, 1.0)]
     assert work[1] > work[0]
 
@@ -89,7 +94,7 @@ def test_activations_follow_pixels_dtype_and_recomputation():
     assert plan.activation_bytes(dry(**{"data.resolution": 512})) == pytest.approx(whole / 4)
     assert plan.activation_bytes(dry(**{"compute.dtype": "float32"})) == pytest.approx(2 * whole)
     assert plan.activation_bytes(dry(), width=0.1) == pytest.approx(whole / 10)
-    for network in ("unet", "vae"):
+    for network in ("denoiser", "vae"):
         assert plan.activation_bytes(dry(**{f"compute.remat_{network}": "none"})) > 2 * whole
 
 
@@ -101,24 +106,34 @@ def test_models_that_are_neither_here_nor_published_are_said_to_be_unknown():
     assert not [line for line in lines if line.startswith("memory")]
 
 
-def test_sizes_come_from_the_folders_that_are_there(tmp_path):
+@pytest.fixture
+def sd15(tmp_path):
+    """A folder of a pipeline of the class of SD 1.5, with nothing else in it."""
+    index = {"_class_name": "StableDiffusionPipeline"}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_sizes_come_from_the_folders_that_are_there(sd15):
     for part, config in (("unet", published.UNET_SD15), ("reward", published.CLIP_H14)):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text(json.dumps(config))
+        (sd15 / part).mkdir()
+        (sd15 / part / "config.json").write_text(json.dumps(config))
     lines = lines_of(
-        dry(**{"weights.reference": str(tmp_path), "weights.pickscore": str(tmp_path / "reward")}),
+        dry(**{"weights.reference": str(sd15), "weights.pickscore": str(sd15 / "reward")}),
         16,
     )
-    assert "parameters:   859,520,964 unet" in lines
+    assert "parameters:   859,520,964 denoiser" in lines
     assert "mesh: data=1 x fsdp=16 x context=1 over 16 devices (cpu)" in lines
 
 
-def test_a_folder_without_unet_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no file .*unet/config.json"):
-        lines_of(dry(**{"weights.reference": str(tmp_path)}), 1)
+def test_a_folder_without_a_denoiser_or_an_index_is_refused(sd15):
+    for file in ("unet/config.json", "model_index.json"):
+        with pytest.raises(UserError, match=f"no file .*{file}"):
+            lines_of(dry(**{"weights.reference": str(sd15)}), 1)
+        (sd15 / "model_index.json").unlink(missing_ok=True)
 
 
-def test_a_mesh_that_cannot_split_the_unet_is_refused():
+def test_a_mesh_that_cannot_split_the_denoiser_is_refused():
     with pytest.raises(
         UserError, match="mesh.fsdp x mesh.context = 3 divides no axis of .*kernel with shape"
     ):
@@ -153,10 +168,10 @@ def test_a_run_that_needs_more_ram_than_the_machine_has_is_refused_before_the_hu
     assert not any(line.startswith("RAM") for line in plan.describe(dry_run))
 
 
-def test_a_config_json_may_leave_out_what_diffusers_has_as_defaults(tmp_path):
-    (tmp_path / "unet").mkdir()
+def test_a_config_json_may_leave_out_what_diffusers_has_as_defaults(sd15):
+    (sd15 / "unet").mkdir()
     short = {k: v for k, v in published.UNET_SD15.items() if k != "block_out_channels"}
-    (tmp_path / "unet" / "config.json").write_text(json.dumps(short))
-    planned = plan.make(dry(**{"weights.reference": str(tmp_path)}), 16, "cpu")
-    assert planned.parameters["unet"] == 859_520_964
+    (sd15 / "unet" / "config.json").write_text(json.dumps(short))
+    planned = plan.make(dry(**{"weights.reference": str(sd15)}), 16, "cpu")
+    assert planned.parameters["denoiser"] == 859_520_964
     assert planned.image_bytes == plan.activation_bytes(dry())  # SD 1.5 is as wide as SDXL

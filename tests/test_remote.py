@@ -79,7 +79,7 @@ def gs(environment, bucket, folder):
     url = f"{bucket.url}/remote"
     put(folder, f"{url}/pipeline")
     metadata = {
-        "unet_config": UNET,
+        "denoiser_config": UNET,
         "reference": f"{url}/pipeline",
         "initial": f"{url}/pipeline/generator",
         "generator_timesteps": [399],
@@ -124,7 +124,7 @@ def test_weights_prompts_and_configs_of_a_bucket_are_those_of_the_folder(s3, fol
         },
     )
     checks.check(config, 8)
-    assert plan.model_configs(config) == plan.model_configs(config_for(folder))
+    assert plan.known_models(config) == plan.known_models(config_for(folder))
 
 
 def test_what_was_fetched_is_fetched_again_only_when_it_has_changed(s3):
@@ -218,7 +218,7 @@ def test_an_evaluation_of_a_bucket_in_a_bucket_goes_on_from_another_machine(
 def test_an_evaluation_of_a_run_in_a_bucket_has_the_numbers_of_the_disk(
     gs, command, folder, tmp_path
 ):
-    metadata = {"unet_config": UNET, "reference": str(folder), "generator_timesteps": [399]}
+    metadata = {"denoiser_config": UNET, "reference": str(folder), "generator_timesteps": [399]}
     with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as store:
         store.save(2, {"ema": trained(folder)}, metadata)
     common = ["--metrics=saturation", "--batch_size=8"]
@@ -250,12 +250,12 @@ def test_a_run_in_a_bucket_is_converted_there_and_back(gs, folder):
     )
     exported = load_model(folders.resolve(f"{gs}/export/unet")).params
     assert same(exported, trained(folder))
-    assert same(drawing.load(f"{gs}/run", "ema").models["unet"].params, exported)
-    initial = drawing.load(f"{gs}/run", "initial").models["unet"].params
+    assert same(drawing.load(f"{gs}/run", "ema").models["denoiser"].params, exported)
+    initial = drawing.load(f"{gs}/run", "initial").models["denoiser"].params
     assert same(initial, load_model(folder / "generator").params)
     convert.to_orbax(f"{gs}/export", f"{gs}/orbax")
     convert.to_diffusers(
-        f"{gs}/orbax/0", "unet", f"{gs}/again", step=None, dtype="float32", reference=None
+        f"{gs}/orbax/0", "denoiser", f"{gs}/again", step=None, dtype="float32", reference=None
     )
     again = load_model(folders.resolve(f"{gs}/again/unet")).params
     assert same(again, exported)

@@ -114,6 +114,15 @@ def test_one_step_equals_diffusers_lcm_at_399():
     )
 
 
+def test_one_scaled_step_equals_diffusers_euler_at_625():
+    from diffusers import EulerDiscreteScheduler
+
+    times = [625]
+    ours = samplers.few_step(eps_fn, jnp.array(Z)[None], times, SCHEDULE, input="scaled")
+    theirs = diffusers_sample(EulerDiscreteScheduler(**SDXL, timestep_spacing="trailing"), times)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_few_steps_equal_diffusers_lcm_with_the_same_noise():
     from diffusers import LCMScheduler
 

@@ -114,7 +114,7 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
     assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) < 25e6
     loaded = pipeline.load_pipeline(SHIPPED)
     generator = loaded._replace(
-        models=loaded.models | {"unet": pipeline.load_model(SHIPPED / "generator")}
+        models=loaded.models | {"denoiser": pipeline.load_model(SHIPPED / "generator")}
     )
     one_step = drawing.Sampling("few_step", np.array([399]), 1.0, (16, 16, 4))
     draw = drawing.draw_prompts(generator, one_step)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from di_star_jax import diffusion, gradients, objectives, schemes, sharding, step
 from di_star_jax.cost import flops
+from di_star_jax.diffusion import FewStep
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import folder as pipeline
@@ -87,7 +88,7 @@ SETTINGS = gradients.Settings(
     assistant_times=(0, 999),
     assistant_updates=1,
     scheme="separate",
-    generator_timesteps=(399,),
+    generator=FewStep((399,)),
     latent_shape=(8, 8, 4),
     ema_half_life=50_000,
 )
@@ -124,7 +125,7 @@ def world():
 
     method = gradients.Method(
         functools.partial(nnx.merge, graphdefs["unet"]),
-        lambda params, ids: sdxl.encode_text(graphdefs, params, ids, 16),
+        lambda params, ids: sdxl.encode_text(graphdefs, params, ids, {}, 16),
         reward,
         SCHEDULE,
         SETTINGS,
@@ -410,7 +411,7 @@ def test_reduction_and_weighting_scale_the_regulariser_alone():
 
 @pytest.mark.parametrize("timesteps", [(999, 499), (999, 749, 499, 249)])
 def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_made(timesteps):
-    method, frozen, generator, _ = small_world(generator_timesteps=timesteps)
+    method, frozen, generator, _ = small_world(generator=FewStep(timesteps))
     condition = method.encode_text(frozen, IDS)[0]
     unet = small_unet(generator)
     seen = {}
@@ -431,7 +432,7 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
             expected = diffusion.add_noise(x0, noise[j + 1], *(v[later] for v in SCHEDULE))
         np.testing.assert_allclose(x_t, expected, rtol=1e-4, atol=1e-4)
     assert sorted(seen) == list(range(len(timesteps)))
-    settings, *found, _ = small_step(generator_timesteps=timesteps, scheme="shared", key=3)
+    settings, *found, _ = small_step(generator=FewStep(timesteps), scheme="shared", key=3)
     for ours, separate in zip(found, expected_gradients(settings, key=3)):
         assert_close(ours, separate)
 
@@ -470,9 +471,7 @@ def test_from_main_to_the_unet_it_is_six_calls_at_most(world, monkeypatch, schem
     ids=str,
 )
 def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwards):
-    unet = pipeline.abstract_model(
-        published.PIPELINES["stabilityai/stable-diffusion-xl-base-1.0"]["unet"]
-    )
+    unet = pipeline.abstract_model(published.UNET_SDXL)
     merge = functools.partial(nnx.merge, unet.graphdef)
     shape = (2, 128, 128, 4)
     condition = Condition(jnp.zeros((2, 77, 2048)), jnp.zeros((2, 1280)), jnp.zeros((2, 6)))

@@ -46,12 +46,13 @@ def exported(folder, tmp_path_factory):
     (pipeline / "scheduler").mkdir()
     folders.write_object(pipeline.joinpath(*folders.SCHEDULER), {"_class_name": "Some"})
     parts = {
+        "_class_name": "PixArtAlphaPipeline",
         "tokenizer": ["transformers", "T5Tokenizer"],
-        "unet": ["diffusers", "Some"],
+        "transformer": ["diffusers", "Some"],
         "scheduler": ["diffusers", "Some"],
     }
     folders.write_object(pipeline / "model_index.json", parts)
-    network = export.Unet({"linear": {"kernel": np.ones((2, 2), np.float32)}}, {}, ())
+    network = export.Denoiser({"linear": {"kernel": np.ones((2, 2), np.float32)}}, {}, None)
     output = pipeline.parent / "exported"
     about = card.About("ema", "reference")
     export.export_pipeline(network, about, reference_folder=pipeline, output=output)

@@ -18,6 +18,7 @@ from test_config import load as load_config
 from test_step import CONFIGS
 
 from di_star_jax import drawing, models, train
+from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
@@ -398,7 +399,7 @@ def test_sample_makes_the_same_picture_from_a_workdir_and_from_its_export(straig
     pictures = []
     for source in (straight, straight / "diffusers"):
         loaded = drawing.load(str(source), "ema")
-        assert loaded.timesteps == (399,)
+        assert loaded.form == FewStep((399,))
         draw = drawing.draw_prompts(
             loaded, drawing.Sampling("few_step", np.array([399]), 1.0, (8, 8, 4))
         )

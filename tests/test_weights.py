@@ -571,6 +571,7 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     folder = tmp_path / "repository"
     folder.mkdir()
     index = {"unet": ["diffusers", "U"], "vae": [None, None], "flag": True}
+    index["safety_checker"] = ["stable_diffusion", "S"]  # which nobody reads
     (folder / "model_index.json").write_text(json.dumps(index))
     hub.clear()
     assert folders.resolve("stabilityai/sdxl") == folder
@@ -666,7 +667,7 @@ def server(monkeypatch, tmp_path):
 
 @pytest.mark.case("faults 22")
 def test_half_precision_is_fetched_for_the_components_that_have_no_other(server):
-    parts = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
+    parts = ("unet", "vae", "text_encoder", "scheduler", "tokenizer", "safety_checker")
     index = {part: ["library", "Class"] for part in parts}
     server.files |= {
         "model_index.json": json.dumps(index).encode(),
@@ -682,6 +683,8 @@ def test_half_precision_is_fetched_for_the_components_that_have_no_other(server)
         "scheduler/scheduler_config.json": b"{}",
         "tokenizer/vocab.json": b"{}",
         "tokenizer/spiece.model": b"pieces",
+        "safety_checker/config.json": b"{}",
+        "safety_checker/model.safetensors": b"nobody reads this",
     }
     folder = folders.resolve("some/one")
     found = {str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.is_file()}
@@ -689,6 +692,7 @@ def test_half_precision_is_fetched_for_the_components_that_have_no_other(server)
         "sd_xl_base_1.0.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "text_encoder/pytorch_model.bin",
+        "safety_checker/model.safetensors",
     }
     assert found == set(server.files) - left_out
     for part in ("unet", "vae", "text_encoder"):

@@ -22,8 +22,9 @@ from di_star_jax.assembly import Parts
 from di_star_jax.cost import flops, plan, slices
 from di_star_jax.diffusion import Schedule
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines.folder import Pipeline, abstract_model
-from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines.folder import Model, Pipeline, abstract_model, model_class
+from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards import REWARDS
 
 
@@ -81,23 +82,35 @@ def _parts(config, mesh: Mesh) -> Parts:
     Raises: UserError where weights of the reference or a reward are neither a folder nor a
       published model's name.
     """
-    known, unknown = plan.model_configs(config)
-    if unknown:
+    known = plan.known_models(config)
+    if known.family is None or known.unknown:
         raise UserError(
-            f"{unknown[0]} is neither a folder nor a model whose sizes are known; give a folder"
+            f"{known.unknown[0]} is neither a folder nor a model whose sizes are known; give a "
+            "folder"
         )
     options = assembly.model_options(config, mesh)
-    models, rewards = {}, {}
-    for name, found in known.items():
-        if name in SDXL.parts:
-            models[name] = abstract_model(found, options[name])
-        else:
-            reward = REWARDS[name].abstract(found, options["reward"])
-            params = options["reward"].placed(reward.params)
-            rewards[name] = reward._replace(params=params)
+    models = {
+        name: abstract_model(found, options.get(name, options["text"]))
+        for name, found in known.networks.items()
+    }
+    rewards = {}
+    for name, found in known.rewards.items():
+        reward = REWARDS[name].abstract(found, options["reward"])
+        rewards[name] = reward._replace(params=options["reward"].placed(reward.params))
+    tokenizers = {
+        name: _blank(models[encoder])
+        for name, encoder in known.family.tokenizers.items()
+        if encoder in models
+    }
     ones = jnp.ones(1000)  # only its shape counts here
-    pipeline = Pipeline(Path(), SDXL, models, {}, Schedule(ones, ones), timesteps=())
+    pipeline = Pipeline(Path(), known.family, models, tokenizers, Schedule(ones, ones))
     return Parts(pipeline, rewards)
+
+
+def _blank(encoder: Model) -> Callable[[list[str]], np.ndarray]:
+    """A tokenizer whose token ids are all 1, as many as a text encoder takes."""
+    _, settings = model_class(encoder.config)
+    return lambda texts: np.ones((len(texts), settings.tokens), np.int32)
 
 
 def _token_ids(
@@ -106,11 +119,8 @@ def _token_ids(
     mesh: Mesh,
 ) -> dict:
     batch = config.data.batch_size
-    ids = {}
-    for name, encoder in SDXL.tokenizers.items():
-        if encoder in parts.models:
-            length = parts.models[encoder].config.get("max_position_embeddings", 77)
-            ids[name] = _array(mesh, (batch, length), jnp.int32)
+    one = token_batch([""], parts.pipeline.tokenizers)
+    ids = {name: _array(mesh, (batch, *x.shape[1:]), x.dtype) for name, x in one.items()}
     for name, reward in parts.rewards.items():
         ids[name] = jax.tree.map(
             lambda x: _array(mesh, (batch, *x.shape[1:]), x.dtype), reward.shapes
@@ -143,7 +153,7 @@ def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 def train_work(config, mesh: Mesh) -> Work:
     """The whole training step."""
     parts, optimizers = _parts(config, mesh), assembly.optimizers_of(config)
-    state = assembly.abstract_state(parts.models["unet"], optimizers, mesh)
+    state = assembly.abstract_state(parts.models[DENOISER], optimizers, mesh)
     method = assembly.method_of(config, parts)
     fn = step.make_train_step(method, optimizers, mesh)
     ids = (_token_ids(config, parts, mesh),) * step.prompt_batches(method.settings)
@@ -155,23 +165,22 @@ def sample_work(config, mesh: Mesh) -> Work:
     """Prompts to pictures by the generator."""
     parts = _parts(config, mesh)
     method = assembly.method_of(config, parts)
-    timesteps = np.array(method.settings.generator_timesteps)
-    sampling = drawing.Sampling("few_step", timesteps, 1.0, method.settings.latent_shape)
+    sampling = drawing.few_step(method.settings.generator, method.settings.latent_shape)
     drawer = drawing.Drawer(parts.pipeline, sampling)
     params = {name: model.params for name, model in parts.models.items()}
-    shape = (len(timesteps), config.data.batch_size, *sampling.latent_shape)
+    shape = (len(sampling.timesteps), config.data.batch_size, *sampling.latent_shape)
     places = NamedSharding(mesh, sharding.batch_spec(sampling.noise_axis))
     noise = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=places)
     token_ids = _token_ids(config, parts._replace(rewards={}), mesh)  # nothing is scored
     return Work(drawing.make_draw(drawer, mesh), (params, token_ids, noise), mesh)
 
 
-def unet_work(config, mesh: Mesh) -> Work:
-    """The UNet forward and backward to its float32 parameters."""
+def denoiser_work(config, mesh: Mesh) -> Work:
+    """The denoiser forward and backward to its float32 parameters."""
     parts, batch = _parts(config, mesh), config.data.batch_size
     method = assembly.method_of(config, parts)
     optimizers = assembly.optimizers_of(config)
-    params = assembly.abstract_state(parts.models["unet"], optimizers, mesh).generator
+    params = assembly.abstract_state(parts.models[DENOISER], optimizers, mesh).generator
     specs = sharding.params_spec(mesh, params)
     local = sharding.abstract((parts.frozen(), _token_ids(config, parts, mesh)))
     condition, _ = jax.eval_shape(method.encode_text, *local)
@@ -184,7 +193,7 @@ def unet_work(config, mesh: Mesh) -> Work:
         condition: Any,
     ) -> Any:
         def loss(params: Any) -> jax.Array:
-            return jnp.sum(method.unet(params)(x_t, t, condition) ** 2) / batch
+            return jnp.sum(method.denoiser(params)(x_t, t, condition) ** 2) / batch
 
         return sharding.sum_gradients(jax.grad(loss)(params), specs)
 
@@ -246,7 +255,7 @@ def _of_latents(
 WORK = {
     "train": train_work,
     "sample": sample_work,
-    "unet": unet_work,
+    "denoiser": denoiser_work,
     "vae": vae_work,
     "reward": reward_work,
 }
@@ -257,7 +266,7 @@ _PLAIN = {
     "data.batch_size": 1,
     "compute.microbatches": 1,
     "compute.loop_networks": False,
-    "compute.remat_unet": "none",
+    "compute.remat_denoiser": "none",
     "compute.remat_vae": "none",
     "compute.remat_reward": "none",
     "compute.attention": "xla",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from di_star_jax.errors import UserError
 from di_star_jax.gradients import Settings
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD, resize_matrix
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def one_step(
     """x0 [B, 4, h, w] of the one-step generator."""
     import torch
 
-    t = torch.full((len(z),), method.settings.generator_timesteps[0], device=z.device)
+    t = torch.full((len(z),), method.settings.generator.timesteps[0], device=z.device)
     alpha_t, sigma_t = method.at(t)
     return (z - sigma_t * predict_eps(unet, z, t, condition, dtype)) / alpha_t
 
@@ -449,7 +450,7 @@ class Job:
         import torch
 
         side = self.resolution // 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
-        channels = self.configs["unet"].get("in_channels", 4)
+        channels = self.configs[DENOISER].get("in_channels", 4)
         return torch.randn(self.batch, channels, side, side, device=self.device)
 
     def times(self, first: int, last: int) -> Tensor:
@@ -471,8 +472,8 @@ def _train(job: Job) -> Callable[[], None]:
     """The whole step: both gradients, clipped, AdamW on both networks, the generator's average."""
     import torch
 
-    generator, assistant = job.trained("unet"), job.trained("unet")
-    frozen = ("unet", "vae", "text_encoder", "text_encoder_2", "reward")
+    generator, assistant = job.trained(DENOISER), job.trained(DENOISER)
+    frozen = (DENOISER, "vae", "text_encoder", "text_encoder_2", "reward")
     modules = Modules(generator, assistant, *map(job.frozen, frozen))
     method, token_ids = method_of(job.settings, job.device), job.token_ids()
     trained = [list(unet.parameters()) for unet in (generator, assistant)]
@@ -497,7 +498,7 @@ def _sample(job: Job) -> Callable[[], Tensor]:
     """Prompts to 8-bit images [B, 3, H, W]."""
     import torch
 
-    unet, vae = job.frozen("unet"), job.frozen("vae")
+    unet, vae = job.frozen(DENOISER), job.frozen("vae")
     encoders = job.frozen("text_encoder"), job.frozen("text_encoder_2")
     method, token_ids = method_of(job.settings, job.device), job.token_ids()
 
@@ -510,9 +511,9 @@ def _sample(job: Job) -> Callable[[], Tensor]:
     return run
 
 
-def _unet(job: Job) -> Callable[[], None]:
+def _denoiser(job: Job) -> Callable[[], None]:
     """A trained UNet forward and backward to its float32 parameters."""
-    unet = job.trained("unet")
+    unet = job.trained(DENOISER)
     encoders = job.frozen("text_encoder"), job.frozen("text_encoder_2")
     condition, _ = encode_text(*encoders, job.token_ids(), job.resolution)
     given = job.normal(), job.times(0, 999), condition, dtype_of(encoders[0])
@@ -545,7 +546,7 @@ def _reward(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
     return run
 
 
-WORK = {"train": _train, "sample": _sample, "unet": _unet, "vae": _vae, "reward": _reward}
+WORK = {"train": _train, "sample": _sample, DENOISER: _denoiser, "vae": _vae, "reward": _reward}
 # What "train" here has of the settings that change the work: the first, or what equals it.
 _KNOWN = {
     "objective": ("di_star",),
@@ -561,13 +562,19 @@ def make(what: str, job: Job) -> Callable[[], None]:
     """One of the benchmark's works: a function that does it once and waits until it is done.
 
     Args: what, a key of WORK.
-    Raises: UserError for settings that change the work and that this side does not have.
+    Raises: UserError for settings, or a pipeline, that change the work and that this side does not
+      have.
     """
     import torch
 
-    steps = len(job.settings.generator_timesteps)
-    if steps != 1:
-        raise UserError(f"{steps} generator steps, expected 1: PyTorch's side has no other")
+    if "text_encoder_2" not in job.configs:
+        raise UserError("one text encoder, expected SDXL's two: PyTorch's side has no other")
+    form = job.settings.generator
+    if len(form.timesteps) != 1 or form.input != "noise":
+        raise UserError(
+            f"{len(form.timesteps)} generator steps that begin with input={form.input!r}, expected "
+            "1 and 'noise': PyTorch's side has no other"
+        )
     for field, known in _KNOWN.items() if what == "train" else ():
         value = getattr(job.settings, field)
         if value not in known:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,31 @@ from di_star_jax.cost.chips import CHIPS, chip_of
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.pipelines.families import FAMILIES, family_at
+from di_star_jax.pipelines.family import DENOISER, Family
 from di_star_jax.rewards import REWARDS
 from di_star_jax.storage import buckets, folders
 
-SDXL_WIDTH = 320  # channels of its UNet's first level
 CPU = "cpu"  # its device kind
 # Bytes of RAM beside the plan's: Python and the libraries, what the compiler works in, and pictures
 # that are scored many at a time. Measured on the shapes world.
 PROGRAM = 3.6e9
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Known(NamedTuple):
+    """What is known of a run's models before anything is downloaded.
+
+    family: of the reference; None where that is unknown.
+    networks, rewards: config.json by component and by reward, from local folders, else as
+      published.
+    unknown: the config's fields that name neither, whose models' sizes are unknown.
+    """
+
+    family: Family | None
+    networks: dict[str, dict]
+    rewards: dict[str, dict]
+    unknown: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +56,7 @@ class Plan:
       device_kind: of these, as `jax.Device.device_kind` has it.
       parameters: how many, by component and reward.
       unknown: the config's fields that name models of unknown sizes.
-      state: bytes on a chip by purpose; {} where the UNet is unknown.
+      state: bytes on a chip by purpose; {} where the denoiser is unknown.
       image_bytes: on a chip for each image of its part of the batch, an estimate.
     """
 
@@ -89,22 +105,22 @@ def make(
 
     Args: planned, devices that it is for; None for those given, and of a dry run for as many as the
       mesh asks for.
-    Raises: UserError for an unusable model folder, and where the mesh cannot split the UNet.
+    Raises: UserError for an unusable model folder, and where the mesh cannot split the denoiser.
     """
     if planned is None:
         planned = planned_devices(config, device_count) if config.dry_run else device_count
     sizes = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, planned)
     mesh = dict(zip(sharding.AXES, sizes))
-    configs, unknown = model_configs(config)
-    trees = abstract_params(configs)
+    known = known_models(config)
+    trees = abstract_params(known)
     counts = {name: parameters(tree) for name, tree in trees.items()}
     state, image_bytes = {}, 0.0
-    if "unet" in trees:
-        sharding.params_sharding(AbstractMesh(sizes, sharding.AXES), trees["unet"])
+    if DENOISER in trees:
+        sharding.params_sharding(AbstractMesh(sizes, sharding.AXES), trees[DENOISER])
         state = memory_per_chip(config, counts, mesh["fsdp"] * mesh["context"])
-        width = trees["unet"]["conv_in"]["kernel"].shape[-1] / SDXL_WIDTH
+        width = known.family.width(known.networks[DENOISER])
         image_bytes = activation_bytes(config, width)
-    return Plan(config, mesh, device_count, device_kind, counts, unknown, state, image_bytes)
+    return Plan(config, mesh, device_count, device_kind, counts, known.unknown, state, image_bytes)
 
 
 def planned_devices(config, device_count: int) -> int:
@@ -114,30 +130,31 @@ def planned_devices(config, device_count: int) -> int:
     return device_count if len(given) < 3 and device_count % product == 0 else product
 
 
-def model_configs(config) -> tuple[dict[str, dict], list[str]]:
-    """What is known of the models before anything is downloaded.
+def known_models(config) -> Known:
+    """What can be said without a download.
 
-    Returns: config.json by component and by reward, from local folders, else as published; and the
-      config's fields that name neither, whose models' sizes are unknown.
     Raises: UserError for a local folder without a readable config.json.
     """
-    reference, unknown = config.weights.reference, []
+    reference, rewards, unknown = config.weights.reference, {}, []
+    family, networks = None, {}
     if _has_configs(reference):
-        found = _local(folders.resolve_tokenizer(reference))
+        family, networks = _local(folders.resolve_tokenizer(reference))
+    elif reference in published.PIPELINES:
+        name, networks = published.PIPELINES[reference]
+        family = FAMILIES[name]
     else:
-        found = dict(published.PIPELINES[reference]) if reference in published.PIPELINES else {}
-        unknown += [] if found else [f"weights.reference={reference}"]
+        unknown.append(f"weights.reference={reference}")
     for name, source in reward_sources(config).items():
         entry = REWARDS[name]
         if source == "":
-            found[name] = entry.read_config(Path())
+            rewards[name] = entry.read_config(Path())
         elif _has_configs(source):
-            found[name] = entry.read_config(folders.resolve_tokenizer(source))
+            rewards[name] = entry.read_config(folders.resolve_tokenizer(source))
         elif source == entry.weights:
-            found[name] = entry.published
+            rewards[name] = entry.published
         else:
             unknown.append(f"weights.{name}={source}")
-    return found, unknown
+    return Known(family, networks, rewards, unknown)
 
 
 def _has_configs(source: str) -> bool:
@@ -145,21 +162,24 @@ def _has_configs(source: str) -> bool:
     return buckets.is_remote(source) or Path(source).is_dir()
 
 
-def _local(folder: Path) -> dict[str, dict]:
-    there = [part for part in SDXL.parts if part == "unet" or (folder / part).is_dir()]
-    return {part: pipeline.read_config(folder, part) for part in there}
-
-
-def abstract_params(configs: dict[str, dict]) -> dict:
-    """Shapes of the parameters. Args: configs, as of `model_configs`. Returns: a tree for each."""
-    return {
-        name: (
-            pipeline.abstract_model(known)
-            if name in SDXL.parts
-            else REWARDS[name].abstract(known, pipeline.PLAIN)
-        ).params
-        for name, known in configs.items()
+def _local(folder: Path) -> tuple[Family, dict[str, dict]]:
+    family = family_at(folder)
+    there = {
+        name: part.folder
+        for name, part in family.parts.items()
+        if name == DENOISER or (folder / part.folder).is_dir()
     }
+    return family, {name: pipeline.read_config(folder, part) for name, part in there.items()}
+
+
+def abstract_params(known: Known) -> dict:
+    """Shapes of the parameters, a tree for each network and reward."""
+    networks = {k: pipeline.abstract_model(config) for k, config in known.networks.items()}
+    rewards = {
+        name: REWARDS[name].abstract(config, pipeline.PLAIN)
+        for name, config in known.rewards.items()
+    }
+    return {name: model.params for name, model in (networks | rewards).items()}
 
 
 def parameters(tree) -> int:
@@ -170,7 +190,7 @@ def parameters(tree) -> int:
 def activation_bytes(config, width: float = 1.0) -> float:
     """A rough figure of what a device holds for each image of its part of the batch, bytes.
 
-    Args: config; width, the UNet's channels over SDXL's 320.
+    Args: config; width, as of `Family`.
 
     Counted on SDXL at 1024 pixels in bfloat16, per image (batch 1 of one network):
       UNet: keeps 0.46 GB and works in 0.80 GB (0.13 and one attention map in float32) with
@@ -183,7 +203,7 @@ def activation_bytes(config, width: float = 1.0) -> float:
     (docs/performance.md) is less where memory is short, 2.4 GB an image on v5e, and as much where
     it is not: 4.8 GB on v5p.
     """
-    keep, work = (0.46, 0.80) if config.compute.remat_unet != "none" else (13.0, 0.0)
+    keep, work = (0.46, 0.80) if config.compute.remat_denoiser != "none" else (13.0, 0.0)
     vae = 4.3 if config.compute.remat_vae != "none" else 13.4
     pixels = width * (config.data.resolution / 1024) ** 2
     scale = pixels * jnp.dtype(config.compute.dtype).itemsize / 2
@@ -202,22 +222,22 @@ def memory_per_chip(
     """
     compute = jnp.dtype(config.compute.dtype).itemsize
     scores = reference_dtype(config)
-    unet = counts["unet"] / shards
-    others = sum(counts.values()) / shards - unet
+    denoiser = counts[DENOISER] / shards
+    others = sum(counts.values()) / shards - denoiser
     moments = 2 if config.optim.b1 else 1  # at b1 = 0 the first is the gradient
     state = {
-        "generator and assistant, float32": 2 * unet * 4,
-        "Adam's moments of both": 2 * moments * unet * 4,
-        "average of the generator (EMA)": unet * 4,
-        "gradients of both": 2 * unet * 4,
-        f"reference, {scores}": unet * scores.itemsize,
+        "generator and assistant, float32": 2 * denoiser * 4,
+        "Adam's moments of both": 2 * moments * denoiser * 4,
+        "average of the generator (EMA)": denoiser * 4,
+        "gradients of both": 2 * denoiser * 4,
+        f"reference, {scores}": denoiser * scores.itemsize,
         f"other frozen networks, {config.compute.dtype}": others * compute,
     }
     if config.compute.loop_networks:
-        state["networks picked in loops"] = unet * scores.itemsize
+        state["networks picked in loops"] = denoiser * scores.itemsize
     # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of
     # the UNet.
-    state["gathered weights"] = counts["unet"] / 30 * scores.itemsize if shards > 1 else 0.0
+    state["gathered weights"] = counts[DENOISER] / 30 * scores.itemsize if shards > 1 else 0.0
     return state
 
 
@@ -231,7 +251,7 @@ def out_of_memory(
     c = config.compute
     return UserError(
         f"the step needs {need:.1f} GB a device, {device_kind} has {have:.1f}; in this order raise "
-        f"compute.microbatches={c.microbatches}, set compute.remat_unet={c.remat_unet!r}, "
+        f"compute.microbatches={c.microbatches}, set compute.remat_denoiser={c.remat_denoiser!r}, "
         f"remat_vae={c.remat_vae!r} and remat_reward={c.remat_reward!r} to 'full', raise "
         f"mesh.fsdp={config.mesh.fsdp}, lower data.batch_size={config.data.batch_size}"
     )

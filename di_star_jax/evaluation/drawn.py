@@ -20,6 +20,7 @@ from di_star_jax.evaluation.images import THREADS, Shot
 from di_star_jax.evaluation.job import DRAW, IMAGES, Job
 from di_star_jax.evaluation.scores import compiled_first, params_digest
 from di_star_jax.evaluation.settings import short
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.folder import Pipeline
 from di_star_jax.storage.files import read_json, whole, write_text
 
@@ -116,9 +117,9 @@ def _save(shots: list[Shot], images: np.ndarray) -> None:
 
 def _how(loaded: Pipeline, sampling: drawing.Sampling) -> dict:
     """What an image depends on besides prompt and noise, as it is and not as it was asked for."""
-    others = {name: model.params for name, model in loaded.models.items() if name != "unet"}
+    others = {name: model.params for name, model in loaded.models.items() if name != DENOISER}
     return {
-        "unet_sha256": params_digest(loaded.models["unet"].params),
+        "denoiser_sha256": params_digest(loaded.models[DENOISER].params),
         "vae_and_text_sha256": params_digest(others),
         "sampler": sampling.sampler,
         "timesteps": sampling.timesteps.tolist(),

@@ -78,6 +78,11 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
 
+    @property
+    def tokens(self) -> int:
+        """Of a prompt."""
+        return self.max_position_embeddings
+
     @classmethod
     def from_json(cls, config: dict, file: str | None = None) -> "CLIPTextConfig":
         """Args: the parsed config.json; its path, for errors.

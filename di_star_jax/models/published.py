@@ -82,6 +82,7 @@ VAE_SDXL = {
     "norm_num_groups": 32,
     "scaling_factor": 0.13025,
 }
+VAE_SD15 = VAE_SDXL | {"scaling_factor": 0.18215}
 CLIP_L_TEXT = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",
@@ -211,12 +212,26 @@ CLIP_G14 = {
     },
 }
 
-# {name on the Hub: {component: config.json}}
+# {name on the Hub: (class of the pipeline, {component: config.json})}
 PIPELINES = {
-    "stabilityai/stable-diffusion-xl-base-1.0": {
-        "unet": UNET_SDXL,
-        "vae": VAE_SDXL,
-        "text_encoder": CLIP_L_TEXT,
-        "text_encoder_2": CLIP_BIGG_TEXT,
+    "stabilityai/stable-diffusion-xl-base-1.0": (
+        "StableDiffusionXLPipeline",
+        {
+            "denoiser": UNET_SDXL,
+            "vae": VAE_SDXL,
+            "text_encoder": CLIP_L_TEXT,
+            "text_encoder_2": CLIP_BIGG_TEXT,
+        },
+    ),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (
+        "StableDiffusionPipeline",
+        {"denoiser": UNET_SD15, "vae": VAE_SD15, "text_encoder": CLIP_L_TEXT},
+    ),
+    **{
+        f"PixArt-alpha/PixArt-XL-2-{name}": (
+            "PixArtAlphaPipeline",
+            {"denoiser": denoiser, "vae": VAE_SD15, "text_encoder": T5_XXL},
+        )
+        for name, denoiser in (("512x512", PIXART_512), ("1024-MS", PIXART_1024))
     },
 }

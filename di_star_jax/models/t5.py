@@ -54,6 +54,11 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "relu"
 
+    @property
+    def tokens(self) -> int:
+        """Of a prompt: PixArt-alpha's, for T5 itself knows no end."""
+        return 120
+
     @classmethod
     def from_json(cls, config: dict, file: str | None = None) -> "T5Config":
         """Args: the parsed config.json; its path, for errors.

@@ -30,8 +30,8 @@ class Condition(NamedTuple):
     """
 
     context: jax.Array
-    pooled: jax.Array | None
-    time_ids: jax.Array | None
+    pooled: jax.Array | None = None
+    time_ids: jax.Array | None = None
     mask: jax.Array | None = None
 
 

@@ -17,11 +17,13 @@ class Call(NamedTuple):
 
     dtype: of its weights. steps: of a generator, 0 for another network.
     timesteps: of the steps where the call must name them, else ().
+    more: another argument, or "".
     """
 
     dtype: str
     steps: int
     timesteps: tuple[int, ...]
+    more: str = ""
 
 
 class About(NamedTuple):
@@ -72,9 +74,12 @@ def usage(folder: str, call: Call) -> str:
 
 def _arguments(call: Call) -> list[str]:
     """Of the call, beside the prompt."""
+    more = [call.more] if call.more else []
     if call.timesteps:
-        return [f"timesteps={list(call.timesteps)}", "guidance_scale=0"]
-    return [f"num_inference_steps={call.steps}", "guidance_scale=0"] if call.steps else []
+        return [f"timesteps={list(call.timesteps)}", "guidance_scale=0", *more]
+    if call.steps:
+        return [f"num_inference_steps={call.steps}", "guidance_scale=0", *more]
+    return more
 
 
 def text(
@@ -113,8 +118,8 @@ def text(
             "",
             "## Licence",
             "",
-            f"All but the UNet is copied from {reference}, and the UNet was trained from it: its "
-            "licence holds for this folder too.",
+            f"The denoiser was trained from that of {reference}, and all else copied from there: "
+            "its licence holds for this folder too.",
             "",
         ]
     )

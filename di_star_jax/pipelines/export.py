@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained UNet as a pipeline folder that diffusers loads and draws with, and its model card."""
+"""A trained denoiser as a folder that diffusers loads and draws with, and its model card."""
 
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from di_star_jax.diffusion import INPUTS, FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import card
+from di_star_jax.pipelines.families import family_at
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.scheduler import NUM_TRAIN_TIMESTEPS, betas_of
 from di_star_jax.prompts import spiece, t5
 from di_star_jax.storage import buckets, folders
@@ -28,8 +30,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 # Where a generator's times stand in its scheduler's config. diffusers passes over what begins with
 # an underscore, and keeps it.
 TIMESTEPS = "_generator_timesteps"
-# Of SDXL's pipeline; diffusers does without them.
-_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+INPUT = "_generator_input"
+# diffusers does without them.
+_OPTIONAL = (*folders.LEFT_OUT, "feature_extractor", "image_encoder")
 # Beside weights, what a component is read from; nothing else is copied.
 _FILES = (
     "config.json",
@@ -46,42 +49,57 @@ _FILES = (
 )
 
 
-class Unet(NamedTuple):
+class Denoiser(NamedTuple):
     """What is exported.
 
     params: tree of arrays. config: content of its config.json.
-    timesteps: of a generator's steps, falling, in [0, 999]; () for a network that is none.
+    form: of a few-step generator; None for a network that is none.
     """
 
     params: Any
     config: dict
-    timesteps: tuple[int, ...]
+    form: FewStep | None
 
 
 # The scheduler.
 
 
-def generator_scheduler(reference_folder: str | os.PathLike, timesteps: Sequence[int]) -> dict:
-    """Content of scheduler_config.json with which a plain call draws as the generator does.
+def generator_scheduler(
+    reference_folder: str | os.PathLike,
+    form: FewStep,
+    *,
+    keeps_offset: bool = True,
+) -> dict:
+    """Content of scheduler_config.json with which diffusers draws as the generator does.
 
-    With K steps that call is `pipe(prompt, num_inference_steps=K, guidance_scale=0)`. One step is
-    EulerDiscreteScheduler's, several are LCMScheduler's, which noises again between them. Its grid
-    holds DMD2's times; others must be given to the call (`calls_by_timesteps`).
+    With K steps that is `pipe(prompt, num_inference_steps=K, guidance_scale=0)`, or the same with
+    the times in place of their number (`calls_by_timesteps`). One step is EulerDiscreteScheduler's,
+    whose spacing says whether it scales its noise. Several are LCMScheduler's, which noises again
+    between them, and so is one where the pipeline would put another offset in the place of ours.
+    LCMScheduler's grid holds DMD2's times.
 
     Args:
       reference_folder: a local pipeline folder, whose noise schedule is kept.
-      timesteps: of the generator's steps, falling, in [0, 999].
+      form: of the generator.
+      keeps_offset: as of `Family`.
     """
+    timesteps = form.timesteps
     reference = folders.read_config(reference_folder, *folders.SCHEDULER)
     common = {
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
         "prediction_type": "epsilon",
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if form.input == "scaled" else "leading",
         TIMESTEPS: list(timesteps),
+        INPUT: form.input,
         **betas_of(reference, str(Path(reference_folder).joinpath(*folders.SCHEDULER))),
     }
-    if len(timesteps) == 1:
-        return {"_class_name": "EulerDiscreteScheduler", "steps_offset": timesteps[0], **common}
+    if not keeps_offset:
+        common["steps_offset"] = 1  # else the pipeline puts it there, with a warning
+    euler = {"_class_name": "EulerDiscreteScheduler", **common}
+    if form.input == "scaled":
+        return euler
+    if len(timesteps) == 1 and keeps_offset:
+        return euler | {"steps_offset": timesteps[0]}
     grids = range(NUM_TRAIN_TIMESTEPS, len(timesteps) - 1, -1)
     fitting = (n for n in grids if _lcm_timesteps(n, len(timesteps)) == [*timesteps])
     return {
@@ -102,29 +120,44 @@ def _lcm_timesteps(grid: int, num_steps: int) -> list[int]:
 def calls_by_timesteps(scheduler: dict) -> bool:
     """Whether the call must name the times. Args: of `generator_scheduler`, or a teacher's."""
     times = scheduler.get(TIMESTEPS, [])
-    if len(times) < 2:
+    if not times:
         return False
-    return times != _lcm_timesteps(scheduler["original_inference_steps"], len(times))
+    if scheduler["_class_name"] == "LCMScheduler":
+        return times != _lcm_timesteps(scheduler["original_inference_steps"], len(times))
+    return scheduler["timestep_spacing"] == "trailing"
 
 
-def timesteps_of(scheduler: dict, one_step: int) -> tuple[int, ...]:
-    """Of a generator's steps, as its export has them; () for a teacher.
+def form_of(scheduler: dict, one_step: FewStep) -> FewStep | None:
+    """Of a generator, as its export has it; None for a teacher.
 
-    Args: scheduler_config.json; the time of an LCMScheduler's one step where that does not say.
-    Raises: UserError for times that are none.
+    Args: scheduler_config.json; the form where an LCMScheduler's does not say.
+    Raises: UserError for times, or an input, that are none.
     """
-    default = [one_step] if scheduler.get("_class_name") == "LCMScheduler" else []
-    times = scheduler.get(TIMESTEPS, default)
+    if TIMESTEPS not in scheduler:
+        return one_step if scheduler.get("_class_name") == "LCMScheduler" else None
+    file = "/".join(folders.SCHEDULER)
+    times = scheduler[TIMESTEPS]
+    given = scheduler.get(INPUT, "noise")  # earlier exports had no other
     if (
         not isinstance(times, list)
         or not all(type(t) is int and 0 <= t < NUM_TRAIN_TIMESTEPS for t in times)
         or any(a <= b for a, b in zip(times, times[1:]))
     ):
         raise UserError(
-            f"{'/'.join(folders.SCHEDULER)}: {TIMESTEPS} is {times!r}, expected falling whole "
-            f"numbers of 0 to {NUM_TRAIN_TIMESTEPS - 1}; export again"
+            f"{file}: {TIMESTEPS} is {times!r}, expected falling whole numbers of 0 to "
+            f"{NUM_TRAIN_TIMESTEPS - 1}; export again"
         )
-    return tuple(times)
+    if given not in INPUTS:
+        raise UserError(
+            f"{file}: {INPUT} is {given!r}, expected one of {', '.join(INPUTS)}; export again"
+        )
+    return FewStep(tuple(times), given) if times else None
+
+
+def form_of_run(metadata: dict) -> FewStep:
+    """Of a run's generator. Args: of a checkpoint."""
+    given = metadata.get("generator_input", "noise")  # earlier runs had no other
+    return FewStep(tuple(metadata["generator_timesteps"]), given)
 
 
 # The folder.
@@ -152,9 +185,10 @@ def _copied(reference_folder: Path) -> list[str]:
 
     Raises: UserError for others that are absent.
     """
+    folder_of_denoiser = family_at(reference_folder).parts[DENOISER].folder
     names = []
     for name in folders.components(reference_folder):
-        if name in ("unet", "scheduler"):
+        if name in (folder_of_denoiser, folders.SCHEDULER[0], *folders.LEFT_OUT):
             continue
         if (reference_folder / name).is_dir():
             names.append(name)
@@ -167,19 +201,19 @@ def _copied(reference_folder: Path) -> list[str]:
 
 
 def export_pipeline(
-    unet: Unet,
+    denoiser: Denoiser,
     about: card.About,
     *,
     reference_folder: str | os.PathLike,
     output: str | os.PathLike,
     dtype: str = "float32",
 ) -> str:
-    """Writes a pipeline folder: a trained UNet, with all else from the reference, in one dtype.
+    """Writes a pipeline folder: a trained denoiser, with all else from the reference, in one dtype.
 
     A generator gets the scheduler of its steps, another network keeps the reference's.
 
     Args:
-      unet: if its params are spread over several hosts, all must call this.
+      denoiser: if its params are spread over several hosts, all must call this.
       about: what the model card says of it.
       reference_folder: a local pipeline folder.
       output: replaced as a whole if it is an earlier export.
@@ -190,24 +224,28 @@ def export_pipeline(
     reference_folder = Path(reference_folder)
     check_export(reference_folder, output)
     index = folders.read_config(reference_folder, name="model_index.json")
-    if unet.timesteps:
-        scheduler = generator_scheduler(reference_folder, unet.timesteps)
-    else:
+    family = family_at(reference_folder)
+    part = family.parts[DENOISER]
+    form = denoiser.form
+    if form is None:
         scheduler = folders.read_config(reference_folder, *folders.SCHEDULER)
-    named = unet.timesteps if calls_by_timesteps(scheduler) else ()
-    call = card.Call(dtype, len(unet.timesteps), named)
-    params = whole_on_each_host(unet.params)
+    else:
+        scheduler = generator_scheduler(reference_folder, form, keeps_offset=family.keeps_offset)
+    times = () if form is None else form.timesteps
+    named = times if calls_by_timesteps(scheduler) else ()
+    call = card.Call(dtype, len(times), named, family.call)
+    params = whole_on_each_host(denoiser.params)
     if jax.process_index() != 0:
         return _usage(str(output), call)
     names = _copied(reference_folder)
     with folders.new_folder(output, [reference_folder]) as partial:
         for name in names:
             _copy_component(reference_folder / name, partial / name, dtype)
-        (partial / "unet").mkdir()
+        (partial / part.folder).mkdir()
         write_model(
-            partial / "unet",
+            partial / part.folder,
             params,
-            config=unet.config,
+            config=denoiser.config,
             file_name=weights_name(folders.DIFFUSERS, dtype),
             dtype=jnp.dtype(dtype),
         )
@@ -215,7 +253,9 @@ def export_pipeline(
         folders.write_object(partial.joinpath(*folders.SCHEDULER), scheduler)
         absent = {*folders.components(reference_folder)} - {*names}
         index |= dict.fromkeys(absent, [None, None])
-        index["unet"] = ["diffusers", "UNet2DConditionModel"]
+        if "requires_safety_checker" in index:
+            index["requires_safety_checker"] = False  # else diffusers warns of its absence
+        index[part.folder] = ["diffusers", part.classes[0]]
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
         folders.write_object(partial / "model_index.json", index)
         if about.picture is not None:

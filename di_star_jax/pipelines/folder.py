@@ -3,15 +3,17 @@
 
 import dataclasses
 import os
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax import models, sharding
-from di_star_jax.diffusion import Schedule
+from di_star_jax.diffusion import FewStep, Schedule
 from di_star_jax.errors import UserError
 from di_star_jax.models.clip import (
     CLIPConfig,
@@ -24,14 +26,14 @@ from di_star_jax.models.clip import (
 from di_star_jax.models.config import check_others, shown
 from di_star_jax.models.pixart import PixArtConfig, PixArtTransformer2DModel
 from di_star_jax.models.t5 import T5Config, T5EncoderModel
-from di_star_jax.models.unet import UNet2DConditionModel, UNetConfig
+from di_star_jax.models.unet import Condition, UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
-from di_star_jax.pipelines.export import timesteps_of
-from di_star_jax.pipelines.family import Family
+from di_star_jax.pipelines.export import form_of
+from di_star_jax.pipelines.families import family_of
+from di_star_jax.pipelines.family import DENOISER, Family
 from di_star_jax.pipelines.scheduler import SchedulerFile, schedule_from_json
-from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.t5 import T5Tokenizer
-from di_star_jax.prompts.tokens import Tokenizer
+from di_star_jax.prompts.tokens import Tokenizer, token_batch
 from di_star_jax.storage import folders, weights
 
 
@@ -102,8 +104,8 @@ class Model(NamedTuple):
 class Pipeline(NamedTuple):
     """A diffusers pipeline folder.
 
-    models, tokenizers: those of the family's that are there, by name.
-    timesteps: of its UNet's steps, falling, if that is a generator, else ().
+    models, tokenizers: those of the family's that are there, by component.
+    form: of its denoiser, if that is a few-step generator, else None.
     scheduler: its scheduler_config.json, which the times of samplers are from.
     """
 
@@ -112,7 +114,7 @@ class Pipeline(NamedTuple):
     models: dict[str, Model]
     tokenizers: dict[str, Tokenizer | T5Tokenizer]
     schedule: Schedule
-    timesteps: tuple[int, ...]
+    form: FewStep | None = None
     scheduler: SchedulerFile = SchedulerFile()
 
     @property
@@ -120,13 +122,27 @@ class Pipeline(NamedTuple):
         """Image pixels per latent pixel, along one side."""
         return vae_scale(self.models["vae"].config)
 
+    def encode_text(
+        self,
+        params: dict[str, Any],
+        token_ids: dict[str, jax.Array],
+        resolution: int,
+    ) -> tuple[Condition, Condition]:
+        """(condition, null condition) of B prompts, for images of so many pixels.
+
+        Args: params, of the text encoders by component; token_ids [B, L], by tokenizer.
+        """
+        graphdefs = {name: model.graphdef for name, model in self.models.items()}
+        null_ids = token_batch([""], self.tokenizers)
+        return self.family.encode_text(graphdefs, params, token_ids, null_ids, resolution)
+
 
 def vae_scale(config: dict) -> int:
     """Image pixels per latent pixel, along one side. Args: the VAE's config.json."""
     return VAEConfig.from_json(config).scale
 
 
-def _class_name(config: dict) -> Any:
+def class_name(config: dict) -> Any:
     """What a config.json says it is of: a name of `_PORTS`, another one, or nothing of use."""
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else None
@@ -134,7 +150,7 @@ def _class_name(config: dict) -> Any:
 
 
 def _port(config: dict, file: str) -> Port:
-    name = _class_name(config)
+    name = class_name(config)
     if not isinstance(name, str) or name not in _PORTS:
         nothing = "nothing, for it has neither _class_name nor architectures"
         what = nothing if name is None else shown(name).strip("'")
@@ -205,10 +221,17 @@ def load_model(
     return model._replace(params=weights.load(folder, model.params, arrange=arrange))
 
 
-def load_unet(folder: Path, options: Options = PLAIN) -> Model:
-    """As `load_model`. Raises: UserError for another model, too."""
-    if model_class(read_config(folder))[0] is not UNet2DConditionModel:
-        raise UserError(f"{folder} holds no UNet; give the folder of a UNet2DConditionModel")
+def load_denoiser(
+    folder: Path,
+    family: Family,
+    options: Options = PLAIN,
+) -> Model:
+    """As `load_model`. Raises: UserError for a network that is not the family's denoiser, too."""
+    classes = family.parts[DENOISER].classes
+    if class_name(read_config(folder)) not in classes:
+        raise UserError(
+            f"{folder} holds no denoiser of {family.name}; give the folder of a {classes[0]}"
+        )
     return load_model(folder, options)
 
 
@@ -224,8 +247,8 @@ def check_like(folder: Path, config: dict) -> None:
     _, expected = model_class(config)
     if type(found) is not type(expected):
         raise UserError(
-            f"{folder / 'config.json'} is of {_class_name(read_config(folder))}, expected "
-            f"{_class_name(config)}; give the folder of one"
+            f"{folder / 'config.json'} is of {class_name(read_config(folder))}, expected "
+            f"{class_name(config)}; give the folder of one"
         )
     for field in dataclasses.fields(expected):
         ours, theirs = getattr(expected, field.name), getattr(found, field.name)
@@ -236,35 +259,45 @@ def check_like(folder: Path, config: dict) -> None:
             )
 
 
-def load_pipeline(folder: Path, options: Mapping[str, Options] | None = None) -> Pipeline:
+def load_pipeline(
+    folder: Path,
+    default: Options = PLAIN,
+    options: Mapping[str, Options] = types.MappingProxyType({}),
+) -> Pipeline:
     """Reads a pipeline folder.
 
-    Args: options, by component; PLAIN for one that is not named.
+    Args: options, by component; the default for one that is not named.
     Raises: UserError for whatever is wrong with the folder.
     """
-    family, options = SDXL, options or {}
-    scheduler = check_pipeline(folder, family)
+    family, scheduler = check_pipeline(folder)
+    models = {
+        name: load_model(folder / part.folder, options.get(name, default))
+        for name, part in family.parts.items()
+    }
     return Pipeline(
         folder,
         family,
-        {part: load_model(folder / part, options.get(part, PLAIN)) for part in family.parts},
+        models,
         _tokenizers(folder, family),
         schedule_from_json(*scheduler),
-        timesteps_of(scheduler.config, family.one_step),
+        form_of(scheduler.config, family.one_step),
         scheduler,
     )
 
 
-def check_pipeline(folder: Path, family: Family) -> SchedulerFile:
+def check_pipeline(folder: Path) -> tuple[Family, SchedulerFile]:
     """Looks at all settings of a pipeline folder, before any weights are read.
 
-    Returns: those of the scheduler.
-    Raises: UserError, naming file and field, for a part that is missing or of another class, for a
-      field that is not followed, and for parts that do not go together.
+    Returns: its family, and the settings of its scheduler.
+    Raises: UserError, naming file and field, for a pipeline that is not ported, for a part that is
+      missing or of another class, for a field that is not followed, and for parts that do not go
+      together.
     """
     file = str(folder / "model_index.json")
     index = folders.read_config(folder, name="model_index.json")
-    needed = (*family.parts, *family.tokenizers, folders.SCHEDULER[0])
+    family = family_of(index, file)
+    parts = [part.folder for part in family.parts.values()]
+    needed = (*parts, *family.tokenizers, folders.SCHEDULER[0])
     for name in needed:
         kind = index.get(name)
         if (
@@ -274,22 +307,22 @@ def check_pipeline(folder: Path, family: Family) -> SchedulerFile:
         ):
             raise UserError(
                 f"{file} has {name}={shown(kind)}, expected the library and the class of a "
-                "component that SDXL needs; give the folder of a whole SDXL pipeline"
+                f"component that {family.name} needs; give the folder of a whole pipeline"
             )
     check_others(family.index, index, file, needed)
-    configs = {part: read_config(folder, part) for part in family.parts}
-    for part, name in family.parts.items():
-        found = _class_name(configs[part])
-        if found != name:
+    configs = {name: read_config(folder, part.folder) for name, part in family.parts.items()}
+    for name, part in family.parts.items():
+        found = class_name(configs[name])
+        if found not in part.classes:
             raise UserError(
-                f"{folder / part / 'config.json'} is of a {found}, expected a {name}; give the "
-                "folder of a whole SDXL pipeline"
+                f"{folder / part.folder / 'config.json'} is of a {found}, expected a "
+                f"{part.classes[0]}; give the folder of a whole {family.name} pipeline"
             )
     family.check(configs, str(folder))
     scheduler = folders.read_config(folder, *folders.SCHEDULER)
     scheduler_file = SchedulerFile(scheduler, str(folder.joinpath(*folders.SCHEDULER)))
     schedule_from_json(*scheduler_file)
-    return scheduler_file
+    return family, scheduler_file
 
 
 def _tokenizers(folder: Path, family: Family) -> dict[str, Tokenizer | T5Tokenizer]:

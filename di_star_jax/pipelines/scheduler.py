@@ -77,7 +77,7 @@ _OF_SAMPLERS = frozenset(
         "variance_type",
     }
 )
-# What the noise schedule and the meaning of the UNet's output depend on.
+# What the noise schedule and the meaning of the denoiser's output depend on.
 FIELDS = Fields(
     fixed={
         "prediction_type": ("epsilon",),
@@ -223,7 +223,10 @@ _FIELDS: dict[str, tuple[type, Fields]] = {
                 "use_exponential_sigmas": _OFF,
                 "use_karras_sigmas": _OFF,
                 "use_lu_lambdas": _OFF,
-                "variance_type": (None, "fixed_small"),  # neither is a second output of the UNet
+                "variance_type": (
+                    None,
+                    "fixed_small",
+                ),  # neither is a second output of the denoiser
             },
         ),
     ),

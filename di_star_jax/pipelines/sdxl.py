@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models.clip import CLIPTextConfig
 from di_star_jax.models.config import Fields
 from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.models.vae import VAEConfig
-from di_star_jax.pipelines.family import Family, Guided
+from di_star_jax.pipelines.family import DENOISER, Family, Guided, Part
 
 
 def encode_text(
     graphdefs: dict[str, nnx.GraphDef],
     params: dict[str, Any],
     token_ids: dict[str, jax.Array],
+    null_ids: dict[str, jax.Array],
     resolution: int,
 ) -> tuple[Condition, Condition]:
     """SDXL's condition of a batch of prompts, and its null condition.
@@ -26,6 +28,7 @@ def encode_text(
     Args:
       graphdefs, params: hold 'text_encoder' and 'text_encoder_2'.
       token_ids: int32 [B, L] under 'tokenizer' and 'tokenizer_2'.
+      null_ids: of "", not used.
       resolution: image height and width, pixels; also given as original and target size, with no
         crop.
     Returns:
@@ -55,9 +58,14 @@ def null_of(condition: Condition) -> Condition:
     )
 
 
+def width(config: dict) -> float:
+    """As `Family.width`: by the channels of the first level."""
+    return UNetConfig.from_json(config).block_out_channels[0] / 320
+
+
 def check(configs: dict[str, dict], folder: str) -> None:
     """As `Family.check`."""
-    unet = UNetConfig.from_json(configs["unet"])
+    unet = UNetConfig.from_json(configs[DENOISER])
     vae = VAEConfig.from_json(configs["vae"])
     first = CLIPTextConfig.from_json(configs["text_encoder"])
     second = CLIPTextConfig.from_json(configs["text_encoder_2"])
@@ -84,11 +92,12 @@ def check(configs: dict[str, dict], folder: str) -> None:
 
 
 SDXL = Family(
+    name="SDXL",
     parts={
-        "unet": "UNet2DConditionModel",
-        "vae": "AutoencoderKL",
-        "text_encoder": "CLIPTextModel",
-        "text_encoder_2": "CLIPTextModelWithProjection",
+        DENOISER: Part("unet", ("UNet2DConditionModel",)),
+        "vae": Part("vae", ("AutoencoderKL",)),
+        "text_encoder": Part("text_encoder", ("CLIPTextModel",)),
+        "text_encoder_2": Part("text_encoder_2", ("CLIPTextModelWithProjection",)),
     },
     index=Fields(
         fixed={
@@ -114,8 +123,9 @@ SDXL = Family(
     ),
     tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     encode_text=encode_text,
-    one_step=399,  # DMD2's, whose generator the paper begins with
+    one_step=FewStep((399,)),  # DMD2's, whose generator the paper begins with
     # Of the paper's SDXL and SDXL-DPO, by its authors' notebook.
     teacher=Guided(steps=50, guidance_scale=7.5),
+    width=width,
     check=check,
 )

@@ -27,6 +27,7 @@ from di_star_jax import (
 )
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.scheduler import schedule_from_json
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import Tokenizer
@@ -345,7 +346,7 @@ def train_teacher(
     """
     encoders, heads = text
     unet = init(networks.UNET, seed=10)
-    graphdefs = encoders.graphdef | {"unet": unet.graphdef}
+    graphdefs = encoders.graphdef | {DENOISER: unet.graphdef}
 
     def loss_fn(
         params: Params,
@@ -360,7 +361,7 @@ def train_teacher(
         batch = {"mean": latents[0], "std": latents[1], "ids": token_ids}
         return _take(batch, stage.rows(3, k, len(latents[0])))
 
-    start = {"networks": encoders.params | {"unet": unet.params}, "heads": heads}
+    start = {"networks": encoders.params | {DENOISER: unet.params}, "heads": heads}
     trained = fit(folder, stage, start, loss_fn, batch_at)
     return Network(graphdefs, trained["networks"])
 
@@ -387,13 +388,13 @@ def eps_loss(
     schedule = schedule_from_json(networks.SCHEDULER)
     x0 = batch["mean"] + batch["std"] * jax.random.normal(of_latents, batch["mean"].shape)
     condition = _sometimes_null(
-        of_dropped, *SDXL.encode_text(graphdefs, params, batch["ids"], RESOLUTION)
+        of_dropped, *SDXL.encode_text(graphdefs, params, batch["ids"], {}, RESOLUTION)
     )
     t = jax.random.randint(of_times, x0.shape[:1], 0, 1000)
     alpha_t, sigma_t = schedule.alpha[t], schedule.sigma[t]
     eps = jax.random.normal(of_noise, x0.shape)
     x_t = diffusion.add_noise(x0, eps, alpha_t, sigma_t)
-    error = nnx.merge(graphdefs["unet"], params["unet"])(x_t, t, condition) - eps
+    error = nnx.merge(graphdefs[DENOISER], params[DENOISER])(x_t, t, condition) - eps
     weight = jnp.clip((sigma_t / alpha_t) ** 2, 0.3, 5.0)
     return (weight * (error**2).mean((1, 2, 3))).mean()
 
@@ -503,7 +504,7 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
     """
 
     def encode_text(params: dict, token_ids: dict) -> tuple[Any, Any]:
-        return SDXL.encode_text(graphdefs, params, token_ids, RESOLUTION)
+        return SDXL.encode_text(graphdefs, params, token_ids, {}, RESOLUTION)
 
     def no_reward(
         params: dict,
@@ -524,13 +525,13 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
         assistant_times=(0, 999),
         assistant_updates=1,
         scheme="separate",
-        generator_timesteps=(SDXL.one_step,),
+        generator=SDXL.one_step,
         latent_shape=LATENT_SHAPE,
         ema_half_life=1100,
         clip_norms=(10.0, 10.0),
     )
     schedule = schedule_from_json(networks.SCHEDULER)
-    unet = functools.partial(nnx.merge, graphdefs["unet"])
+    unet = functools.partial(nnx.merge, graphdefs[DENOISER])
     method = gradients.Method(unet, encode_text, no_reward, schedule, settings)
     train_step = step.make_train_step(method, optimizers, drawing.one_device())
     return jax.jit(train_step, donate_argnums=0)
@@ -558,7 +559,7 @@ def distil_generator(
     )
     train_step = _distillation(teacher.graphdef, optimizers)
     frozen = dict(teacher.params)
-    frozen["reference"] = frozen.pop("unet")
+    frozen["reference"] = frozen.pop(DENOISER)
 
     def update(
         state: step.TrainState,
@@ -572,7 +573,7 @@ def distil_generator(
     def batch_at(k: int) -> dict:
         return _take(token_ids, stage.rows(7, k, len(token_ids["tokenizer"])))
 
-    unet = teacher.params["unet"]
+    unet = teacher.params[DENOISER]
     state = step.init_state(unet, unet, optimizers)
     return keep_training(folder, stage, state, update, batch_at).ema
 
@@ -617,7 +618,7 @@ def make_teacher(
     teacher = train_teacher(workdir / "teacher", sizes.teacher, latents, ids, text)
     for name, config in configs.items():
         weights.save(out / name, teacher.params[name], config=config, **HALF_CLIP)
-    weights.save(out / "unet", teacher.params["unet"], config=networks.UNET, **HALF_DIFFUSERS)
+    weights.save(out / "unet", teacher.params[DENOISER], config=networks.UNET, **HALF_DIFFUSERS)
     return teacher
 
 

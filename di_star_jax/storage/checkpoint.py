@@ -25,6 +25,7 @@ from di_star_jax.storage.files import expand
 
 FOLDER = "checkpoints"  # of a run, in its workdir
 _METADATA = "metadata"
+_RENAMED = {"unet_config": "denoiser_config"}  # by earlier versions' names
 _SAVED = "_CHECKPOINT_METADATA"  # Orbax's own, in each step's folder
 _COMMITTED = "commit_success.txt"  # Orbax's, last of all on a bucket, where nothing is renamed
 _ASIDE = ".set-aside"  # ends the name of what stood in a checkpoint's place and is none
@@ -68,7 +69,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         Args:
           step: does nothing if this step is there already.
           state: a NamedTuple, dataclass or dict of trees.
-          metadata: stored as JSON: what an export needs, such as `unet_config` and `reference`.
+          metadata: stored as JSON: what an export needs, such as `denoiser_config` and `reference`.
         Raises: UserError where the disk has no room for it.
         """
         if step in self.steps():
@@ -164,7 +165,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def metadata(self, step: int) -> dict:
         """What `save` was given. Raises: UserError where the checkpoint is missing."""
         self._item_folder(step, _METADATA)
-        return self._read(step, _METADATA, ocp.args.JsonRestore())
+        found = self._read(step, _METADATA, ocp.args.JsonRestore())
+        return {_RENAMED.get(name, name): value for name, value in found.items()}
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""

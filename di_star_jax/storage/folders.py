@@ -24,6 +24,7 @@ from di_star_jax.storage.files import MARKER, expand, listing, sampled_digest, w
 
 DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems of weight files' names
 SCHEDULER = ("scheduler", "scheduler_config.json")  # folder and file, in a pipeline
+LEFT_OUT = ("safety_checker",)  # of a pipeline: neither read nor exported
 _STEMS = (DIFFUSERS, TRANSFORMERS, "pytorch_model")
 _TEXT = ["*.json", "*.txt", "*spiece.model"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -133,7 +134,8 @@ def resolve(name: str) -> Path:
     patterns = ["*.safetensors"]
     # Beside the components of a pipeline, repositories keep the same weights again in single files.
     if (folder / "model_index.json").is_file():
-        patterns = [f"{part}/*.safetensors" for part in components(folder)]
+        parts = [part for part in components(folder) if part not in LEFT_OUT]
+        patterns = [f"{part}/*.safetensors" for part in parts]
     _fetch(name, patterns, ignore="*.fp16*")
     # Half precision of what there is in no other: of all, or of single components.
     lacking = [pattern for pattern in patterns if _lacks_weights(folder, pattern)]
@@ -284,7 +286,7 @@ def weight_files(folder: Path) -> tuple[list[Path], Path | None]:
         raise _pickle_error(pickles[0])
     raise UserError(
         f"no weights in {folder}, expected e.g. {DIFFUSERS}.safetensors or "
-        f"{TRANSFORMERS}.safetensors; give the folder of one model, such as PIPELINE/unet"
+        f"{TRANSFORMERS}.safetensors; give the folder of one model, such as PIPELINE/vae"
     )
 
 

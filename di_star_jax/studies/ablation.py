@@ -24,6 +24,7 @@ from di_star_jax import checks, log, train
 from di_star_jax.command import run as run_command
 from di_star_jax.config import load_config
 from di_star_jax.errors import UserError, check_all, suggest
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.folder import load_model
 from di_star_jax.storage import checkpoint, files
 from di_star_jax.studies import rows
@@ -69,7 +70,7 @@ def run_row(
     train.run(config, str(folder / "run"))
     points = range(rows.EVERY, row.length * rows.STEPS + 1, rows.EVERY)
     with checkpoint.existing(folder / "run") as store:
-        like = world.parts.models["unet"].params
+        like = world.parts.models[DENOISER].params
         averages = {k: store.restore_item(rows.WARMUP + k, "ema", like) for k in points}
     with log.waiting("measuring"):
         result, drawn = measured(world, averages)

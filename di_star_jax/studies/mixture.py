@@ -26,13 +26,13 @@ from di_star_jax import diffusion, gradients, log, objectives, samplers, shardin
 from di_star_jax.command import run as run_command
 from di_star_jax.errors import check_all
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines.sdxl import SDXL, null_of
 from di_star_jax.storage import files
 from di_star_jax.studies.page import check_matplotlib, with_section
 
 SCHEDULE = diffusion.make_schedule(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
 )
+ONE_STEP = diffusion.FewStep((399,))  # as SDXL's
 CENTRES = np.array([[-1.4, -0.8], [1.4, -0.8], [0.0, 1.6], [0.0, 0.1]], np.float32)
 MODE_WEIGHTS = np.array([0.3, 0.3, 0.25, 0.15], np.float32)
 STD = 0.25  # of each mode
@@ -70,7 +70,7 @@ SETTINGS = gradients.Settings(
     assistant_times=(0, 999),
     assistant_updates=3,
     scheme="separate",
-    generator_timesteps=(SDXL.one_step,),
+    generator=ONE_STEP,
     latent_shape=(2,),
     ema_half_life=70_000,
     clip_norms=(2.0, 2.0),
@@ -125,8 +125,8 @@ def network(
     return h
 
 
-def unet(params: dict | tuple) -> Callable:
-    """The step's `unet`: the reference has no parameters, for it is exact."""
+def denoiser(params: dict | tuple) -> Callable:
+    """The step's `denoiser`: the reference has no parameters, for it is exact."""
 
     def predict(
         x_t: jax.Array,
@@ -142,8 +142,8 @@ def unet(params: dict | tuple) -> Callable:
 def encode_text(frozen: dict, token_ids: dict) -> tuple[Condition, Condition]:
     """No prompts: a condition that says the batch's size alone."""
     del frozen, token_ids
-    condition = Condition(jnp.zeros((BATCH, 1, 1)), jnp.zeros((BATCH, 1)), None)
-    return condition, null_of(condition)
+    condition = Condition(jnp.zeros((BATCH, 1, 1)))
+    return condition, condition
 
 
 def sample_mixture(key: jax.Array, count: int) -> jax.Array:
@@ -208,7 +208,7 @@ def train(
     def scaled_reward(frozen, x0, token_ids, crop):
         return scale * reward(x0), {}
 
-    method = gradients.Method(unet, encode_text, scaled_reward, SCHEDULE, settings)
+    method = gradients.Method(denoiser, encode_text, scaled_reward, SCHEDULE, settings)
     optimizers = step.Optimizers(_optimizer(3e-4, steps), _optimizer(1e-3, steps))
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     train_step = step.make_train_step(method, optimizers, mesh)
@@ -252,7 +252,7 @@ def draw(generator: dict, count: int = 200_000) -> np.ndarray:
     """[count, 2] samples of a one-step generator, the same noise for all."""
     z = jax.random.normal(jax.random.key(3), (count, 2))
     x0 = samplers.one_step(
-        lambda x_t, t: network(generator, x_t, t), z, np.array([SDXL.one_step]), SCHEDULE
+        lambda x_t, t: network(generator, x_t, t), z, np.array(ONE_STEP.timesteps), SCHEDULE
     )
     return np.asarray(x0)
 

@@ -26,10 +26,9 @@ from di_star_jax.command import run as run_command
 from di_star_jax.errors import check_all
 from di_star_jax.models.unet import Condition
 from di_star_jax.objectives import Constants
-from di_star_jax.pipelines.sdxl import SDXL, null_of
 from di_star_jax.storage import files
 from di_star_jax.studies import quadrature
-from di_star_jax.studies.mixture import SCHEDULE, TITLE
+from di_star_jax.studies.mixture import ONE_STEP, SCHEDULE, TITLE
 from di_star_jax.studies.page import with_section
 from di_star_jax.studies.quadrature import Mixture, Reference
 
@@ -171,8 +170,8 @@ def know(
 NETWORKS = {"generator": generate, "assistant": predict, "reference": know}
 
 
-def unet(params: dict) -> Callable:
-    """The step's `unet`. Args: {a key of NETWORKS: its parameters}."""
+def denoiser(params: dict) -> Callable:
+    """The step's `denoiser`. Args: {a key of NETWORKS: its parameters}."""
     ((role, given),) = params.items()
 
     def network(x_t: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
@@ -185,8 +184,8 @@ def encode_text(frozen: dict, token_ids: dict) -> tuple[Condition, Condition]:
     """No prompts: ones, or zeros for none."""
     del frozen
     ones = jnp.ones((len(token_ids["prompt"]), 1))
-    condition = Condition(ones[..., None], ones, None)
-    return condition, null_of(condition)
+    condition = Condition(ones[..., None], ones)
+    return condition, jax.tree.map(jnp.zeros_like, condition)
 
 
 # ---- a run ----
@@ -201,7 +200,7 @@ SETTINGS = gradients.Settings(
     assistant_times=(0, 999),
     assistant_updates=1,
     scheme="separate",
-    generator_timesteps=(SDXL.one_step,),
+    generator=ONE_STEP,
     latent_shape=(2,),
     ema_half_life=50_000,
     clip_norms=(20.0, 20.0),
@@ -294,7 +293,7 @@ def follow(row: Row, starts: tuple[Mixture, ...], plan: Plan) -> np.ndarray:
         return row.scale * reward(x0), {}
 
     settings = row.settings
-    method = gradients.Method(unet, encode_text, scaled_reward, SCHEDULE, settings)
+    method = gradients.Method(denoiser, encode_text, scaled_reward, SCHEDULE, settings)
     optimizers = step.Optimizers(optimizer(plan), optimizer(plan, 2.0))
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     train_step = step.make_train_step(method, optimizers, mesh)

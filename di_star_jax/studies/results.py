@@ -10,6 +10,8 @@ import numpy as np
 
 from di_star_jax.config import fields, load_config
 from di_star_jax.errors import UserError
+from di_star_jax.pipelines.families import family_at
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.storage import files
 from di_star_jax.studies import rows
 from di_star_jax.studies.world import MEASURES
@@ -159,10 +161,11 @@ def origin(file: str) -> dict[str, Any]:
     """
     config = load_config(file, "di_star")
     reference = pathlib.Path(config.weights.reference)
+    parts = family_at(reference).parts
     contents = {
         "the initial generator": config.weights.generator,
-        "the teacher": reference / "unet",
-        "the VAE": reference / "vae",
+        "the teacher": reference / parts[DENOISER].folder,
+        "the VAE": reference / parts["vae"].folder,
         "the reward model": config.weights.pickscore,
         "the training prompts": config.data.prompts,
         "the held-out captions": config.eval.prompts,

@@ -15,11 +15,11 @@ from di_star_jax import assembly, drawing, log, samplers, sharding
 from di_star_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from di_star_jax.evaluation.measures import diversity, saturation
 from di_star_jax.pictures import to_uint8
+from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.folder import load_pipeline
-from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import similarity
-from di_star_jax.samplers import generator_timesteps
+from di_star_jax.samplers import generator_form
 from di_star_jax.shapes import datasets, oracle, pretrain, scenes
 from di_star_jax.shapes.taste import taste
 from di_star_jax.storage import files
@@ -105,9 +105,10 @@ class World:
         self.judge = Judge(workdir, json.loads(reward_config), tokenizer)
         self._texts = self.judge.texts(self.captions)
         self._ids = self.parts.tokenize(self.captions)
-        timesteps = np.array(generator_timesteps(config.generator, SDXL.one_step))
+        family = self.parts.pipeline.family
+        form = generator_form(config.generator, family.one_step)
         shape = self.parts.latent_shape(config.data.resolution)
-        self._sampling = drawing.Sampling("few_step", timesteps, 1.0, shape)
+        self._sampling = drawing.few_step(form, shape)
         drawer = drawing.Drawer(self.parts.pipeline, self._sampling)
         self._draw = drawing.make_scored_draw(drawer, self.parts.rewards, self._mesh)
         self.teacher = self._teacher(workdir / "teacher.npz", config.objective.omega)
@@ -121,7 +122,7 @@ class World:
             loaded = load_pipeline(self.parts.pipeline.folder)
             drawer = drawing.Drawer(loaded, sampling)
             draw = drawing.make_scored_draw(drawer, self.parts.rewards, self._mesh)
-            frozen = self.parts.frozen() | {"unet": loaded.models["unet"].params}
+            frozen = self.parts.frozen() | {DENOISER: loaded.models[DENOISER].params}
             count = len(self.captions)
             with log.Progress(count * PER_CAPTION, 0, "teacher: picture") as progress:
                 drawn = self._drawn(
@@ -134,7 +135,7 @@ class World:
 
     def pictures(self, params, count: int) -> Drawn:
         """A generator's, of the first captions; the noise is fixed."""
-        frozen = self.parts.frozen() | {"unet": params}
+        frozen = self.parts.frozen() | {DENOISER: params}
         return self._drawn(self._draw, frozen, self._sampling, count)
 
     def _drawn(

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stable Diffusion 1.5: one text encoder, whose last states are the context."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from di_star_jax.diffusion import FewStep
+from di_star_jax.errors import UserError
+from di_star_jax.models.clip import CLIPTextConfig
+from di_star_jax.models.config import Fields
+from di_star_jax.models.unet import Condition, UNetConfig
+from di_star_jax.models.vae import VAEConfig
+from di_star_jax.pipelines.family import DENOISER, Family, Guided, Part
+from di_star_jax.pipelines.sdxl import width
+
+
+def encode_text(
+    graphdefs: dict[str, nnx.GraphDef],
+    params: dict[str, Any],
+    token_ids: dict[str, jax.Array],
+    null_ids: dict[str, jax.Array],
+    resolution: int,
+) -> tuple[Condition, Condition]:
+    """SD 1.5's condition of a batch of prompts, and its null condition.
+
+    Args:
+      graphdefs, params: hold 'text_encoder'.
+      token_ids, null_ids: int32 [B, L] and [1, L] under 'tokenizer', the second of "".
+      resolution: not used, the network is not told.
+    Returns:
+      (condition, null): contexts [B, L, 768] float32, the encoder's states after its last layer
+      norm. Null is what the encoder makes of "", as in diffusers' `StableDiffusionPipeline`.
+    """
+    del resolution
+    encoder = nnx.merge(graphdefs["text_encoder"], params["text_encoder"])
+    context = encoder(token_ids["tokenizer"]).last_hidden_state.astype(jnp.float32)
+    null = encoder(null_ids["tokenizer"]).last_hidden_state.astype(jnp.float32)
+    return Condition(context), Condition(jnp.broadcast_to(null, context.shape))
+
+
+def check(configs: dict[str, dict], folder: str) -> None:
+    """As `Family.check`."""
+    unet = UNetConfig.from_json(configs[DENOISER])
+    vae = VAEConfig.from_json(configs["vae"])
+    text = CLIPTextConfig.from_json(configs["text_encoder"])
+    latents = vae.latent_channels
+    for field, found, expected, of in (
+        ("addition_embed_type", unet.addition_embed_type, None, "SD 1.5"),
+        ("in_channels", unet.in_channels, latents, "the VAE's latent_channels"),
+        ("out_channels", unet.out_channels, latents, "the VAE's latent_channels"),
+        ("cross_attention_dim", unet.cross_attention_dim, text.hidden_size, "the text's width"),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{folder}/unet/config.json has {field}={found!r}, expected {expected!r} as "
+                f"{of}; give the parts of one SD 1.5 pipeline"
+            )
+
+
+SD15 = Family(
+    name="SD 1.5",
+    parts={
+        DENOISER: Part("unet", ("UNet2DConditionModel",)),
+        "vae": Part("vae", ("AutoencoderKL",)),
+        "text_encoder": Part("text_encoder", ("CLIPTextModel",)),
+    },
+    index=Fields(
+        fixed={
+            "_class_name": (
+                "StableDiffusionPipeline",
+                "StableDiffusionImg2ImgPipeline",
+            ),
+        },
+        harmless=frozenset(
+            {
+                "feature_extractor",  # of the safety checker, and of image prompts
+                "image_encoder",
+                "requires_safety_checker",
+                "safety_checker",
+            }
+        ),
+        file="model_index.json",
+    ),
+    tokenizers={"tokenizer": "text_encoder"},
+    encode_text=encode_text,
+    one_step=FewStep((625,), "scaled"),  # SiD-LSG's; sigma / alpha is 2.5 there, as SIM's
+    # diffusers' defaults for this pipeline.
+    teacher=Guided(steps=50, guidance_scale=7.5),
+    width=width,
+    check=check,
+    keeps_offset=False,  # StableDiffusionPipeline sets it to 1
+)
