@@ -216,7 +216,7 @@ def test_the_teacher_is_drawn_as_diffusers_draws_it(loaded, theirs, sampler, sch
 # A run.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("form", [SCALED, NOISE], ids=lambda form: form.input)
 def test_a_run_trains_resumes_and_exports(reference, tmp_path, form):
     (reference / "prompts.txt").write_text("a b\nc\nd e f\nz\n")
