@@ -155,7 +155,7 @@ train.run(config_for(folder, **changes), str(workdir))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("first hour 7", "faults 27")
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
     folder, workdir = write_pipeline(tmp_path / "pipeline"), tmp_path / "run"

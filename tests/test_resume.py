@@ -85,7 +85,7 @@ def test_a_run_goes_on_alike_with_other_devices_and_processes(begun, tmp_path, d
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_to_the_very_same_state_with_the_same_devices(begun, tmp_path):
     folder, straight, first = begun
     workdir = shutil.copytree(first, tmp_path / "run")
