@@ -41,6 +41,15 @@ class Guided(NamedTuple):
     guidance_scale: float
 
 
+class Fit(NamedTuple):
+    """A field of the denoiser's config.json: its value, what is expected, and as what."""
+
+    field: str
+    found: Any
+    expected: Any
+    of: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """What a pipeline folder holds, and what its networks are told of a prompt.
@@ -53,8 +62,7 @@ class Family:
     teacher: how a pipeline that is no generator is drawn, where neither user nor folder says.
     width: of a denoiser's config.json, its activations over those of SDXL's UNet at the same
       pixels, for estimates.
-    check: (config.json of each part, the pipeline's folder), raises UserError where the parts do
-      not go together.
+    fits: of config.json by component, the fields by which the parts go together.
     keeps_offset: whether diffusers' pipeline draws with the scheduler's `steps_offset`, and does
       not put another in its place.
     call: an argument that a call of diffusers' pipeline needs to draw as we do, or "".
@@ -68,6 +76,6 @@ class Family:
     one_step: FewStep
     teacher: Guided
     width: Callable[[dict], float]
-    check: Callable[[dict[str, dict], str], None]
+    fits: Callable[[dict[str, dict]], list[Fit]]
     keeps_offset: bool = True
     call: str = ""

@@ -318,11 +318,25 @@ def check_pipeline(folder: Path) -> tuple[Family, SchedulerFile]:
                 f"{folder / part.folder / 'config.json'} is of a {found}, expected a "
                 f"{part.classes[0]}; give the folder of a whole {family.name} pipeline"
             )
-    family.check(configs, str(folder))
+    _check_fits(family, configs, folder)
     scheduler = folders.read_config(folder, *folders.SCHEDULER)
     scheduler_file = SchedulerFile(scheduler, str(folder.joinpath(*folders.SCHEDULER)))
     schedule_from_json(*scheduler_file)
     return family, scheduler_file
+
+
+def _check_fits(
+    family: Family,
+    configs: dict[str, dict],
+    folder: Path,
+) -> None:
+    file = folder / family.parts[DENOISER].folder / "config.json"
+    for fit in family.fits(configs):
+        if fit.found != fit.expected:
+            raise UserError(
+                f"{file} has {fit.field}={fit.found!r}, expected {fit.expected!r} as {fit.of}; "
+                f"give the parts of one {family.name} pipeline"
+            )
 
 
 def _tokenizers(folder: Path, family: Family) -> dict[str, Tokenizer | T5Tokenizer]:

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax.diffusion import FewStep
-from di_star_jax.errors import UserError
 from di_star_jax.models.config import Fields
 from di_star_jax.models.pixart import PixArtConfig
 from di_star_jax.models.t5 import T5Config, mask_of
 from di_star_jax.models.unet import Condition
 from di_star_jax.models.vae import VAEConfig
-from di_star_jax.pipelines.family import DENOISER, Family, Guided, Part
+from di_star_jax.pipelines.family import DENOISER, Family, Fit, Guided, Part
 
 
 def encode_text(
@@ -54,20 +53,17 @@ def width(config: dict) -> float:
     return 0.4 * PixArtConfig.from_json(config).width / 1152
 
 
-def check(configs: dict[str, dict], folder: str) -> None:
-    """As `Family.check`."""
+def fits(configs: dict[str, dict]) -> list[Fit]:
+    """As `Family.fits`."""
     transformer = PixArtConfig.from_json(configs[DENOISER])
     vae = VAEConfig.from_json(configs["vae"])
     text = T5Config.from_json(configs["text_encoder"])
-    for field, found, expected, of in (
-        ("in_channels", transformer.in_channels, vae.latent_channels, "the VAE's latent_channels"),
-        ("caption_channels", transformer.caption_channels, text.d_model, "the text's width"),
-    ):
-        if found != expected:
-            raise UserError(
-                f"{folder}/transformer/config.json has {field}={found!r}, expected {expected!r} as "
-                f"{of}; give the parts of one PixArt-alpha pipeline"
-            )
+    return [
+        Fit(
+            "in_channels", transformer.in_channels, vae.latent_channels, "the VAE's latent_channels"
+        ),
+        Fit("caption_channels", transformer.caption_channels, text.d_model, "the text's width"),
+    ]
 
 
 PIXART = Family(
@@ -89,7 +85,7 @@ PIXART = Family(
     # diffusers' defaults for this pipeline.
     teacher=Guided(steps=20, guidance_scale=4.5),
     width=width,
-    check=check,
+    fits=fits,
     # Else a machine with beautifulsoup4 and ftfy would read other prompts than one without.
     call="clean_caption=False",
 )

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax.diffusion import FewStep
-from di_star_jax.errors import UserError
 from di_star_jax.models.clip import CLIPTextConfig
 from di_star_jax.models.config import Fields
 from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.models.vae import VAEConfig
-from di_star_jax.pipelines.family import DENOISER, Family, Guided, Part
+from di_star_jax.pipelines.family import DENOISER, Family, Fit, Guided, Part
 from di_star_jax.pipelines.sdxl import width
 
 
@@ -41,23 +40,18 @@ def encode_text(
     return Condition(context), Condition(jnp.broadcast_to(null, context.shape))
 
 
-def check(configs: dict[str, dict], folder: str) -> None:
-    """As `Family.check`."""
+def fits(configs: dict[str, dict]) -> list[Fit]:
+    """As `Family.fits`."""
     unet = UNetConfig.from_json(configs[DENOISER])
     vae = VAEConfig.from_json(configs["vae"])
     text = CLIPTextConfig.from_json(configs["text_encoder"])
     latents = vae.latent_channels
-    for field, found, expected, of in (
-        ("addition_embed_type", unet.addition_embed_type, None, "SD 1.5"),
-        ("in_channels", unet.in_channels, latents, "the VAE's latent_channels"),
-        ("out_channels", unet.out_channels, latents, "the VAE's latent_channels"),
-        ("cross_attention_dim", unet.cross_attention_dim, text.hidden_size, "the text's width"),
-    ):
-        if found != expected:
-            raise UserError(
-                f"{folder}/unet/config.json has {field}={found!r}, expected {expected!r} as "
-                f"{of}; give the parts of one SD 1.5 pipeline"
-            )
+    return [
+        Fit("addition_embed_type", unet.addition_embed_type, None, "SD 1.5"),
+        Fit("in_channels", unet.in_channels, latents, "the VAE's latent_channels"),
+        Fit("out_channels", unet.out_channels, latents, "the VAE's latent_channels"),
+        Fit("cross_attention_dim", unet.cross_attention_dim, text.hidden_size, "the text's width"),
+    ]
 
 
 SD15 = Family(
@@ -90,6 +84,6 @@ SD15 = Family(
     # diffusers' defaults for this pipeline.
     teacher=Guided(steps=50, guidance_scale=7.5),
     width=width,
-    check=check,
+    fits=fits,
     keeps_offset=False,  # StableDiffusionPipeline sets it to 1
 )

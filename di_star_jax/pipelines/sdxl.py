@@ -8,12 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax.diffusion import FewStep
-from di_star_jax.errors import UserError
 from di_star_jax.models.clip import CLIPTextConfig
 from di_star_jax.models.config import Fields
 from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.models.vae import VAEConfig
-from di_star_jax.pipelines.family import DENOISER, Family, Guided, Part
+from di_star_jax.pipelines.family import DENOISER, Family, Fit, Guided, Part
 
 
 def encode_text(
@@ -63,8 +62,8 @@ def width(config: dict) -> float:
     return UNetConfig.from_json(config).block_out_channels[0] / 320
 
 
-def check(configs: dict[str, dict], folder: str) -> None:
-    """As `Family.check`."""
+def fits(configs: dict[str, dict]) -> list[Fit]:
+    """As `Family.fits`."""
     unet = UNetConfig.from_json(configs[DENOISER])
     vae = VAEConfig.from_json(configs["vae"])
     first = CLIPTextConfig.from_json(configs["text_encoder"])
@@ -72,23 +71,18 @@ def check(configs: dict[str, dict], folder: str) -> None:
     latents = vae.latent_channels
     context = first.hidden_size + second.hidden_size
     added = 6 * (unet.addition_time_embed_dim or 0) + second.projection_dim
-    for field, found, expected, of in (
-        ("addition_embed_type", unet.addition_embed_type, "text_time", "SDXL"),
-        ("in_channels", unet.in_channels, latents, "the VAE's latent_channels"),
-        ("out_channels", unet.out_channels, latents, "the VAE's latent_channels"),
-        ("cross_attention_dim", unet.cross_attention_dim, context, "both text encoders' widths"),
-        (
+    return [
+        Fit("addition_embed_type", unet.addition_embed_type, "text_time", "SDXL"),
+        Fit("in_channels", unet.in_channels, latents, "the VAE's latent_channels"),
+        Fit("out_channels", unet.out_channels, latents, "the VAE's latent_channels"),
+        Fit("cross_attention_dim", unet.cross_attention_dim, context, "both text encoders' widths"),
+        Fit(
             "projection_class_embeddings_input_dim",
             unet.projection_class_embeddings_input_dim,
             added,
             "six times addition_time_embed_dim and text_encoder_2's projection_dim",
         ),
-    ):
-        if found != expected:
-            raise UserError(
-                f"{folder}/unet/config.json has {field}={found!r}, expected {expected!r} as "
-                f"{of}; give the parts of one SDXL pipeline"
-            )
+    ]
 
 
 SDXL = Family(
@@ -127,5 +121,5 @@ SDXL = Family(
     # Of the paper's SDXL and SDXL-DPO, by its authors' notebook.
     teacher=Guided(steps=50, guidance_scale=7.5),
     width=width,
-    check=check,
+    fits=fits,
 )
