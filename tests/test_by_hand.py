@@ -437,6 +437,7 @@ def test_adamw_is_optaxs_with_a_linear_rise_of_the_rate(b1):
 
 def test_sdxls_condition_has_both_contexts_in_order_and_its_null_is_zeros(monkeypatch):
     from di_star_jax.pipelines import sdxl
+    from di_star_jax.pipelines.family import conditions
 
     def encoder(graphdef, params):
         def encode(ids):
@@ -449,7 +450,8 @@ def test_sdxls_condition_has_both_contexts_in_order_and_its_null_is_zeros(monkey
     monkeypatch.setattr(sdxl.nnx, "merge", encoder)
     widths = {"text_encoder": 3, "text_encoder_2": 4}
     ids = {"tokenizer": jnp.array([1, 2]), "tokenizer_2": jnp.array([3, 4])}
-    condition, null = sdxl.encode_text(dict.fromkeys(widths), widths, ids, {}, 640)
+    text = sdxl.encode_text(dict.fromkeys(widths), widths, ids)
+    condition, null = conditions(sdxl.SDXL, text, None, 640)
     assert condition.context.shape == (2, 5, 7)
     np.testing.assert_array_equal(condition.context[1, 0], [6, 6, 6, 16, 16, 16, 16])
     np.testing.assert_array_equal(condition.pooled, jnp.full((2, 4), 40.0))

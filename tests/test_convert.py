@@ -22,8 +22,9 @@ from di_star_jax import convert, drawing, samplers
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines import sdxl
+from di_star_jax.pipelines.family import conditions
 from di_star_jax.pipelines.scheduler import schedule_from_json
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.storage import checkpoint, folders, weights
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -219,7 +220,7 @@ def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_p
 
     @jax.jit
     def sample(params, ids, z):
-        condition, _ = sdxl.encode_text(graphs, params, ids, {}, 16)
+        condition, _ = conditions(SDXL, SDXL.encode_text(graphs, params, ids), None, 16)
         unet, vae = (nnx.merge(graphs[name], params[name]) for name in ("unet", "vae"))
         return vae.decode(
             samplers.one_step(lambda x, t: unet(x, t, condition), z, np.array([399]), schedule)

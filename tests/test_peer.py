@@ -17,7 +17,8 @@ from di_star_jax import gradients
 from di_star_jax.cost import peer
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines import sdxl
+from di_star_jax.pipelines.family import conditions
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import similarity
 from di_star_jax.rewards.pixels import clip_pixels
 from di_star_jax.storage import weights
@@ -84,7 +85,9 @@ def ours(world):
 
     method = gradients.Method(
         functools.partial(nnx.merge, graphdefs["reference"]),
-        lambda params, ids: sdxl.encode_text(graphdefs, params, ids, {}, 2 * LATENT),
+        lambda params, ids: conditions(
+            SDXL, SDXL.encode_text(graphdefs, params, ids), None, 2 * LATENT
+        ),
         reward,
         SCHEDULE,
         GIVEN,

@@ -18,7 +18,8 @@ from di_star_jax.diffusion import FewStep
 from di_star_jax.models import published
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines import sdxl
+from di_star_jax.pipelines.family import conditions
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import similarity
 from di_star_jax.rewards.pixels import clip_pixels
 
@@ -125,7 +126,7 @@ def world():
 
     method = gradients.Method(
         functools.partial(nnx.merge, graphdefs["unet"]),
-        lambda params, ids: sdxl.encode_text(graphdefs, params, ids, {}, 16),
+        lambda params, ids: conditions(SDXL, SDXL.encode_text(graphdefs, params, ids), None, 16),
         reward,
         SCHEDULE,
         SETTINGS,
@@ -162,7 +163,7 @@ def small_world(reward_scale=100.0, **changes):
     def encode_text(frozen, token_ids):
         pooled = jax.random.normal(jax.random.key(5), (BATCH, 3))[token_ids["tokenizer"][:, 0]]
         condition = Condition(jnp.zeros((len(pooled), 1, 1)), pooled, None)
-        return condition, sdxl.null_of(condition)
+        return conditions(SDXL, condition, None, 16)
 
     def reward(frozen, x0, ids, crop):
         score = -(x0**2).mean((1, 2, 3))
@@ -485,7 +486,7 @@ def test_the_step_costs_as_many_unet_forwards_as_its_scheme_says(changes, forwar
     assert one / 2 == pytest.approx(6.761e12, rel=1e-3)
     method = gradients.Method(
         merge,
-        lambda frozen, ids: (condition, sdxl.null_of(condition)),
+        lambda frozen, ids: conditions(SDXL, condition, None, 16),
         lambda frozen, x0, ids, crop: (jnp.zeros(2), {}),
         SCHEDULE,
         dataclasses.replace(SETTINGS, latent_shape=shape[1:], **changes),

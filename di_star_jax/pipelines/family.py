@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax.diffusion import FewStep
@@ -19,12 +20,9 @@ from di_star_jax.models.unet import Condition
 # The network that predicts eps is called so in all code; its folder is the family's to name.
 DENOISER = "denoiser"
 
-# (graphdefs, parameters, token ids [B, L] and those of "" [1, L], all by component; pixels)
-# -> (condition, null condition) of B.
-EncodeText = Callable[
-    [dict[str, nnx.GraphDef], dict[str, Any], dict[str, jax.Array], dict[str, jax.Array], int],
-    tuple[Condition, Condition],
-]
+# (graphdefs and parameters by component, token ids [B, L] by tokenizer) -> condition of B prompts,
+# whose time_ids are missing yet.
+EncodeText = Callable[[dict[str, nnx.GraphDef], dict[str, Any], dict[str, jax.Array]], Condition]
 
 
 class Part(NamedTuple):
@@ -57,7 +55,10 @@ class Family:
     name: in words. parts: the networks by component, DENOISER and "vae" among them.
     index: what is made of the fields of model_index.json that are no components.
     tokenizers: name of the text encoder that reads a tokenizer's token ids, by the tokenizer's.
-    encode_text: a batch of prompts as the denoiser's condition, with what stands for 'no prompt'.
+    encode_text: a batch of prompts as the denoiser's condition, without time_ids.
+    null_is_zero: whether 'no prompt' is a context of zeros, as SDXL's
+      `force_zeros_for_empty_prompt` says; else it is what the text encoders make of "".
+    time_ids: pixels -> `Condition.time_ids` of one image, () where there are none.
     one_step: the one-step generator's form where nobody says.
     teacher: how a pipeline that is no generator is drawn, where neither user nor folder says.
     width: of a denoiser's config.json, its activations over those of SDXL's UNet at the same
@@ -73,9 +74,41 @@ class Family:
     index: Fields
     tokenizers: dict[str, str]
     encode_text: EncodeText
+    null_is_zero: bool
+    time_ids: Callable[[int], tuple[float, ...]]
     one_step: FewStep
     teacher: Guided
     width: Callable[[dict], float]
     fits: Callable[[dict[str, dict]], list[Fit]]
     keeps_offset: bool = True
     call: str = ""
+
+
+def conditions(
+    family: Family,
+    text: Condition,
+    of_empty: Condition | None,
+    resolution: int,
+) -> tuple[Condition, Condition]:
+    """(condition, null condition) of B prompts, contexts in float32.
+
+    Args:
+      text: what `Family.encode_text` makes of the prompts.
+      of_empty: what it makes of "", of one row; not used where null is zero.
+      resolution: image height and width, pixels.
+    """
+    batch = len(text.context)
+    null = of_empty
+    if family.null_is_zero:
+        context, pooled = jax.tree.map(jnp.zeros_like, (text.context, text.pooled))
+        null = text._replace(context=context, pooled=pooled)
+    numbers = family.time_ids(resolution)
+    time_ids = jnp.array([numbers], jnp.float32) if numbers else None
+
+    def whole(part: Condition) -> Condition:
+        part = part._replace(context=part.context.astype(jnp.float32), time_ids=time_ids)
+        if part.pooled is not None:
+            part = part._replace(pooled=part.pooled.astype(jnp.float32))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), part)
+
+    return whole(text), whole(null)

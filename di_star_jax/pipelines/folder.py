@@ -30,7 +30,7 @@ from di_star_jax.models.unet import Condition, UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines.export import form_of
 from di_star_jax.pipelines.families import family_of
-from di_star_jax.pipelines.family import DENOISER, Family
+from di_star_jax.pipelines.family import DENOISER, Family, conditions
 from di_star_jax.pipelines.scheduler import SchedulerFile, schedule_from_json
 from di_star_jax.prompts.t5 import T5Tokenizer
 from di_star_jax.prompts.tokens import Tokenizer, token_batch
@@ -133,8 +133,12 @@ class Pipeline(NamedTuple):
         Args: params, of the text encoders by component; token_ids [B, L], by tokenizer.
         """
         graphdefs = {name: model.graphdef for name, model in self.models.items()}
-        null_ids = token_batch([""], self.tokenizers)
-        return self.family.encode_text(graphdefs, params, token_ids, null_ids, resolution)
+        of_empty = None
+        if not self.family.null_is_zero:
+            null_ids = token_batch([""], self.tokenizers)
+            of_empty = self.family.encode_text(graphdefs, params, null_ids)
+        text = self.family.encode_text(graphdefs, params, token_ids)
+        return conditions(self.family, text, of_empty, resolution)
 
 
 def vae_scale(config: dict) -> int:

@@ -4,7 +4,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax.diffusion import FewStep
@@ -20,32 +19,23 @@ def encode_text(
     graphdefs: dict[str, nnx.GraphDef],
     params: dict[str, Any],
     token_ids: dict[str, jax.Array],
-    null_ids: dict[str, jax.Array],
-    resolution: int,
-) -> tuple[Condition, Condition]:
-    """PixArt's condition of a batch of prompts, and its null condition.
+) -> Condition:
+    """PixArt's condition of a batch of prompts.
 
     Args:
       graphdefs, params: hold 'text_encoder'.
-      token_ids, null_ids: int32 [B, L] and [1, L] under 'tokenizer', the second of "".
-      resolution: image height and width, pixels; only the network of 1024 pixels looks at it.
-    Returns:
-      (condition, null): contexts [B, L, 4096] float32, masks of the tokens that are no pads, and
-      height, width and their ratio [B, 3]. Null is what T5 makes of "" with its own mask, one
-      token, as in diffusers' `PixArtAlphaPipeline`. PixArt's own code has another null, which its
-      published pipelines lack: a random embedding under the prompt's mask.
+      token_ids: int32 [B, L] under 'tokenizer'.
+    Returns: context [B, L, 4096] and the mask of the tokens that are no pads.
     """
+    ids = token_ids["tokenizer"]
+    mask = mask_of(ids)
     encoder = nnx.merge(graphdefs["text_encoder"], params["text_encoder"])
-    batch = len(token_ids["tokenizer"])
-    sizes = jnp.array([resolution, resolution, 1.0], jnp.float32)
+    return Condition(encoder(ids, mask), mask=mask)
 
-    def encoded(ids: jax.Array) -> Condition:
-        mask = mask_of(ids)
-        context = encoder(ids, mask).astype(jnp.float32)
-        parts = Condition(context, None, sizes[None], mask)
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), parts)
 
-    return encoded(token_ids["tokenizer"]), encoded(null_ids["tokenizer"])
+def time_ids(resolution: int) -> tuple[float, ...]:
+    """Height, width and their ratio; only the network of 1024 pixels looks at them."""
+    return (resolution, resolution, 1.0)
 
 
 def width(config: dict) -> float:
@@ -81,6 +71,11 @@ PIXART = Family(
     ),
     tokenizers={"tokenizer": "text_encoder"},
     encode_text=encode_text,
+    # diffusers' `PixArtAlphaPipeline` encodes "", with its own mask of one token. PixArt's own code
+    # has another null, which its published pipelines lack: a random embedding under the prompt's
+    # mask.
+    null_is_zero=False,
+    time_ids=time_ids,
     one_step=FewStep((440,), "scaled"),  # SIM's: sigma / alpha is 2.5 there
     # diffusers' defaults for this pipeline.
     teacher=Guided(steps=20, guidance_scale=4.5),

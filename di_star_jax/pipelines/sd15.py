@@ -4,7 +4,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax.diffusion import FewStep
@@ -20,24 +19,22 @@ def encode_text(
     graphdefs: dict[str, nnx.GraphDef],
     params: dict[str, Any],
     token_ids: dict[str, jax.Array],
-    null_ids: dict[str, jax.Array],
-    resolution: int,
-) -> tuple[Condition, Condition]:
-    """SD 1.5's condition of a batch of prompts, and its null condition.
+) -> Condition:
+    """SD 1.5's condition of a batch of prompts.
 
     Args:
       graphdefs, params: hold 'text_encoder'.
-      token_ids, null_ids: int32 [B, L] and [1, L] under 'tokenizer', the second of "".
-      resolution: not used, the network is not told.
-    Returns:
-      (condition, null): contexts [B, L, 768] float32, the encoder's states after its last layer
-      norm. Null is what the encoder makes of "", as in diffusers' `StableDiffusionPipeline`.
+      token_ids: int32 [B, L] under 'tokenizer'.
+    Returns: context [B, L, 768], the encoder's states after its last layer norm.
     """
-    del resolution
     encoder = nnx.merge(graphdefs["text_encoder"], params["text_encoder"])
-    context = encoder(token_ids["tokenizer"]).last_hidden_state.astype(jnp.float32)
-    null = encoder(null_ids["tokenizer"]).last_hidden_state.astype(jnp.float32)
-    return Condition(context), Condition(jnp.broadcast_to(null, context.shape))
+    return Condition(encoder(token_ids["tokenizer"]).last_hidden_state)
+
+
+def time_ids(resolution: int) -> tuple[float, ...]:
+    """None: the network is not told."""
+    del resolution
+    return ()
 
 
 def fits(configs: dict[str, dict]) -> list[Fit]:
@@ -80,6 +77,8 @@ SD15 = Family(
     ),
     tokenizers={"tokenizer": "text_encoder"},
     encode_text=encode_text,
+    null_is_zero=False,  # diffusers' `StableDiffusionPipeline` encodes ""
+    time_ids=time_ids,
     one_step=FewStep((625,), "scaled"),  # SiD-LSG's; sigma / alpha is 2.5 there, as SIM's
     # diffusers' defaults for this pipeline.
     teacher=Guided(steps=50, guidance_scale=7.5),

@@ -19,20 +19,13 @@ def encode_text(
     graphdefs: dict[str, nnx.GraphDef],
     params: dict[str, Any],
     token_ids: dict[str, jax.Array],
-    null_ids: dict[str, jax.Array],
-    resolution: int,
-) -> tuple[Condition, Condition]:
-    """SDXL's condition of a batch of prompts, and its null condition.
+) -> Condition:
+    """SDXL's condition of a batch of prompts.
 
     Args:
       graphdefs, params: hold 'text_encoder' and 'text_encoder_2'.
       token_ids: int32 [B, L] under 'tokenizer' and 'tokenizer_2'.
-      null_ids: of "", not used.
-      resolution: image height and width, pixels; also given as original and target size, with no
-        crop.
-    Returns:
-      (condition, null): contexts [B, L, 768 + 1280] float32; null has zeros for context and pooled
-      text, as SDXL's pipeline does when no negative prompt is given.
+    Returns: context [B, L, 768 + 1280] and pooled text [B, 1280].
     """
     first, second = (
         nnx.merge(graphdefs[part], params[part])(token_ids[tokenizer])
@@ -41,20 +34,12 @@ def encode_text(
     context = jnp.concatenate(
         [first.hidden_states_penultimate, second.hidden_states_penultimate], axis=-1
     )
-    sizes = jnp.array([resolution, resolution, 0, 0, resolution, resolution], jnp.float32)
-    condition = Condition(
-        context.astype(jnp.float32),
-        second.pooled.astype(jnp.float32),
-        jnp.broadcast_to(sizes[None], (context.shape[0], 6)),
-    )
-    return condition, null_of(condition)
+    return Condition(context, second.pooled)
 
 
-def null_of(condition: Condition) -> Condition:
-    """Zeros for context and pooled text, the same time ids: what SDXL takes for 'no prompt'."""
-    return condition._replace(
-        context=jnp.zeros_like(condition.context), pooled=jnp.zeros_like(condition.pooled)
-    )
+def time_ids(resolution: int) -> tuple[float, ...]:
+    """Original size, no crop, target size."""
+    return (resolution, resolution, 0, 0, resolution, resolution)
 
 
 def width(config: dict) -> float:
@@ -100,7 +85,7 @@ SDXL = Family(
                 "StableDiffusionXLImg2ImgPipeline",
                 "StableDiffusionXLInpaintPipeline",
             ),
-            "force_zeros_for_empty_prompt": (True,),  # see `null_of`
+            "force_zeros_for_empty_prompt": (True,),  # see `Family.null_is_zero`
             "requires_aesthetics_score": (False,),
         },
         harmless=frozenset(
@@ -117,6 +102,8 @@ SDXL = Family(
     ),
     tokenizers={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     encode_text=encode_text,
+    null_is_zero=True,
+    time_ids=time_ids,
     one_step=FewStep((399,)),  # DMD2's, whose generator the paper begins with
     # Of the paper's SDXL and SDXL-DPO, by its authors' notebook.
     teacher=Guided(steps=50, guidance_scale=7.5),

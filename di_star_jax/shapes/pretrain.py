@@ -27,7 +27,7 @@ from di_star_jax import (
 )
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines.family import DENOISER, conditions
 from di_star_jax.pipelines.scheduler import schedule_from_json
 from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.prompts.tokens import Tokenizer
@@ -387,9 +387,8 @@ def eps_loss(
     of_latents, of_dropped, of_times, of_noise = jax.random.split(key, 4)
     schedule = schedule_from_json(networks.SCHEDULER)
     x0 = batch["mean"] + batch["std"] * jax.random.normal(of_latents, batch["mean"].shape)
-    condition = _sometimes_null(
-        of_dropped, *SDXL.encode_text(graphdefs, params, batch["ids"], {}, RESOLUTION)
-    )
+    text = SDXL.encode_text(graphdefs, params, batch["ids"])
+    condition = _sometimes_null(of_dropped, *conditions(SDXL, text, None, RESOLUTION))
     t = jax.random.randint(of_times, x0.shape[:1], 0, 1000)
     alpha_t, sigma_t = schedule.alpha[t], schedule.sigma[t]
     eps = jax.random.normal(of_noise, x0.shape)
@@ -504,7 +503,8 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
     """
 
     def encode_text(params: dict, token_ids: dict) -> tuple[Any, Any]:
-        return SDXL.encode_text(graphdefs, params, token_ids, {}, RESOLUTION)
+        text = SDXL.encode_text(graphdefs, params, token_ids)
+        return conditions(SDXL, text, None, RESOLUTION)
 
     def no_reward(
         params: dict,
