@@ -19,7 +19,7 @@ from di_star_jax import models, sharding
 from di_star_jax.errors import UserError
 from di_star_jax.models.blip import BLIPConfig, ImageReward
 from di_star_jax.pipelines.folder import Options
-from di_star_jax.rewards import imagereward
+from di_star_jax.rewards import imagereward, load_rewards
 from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD
 from di_star_jax.storage import weights
 
@@ -197,7 +197,7 @@ def folder(module, tmp_path_factory):
 
 
 def _load(folder, **options):
-    return imagereward.load(folder, Options(**options), folder / "of CLIP")
+    return load_rewards({"imagereward": str(folder)}, "", Options(**options))["imagereward"]
 
 
 def _images(batch):

@@ -35,7 +35,7 @@ from di_star_jax.models import published
 from di_star_jax.models.clip import CLIPConfig
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.rewards import REWARDS, aesthetic, pixels, similarity
+from di_star_jax.rewards import REWARDS, aesthetic, load_rewards, pixels, similarity
 from di_star_jax.rewards.views import VIEWS
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 
@@ -313,7 +313,7 @@ def cosine_score(reference, views, ids):
 
 def load(name, folder, tokenizer, **options):
     """A reward. Args: tokenizer, the fixture's."""
-    return REWARDS[name].load(folder, pipeline.Options(**options), tokenizer[0])
+    return load_rewards({name: str(folder)}, str(tokenizer[0]), pipeline.Options(**options))[name]
 
 
 @pytest.fixture(scope="module")

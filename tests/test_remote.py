@@ -144,7 +144,7 @@ def test_what_was_fetched_is_fetched_again_only_when_it_has_changed(s3):
 def test_a_reward_of_ones_own_may_lie_in_a_bucket(s3):
     code = b"def bright(images):\n    return images.mean((1, 2, 3))\n"
     buckets._connect(s3).pipe_file(f"{s3}/my.py", code)
-    found = custom.entry(f"{s3}/my.py:bright", 16).load(None, None, "")
+    found = custom.entry(f"{s3}/my.py:bright", 16).load(None, None)
     assert found.reward({}, np.ones((2, 16, 16, 3), np.float32), None).tolist() == [1, 1]
 
 

@@ -19,7 +19,7 @@ from di_star_jax.rewards.pixels import (
     tensor_pixels_aliased,
     tensor_pixels_rounded,
 )
-from di_star_jax.rewards.reward import Entry, Reward, listed
+from di_star_jax.rewards.reward import Entry, Reward, Tokenize, listed
 from di_star_jax.rewards.similarity import Similarity
 from di_star_jax.storage import folders
 from di_star_jax.storage.open_clip import to_transformers
@@ -139,8 +139,17 @@ def load_rewards(
       options: of all their networks.
     Raises: UserError for weights or tokenizers that are missing or do not fit.
     """
+    tokenizers = load_tokenizers(sources, tokenizer)
+    found = {
+        name: REWARDS[name].load(resolve(name, source), options) for name, source in sources.items()
+    }
+    return {name: reward._replace(tokenize=tokenizers[name]) for name, reward in found.items()}
+
+
+def load_tokenizers(sources: dict[str, str], tokenizer: str) -> dict[str, Tokenize]:
+    """What rewards make of prompts, by name. Args, raises: as of `load_rewards`."""
     return {
-        name: REWARDS[name].load(resolve(name, source), options, tokenizer)
+        name: REWARDS[name].tokenizer(resolve(name, source), tokenizer)
         for name, source in sources.items()
     }
 

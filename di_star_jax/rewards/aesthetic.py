@@ -98,14 +98,11 @@ def _check_files(folder: Path) -> None:
 def load(
     folder: Path,
     options: Options,
-    tokenizer: str | Path,
 ) -> Reward:
     """As `Entry.load`, from a `CLIPModel`'s folder with the head's file HEAD beside its own.
 
-    Args: tokenizer, not needed.
     Raises: UserError for a folder that lacks a file, or of another model.
     """
-    del tokenizer
     reward = abstract(read_config(folder), options)
     _check_files(folder)
     clip = weights.load(folder, reward.params["clip"], arrange=_vision_half)

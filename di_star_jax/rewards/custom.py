@@ -63,8 +63,9 @@ def entry(spec: str, pixels: int = _PIXELS) -> Entry:
     reward = _reward(score, tokenize or no_prompts)
     return Entry(
         name,
-        load=lambda folder, options, tokenizer: reward,
+        load=lambda folder, options: reward,
         abstract=lambda config, options: reward,
+        tokenizer=lambda folder, tokenizer: reward.tokenize,
         file=str(path.absolute()),
     )
 

@@ -156,25 +156,27 @@ def read_config(folder: Path) -> dict:
 def load(
     folder: Path,
     options: Options,
-    tokenizer: str | Path,
 ) -> Reward:
     """As `Entry.load`, from a folder with ImageReward.pt's tensors under their names.
 
-    Args: tokenizer, CLIP's, for other rewards.
     Raises: UserError for whatever is wrong with the folder.
     """
+    _check_files(folder, NEEDED)
+    reward = abstract(read_config(folder), options)
+    return reward._replace(params=weights.load(folder, reward.params, arrange=_used))
+
+
+def load_tokenizer(folder: Path, tokenizer: str) -> BertTokenizer:
+    """As `Entry.tokenizer`. Args: tokenizer, CLIP's, of other rewards."""
     del tokenizer
     _check_files(folder, NEEDED)
-    config = read_config(folder)
-    reward = abstract(config, options)
-    tokenize = BertTokenizer(folder, BLIPConfig.from_json(config).vocab_size)
-    params = weights.load(folder, reward.params, arrange=_used)
-    return reward._replace(params=params, tokenize=tokenize)
+    return BertTokenizer(folder, BLIPConfig.from_json(read_config(folder)).vocab_size)
 
 
 ENTRY = Entry(
     "ImageReward",
     load=load,
+    tokenizer=load_tokenizer,
     abstract=abstract,
     read_config=read_config,
     needed=NEEDED,

@@ -40,6 +40,20 @@ class Reward(NamedTuple):
     features: Features | None = None
 
 
+def no_prompts(texts: list[str]) -> np.ndarray:
+    """[B] zeros, what a reward makes of B texts that knows nothing of the prompt."""
+    return np.zeros(len(texts), np.int32)
+
+
+NO_PROMPTS = jax.ShapeDtypeStruct((1,), np.int32)  # the shapes of `no_prompts`
+
+
+def _no_tokenizer(folder: Path, tokenizer: str) -> Tokenize:
+    """Of a reward that knows nothing of the prompt."""
+    del folder, tokenizer
+    return no_prompts
+
+
 def _no_config(folder: Path) -> dict:
     """Of a reward without a model."""
     del folder
@@ -51,8 +65,10 @@ class Entry:
     """What is known of a reward before it is loaded: a value of `REWARDS`.
 
     title: of columns and axes.
-    load: (folder of the weights, Options, folder or Hub name of CLIP's tokenizer) -> Reward.
-      Raises: UserError for what is missing or does not fit.
+    load: (folder of the weights, Options) -> Reward without its tokenize. Raises: UserError for
+      what is missing or does not fit.
+    tokenizer: (folder of the weights, folder or Hub name of CLIP's tokenizer) -> Reward.tokenize.
+      Raises: UserError.
     abstract: (config, Options) -> Reward of shapes alone, for a dry run and for compiling without
       weights.
     read_config: folder of the weights -> config, what its model is. Raises: UserError.
@@ -69,8 +85,9 @@ class Entry:
     """
 
     title: str
-    load: Callable[[Path, Options, str | Path], Reward]
+    load: Callable[[Path, Options], Reward]
     abstract: Callable[[dict, Options], Reward]
+    tokenizer: Callable[[Path, str], Tokenize] = _no_tokenizer
     read_config: Callable[[Path], dict] = _no_config
     needed: dict[str, str] = dataclasses.field(default_factory=dict)
     weights: str = ""
@@ -90,14 +107,6 @@ def listed(needed: dict[str, str]) -> str:
     return "; ".join(f"{name} ({where})" for name, where in needed.items())
 
 
-def no_prompts(texts: list[str]) -> np.ndarray:
-    """[B] zeros, what a reward makes of B texts that knows nothing of the prompt."""
-    return np.zeros(len(texts), np.int32)
-
-
-NO_PROMPTS = jax.ShapeDtypeStruct((1,), np.int32)  # the shapes of `no_prompts`
-
-
 def without_weights(title: str, score: Score) -> Entry:
     """The entry of a reward that is a function of the images alone.
 
@@ -106,6 +115,6 @@ def without_weights(title: str, score: Score) -> Entry:
     reward = Reward({}, score, score, no_prompts, NO_PROMPTS)
     return Entry(
         title,
-        load=lambda folder, options, tokenizer: reward,
+        load=lambda folder, options: reward,
         abstract=lambda config, options: reward,
     )

@@ -145,13 +145,12 @@ class Similarity:
 
     def abstract(self, config: dict, options: Options) -> Reward:
         """As `Entry.abstract`. Args: config, of a `CLIPModel`."""
-        return self._reward(abstract_port(_PORT, config, options), None)
+        return self._reward(abstract_port(_PORT, config, options))
 
     def load(
         self,
         folder: Path,
         options: Options,
-        tokenizer: str | Path,
     ) -> Reward:
         """As `Entry.load`.
 
@@ -162,19 +161,24 @@ class Similarity:
             raise UserError(f"no weights in {folder}; it must hold {listed(self.needed)}")
         model = abstract_port(_PORT, config, options)
         params = weights.load(folder, model.params, arrange=self.arrange)
-        tokenize = Tokenizer(folders.resolve_tokenizer(tokenizer))
-        return self._reward(model._replace(params=params), tokenize)
+        return self._reward(model._replace(params=params))
 
-    def _reward(self, model: Model, tokenize: Tokenize | None) -> Reward:
+    def _reward(self, model: Model) -> Reward:
         length = CLIPConfig.from_json(model.config).text_config.max_position_embeddings
         return Reward(
             model.params,
             functools.partial(cosine, model.graphdef, self.training),
             functools.partial(cosine, model.graphdef, self.evaluation),
-            tokenize,
+            None,
             jax.ShapeDtypeStruct((1, length), jnp.int32),
             functools.partial(eight_bit_features, model.graphdef),
         )
+
+
+def _tokenizer(folder: Path, tokenizer: str) -> Tokenize:
+    """As `Entry.tokenizer`."""
+    del folder
+    return Tokenizer(folders.resolve_tokenizer(tokenizer))
 
 
 def entry(
@@ -187,6 +191,7 @@ def entry(
         title,
         load=similarity.load,
         abstract=similarity.abstract,
+        tokenizer=_tokenizer,
         read_config=similarity.read_config,
         needed=similarity.needed,
         is_clip=True,
