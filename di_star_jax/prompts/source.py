@@ -4,12 +4,10 @@
 The data source is ArrayRecord, read without TensorFlow.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import os
@@ -22,7 +20,7 @@ from typing import Any
 
 from di_star_jax import log
 from di_star_jax.errors import UserError
-from di_star_jax.prompts import sets
+from di_star_jax.prompts import records, sets
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.sets import PROMPT_SETS, PromptSet
 from di_star_jax.storage import buckets
@@ -112,10 +110,9 @@ def _load(
     spec = PROMPT_SETS[name] if name else sets.own_file(column)
     path = _fetch(spec, where, folder / "downloads") if "://" in where else Path(where)
     digest = sets.digest_of(spec, path)
-    records = _build(spec, path, folder / _key(digest, name, path.suffix, spec.forms))
     known = spec.digests.get(path.suffix)
     source = Source(
-        records,
+        _build(spec, path, folder / _key(digest, name, path.suffix, spec.forms)),
         name=name or path.name,
         digest=digest,
         verified=digest == known[0] if known else None,
@@ -136,15 +133,15 @@ def _key(
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _records(spec: PromptSet, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Numbered records of the data source. Raises: UserError where there is none."""
+def _records(spec: PromptSet, path: Path) -> Iterator[records.Record]:
+    """Records of the data source. Raises: UserError where there is none."""
     prompts = sets.read(spec, path)
-    number = 0
-    while block := list(itertools.islice(prompts, BLOCK)):
-        yield number, {"prompts": json.dumps(block)}
-        number += 1
-    if number == 0:
+    block = list(itertools.islice(prompts, BLOCK))
+    if not block:
         raise UserError(f"{path} holds no prompts, expected at least one; give another file")
+    while block:
+        yield {"prompts": json.dumps(block)}
+        block = list(itertools.islice(prompts, BLOCK))
 
 
 def _build(
@@ -156,42 +153,14 @@ def _build(
 
     What a stop has left half written, and what has changed since, is written anew.
     """
-    import tensorflow_datasets as tfds
-
-    # tfds knows a builder by its name; here the folder tells them apart.
-    with tfds.core.registered.skip_registration():
-
-        class Prompts(tfds.core.GeneratorBasedBuilder):
-            """Prompts of one source, in its order."""
-
-            VERSION = tfds.core.Version("2.0.0")
-
-            def _info(self) -> tfds.core.DatasetInfo:
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    features=tfds.features.FeaturesDict({"prompts": tfds.features.Text()}),
-                    disable_shuffling=True,
-                )
-
-            def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-                del dl_manager
-                return {"train": self._generate_examples()}
-
-            def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
-                return _records(spec, path)
-
-    sealed = _is_sealed(folder)
-    if not sealed:
+    names = ["prompts"]
+    if not _is_sealed(folder):
         shutil.rmtree(folder, ignore_errors=True)
         if path.is_file() and path.stat().st_size > LARGE:
             log.say(f"reading the prompts of {path}, {path.stat().st_size / 1e6:.0f} MB")
-    builder = Prompts(data_dir=str(folder), file_format="array_record")
-    if not sealed:
-        quiet = io.StringIO()  # tfds's own bars
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            builder.download_and_prepare()
+        records.write(folder, names, _records(spec, path))
         write_text(folder / SEAL, json.dumps(_digests(folder), indent=1) + "\n")
-    return builder.as_data_source(split="train")
+    return records.read(folder, names)
 
 
 def _digests(folder: Path) -> dict[str, str]:
