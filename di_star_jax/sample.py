@@ -28,6 +28,7 @@ from di_star_jax import drawing, log, pictures, samplers
 from di_star_jax.command import run as run_command
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines.folder import Pipeline
+from di_star_jax.prompts.tokens import check_lengths
 from di_star_jax.shapes import scenes, tokenizer
 from di_star_jax.storage import buckets
 from di_star_jax.storage.files import expand, write_text
@@ -191,6 +192,8 @@ def _folder(name: str) -> Iterator[Path]:
 def _draw(prompts: list[str], out: Path) -> None:
     args = flags.FLAGS
     loaded = _load()
+    for tokenize in loaded.tokenizers.values():
+        check_lengths(tokenize, prompts, "--prompt")
     _warn_of_unknown_words(loaded, prompts)
     sampling = drawing.sampling_of(asked(), loaded)
     count, steps = len(prompts) * args.num, len(sampling.timesteps)

@@ -45,9 +45,12 @@ from di_star_jax.pipelines.export import (
     export_pipeline,
     form_of_run,
 )
+from di_star_jax.pipelines.families import family_at
 from di_star_jax.pipelines.family import DENOISER
-from di_star_jax.pipelines.folder import check_like
+from di_star_jax.pipelines.folder import check_like, load_tokenizers
+from di_star_jax.pipelines.text_cache import TextCache
 from di_star_jax.prompts import source as prompt_source
+from di_star_jax.prompts import tokens
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.source import PromptStream, Source
 from di_star_jax.rewards import rewards_used, scales_of
@@ -265,7 +268,9 @@ def load(
     prompts: dict[str, Source],
 ) -> Loaded:
     """The networks that are not trained, and what the steps are made of."""
-    parts = assembly.load_parts(config, mesh)
+    check_lengths(config, prompts)
+    cache = open_text_cache(config, prompts)
+    parts = assembly.load_parts(config, mesh, cache)
     method = assembly.method_of(config, parts)
     return Loaded(
         mesh=mesh,
@@ -278,6 +283,27 @@ def load(
         ),
         metadata=metadata_of(config, parts, method.settings),
     )
+
+
+def check_lengths(config, prompts: dict[str, Source]) -> None:
+    """Raises: UserError for prompts that the reference's tokenizers would cut."""
+    reference = folders.resolve(config.weights.reference)
+    tokenizers = load_tokenizers(reference, family_at(reference))
+    for section, source in prompts.items():
+        for tokenizer in tokenizers.values():
+            texts = (prompt.text for prompt in source)
+            tokens.check_lengths(tokenizer, texts, f"{section}.prompts")
+
+
+def open_text_cache(config, prompts: dict[str, Source]) -> TextCache | None:
+    """The cache of data.cache, if there is one. Raises: UserError where it does not fit the run."""
+    if not config.data.cache:
+        return None
+    texts = {"data.prompts": [prompt.text for prompt in prompts["data"]]}
+    if "eval" in prompts:
+        held = eval_prompts(config, prompts["eval"])
+        texts["eval.prompts"] = [prompt.text for prompt in held]
+    return assembly.open_text_cache(config, texts)
 
 
 def score_before(

@@ -20,7 +20,7 @@ from di_star_jax.errors import UserError
 from di_star_jax.pipelines import card, export
 from di_star_jax.prompts import t5
 from di_star_jax.prompts.t5 import T5Tokenizer
-from di_star_jax.prompts.tokens import Tokenizer
+from di_star_jax.prompts.tokens import Tokenizer, check_lengths
 from di_star_jax.shapes.tokenizer import make_word_tokenizer
 from di_star_jax.storage import folders
 
@@ -126,6 +126,10 @@ def test_prompts_that_are_cut_are_counted_and_the_first_is_told(folder):
     told = tokenize.too_long(["a cat", long, "a dog", "dog " * 600])
     assert "2 of 4 prompts have over 120 tokens" in told
     assert "the first, with 121, is 'cat cat" in told and len(told) < 200
+    many = "\u338f" * 100  # kg, each one letter
+    assert len(tokenize.pieces(many)) > 119 and "1 of 1" in tokenize.too_long([many])
+    message = _error(lambda: check_lengths(tokenize, [long], "data.prompts"))
+    assert message.startswith("data.prompts: 1 of 1 prompts have over 120") and "shorten" in message
 
 
 def test_a_vocabulary_that_the_encoder_has_no_table_for_is_refused(folder):

@@ -43,6 +43,7 @@ def draw(job: Job, mesh: Mesh) -> dict:
     log.say(job.stage(DRAW))
     with log.waiting(f"loading {request.checkpoint}"):
         loaded = drawing.load(request.checkpoint, request.which, mesh, dtype, reference)
+    _say_what_is_cut(loaded, [shot.text for shot in missing])
     sampling = drawing.sampling_of(request.sampling, loaded)
     how = _how(loaded, sampling)
     record = _continued(job.out, kept, how, _where(mesh, request.batch_size))
@@ -55,6 +56,13 @@ def draw(job: Job, mesh: Mesh) -> dict:
         f"the first {request.batch_size} wait for the compiler"
     )
     return _draw(job, missing, _drawer(job, loaded, sampling, mesh), record)
+
+
+def _say_what_is_cut(loaded: Pipeline, texts: list[str]) -> None:
+    """Benchmarks are what they are: their long prompts are cut, as diffusers does."""
+    told = [tokenizer.too_long(dict.fromkeys(texts)) for tokenizer in loaded.tokenizers.values()]
+    for line in filter(None, told):
+        log.say(f"warning: {line}: they are cut")
 
 
 ImagesOf = Callable[[list[Shot]], np.ndarray]  # float32 [B, H, W, 3] in [-1, 1]

@@ -4,6 +4,7 @@
 import functools
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class T5Tokenizer:
     """
 
     max_length = LENGTH
+    cleaning = "lower case, no blanks around"
 
     def __init__(self, folder: str | os.PathLike):
         folder = Path(folder)
@@ -58,21 +60,27 @@ class T5Tokenizer:
         """Token ids, int32 [B, 120]."""
         return _ids(self._tokenizer, [_cleaned(text) for text in texts])
 
-    def too_long(self, texts: list[str]) -> str | None:
-        """One line on the prompts that are cut: how many, and the first. None where none is."""
-        lengths = [
-            len(ids)
-            for ids in self._tokenizer(list(map(_cleaned, texts)), verbose=False)["input_ids"]
-        ]
+    def too_long(self, texts: Iterable[str]) -> str | None:
+        """What is wrong with prompts that would be cut: how many, and the first. None for none."""
+        texts = list(texts)
+        # A letter of ASCII is one token at most; the first blank and the end are two more.
+        doubtful = [text for text in texts if len(text) + 2 > LENGTH or not text.isascii()]
+        lengths = [len(ids) for ids in self._all_ids(doubtful)]
         long = [i for i, length in enumerate(lengths) if length > LENGTH]
         if not long:
             return None
-        first = texts[long[0]]
+        first = doubtful[long[0]]
         shown = first if len(first) <= 60 else first[:57] + "..."
         return (
             f"{len(long)} of {len(texts)} prompts have over {LENGTH} tokens of T5's, which takes "
             f"no more; the first, with {lengths[long[0]]}, is {shown!r}"
         )
+
+    def _all_ids(self, texts: list[str]) -> list[list[int]]:
+        """Of prompts that are not cut."""
+        if not texts:
+            return []
+        return self._tokenizer([_cleaned(text) for text in texts], verbose=False)["input_ids"]
 
     def check_fits(self, settings: Any, encoder: str) -> None:
         """Raises: UserError for ids that a text encoder's table does not have.

@@ -2,7 +2,7 @@
 """Prompts to token ids."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Tokenizer:
     Args: folder with tokenizer.json, or vocab.json and merges.txt.
     Raises: UserError where they are missing or cannot be read.
     """
+
+    cleaning = ""  # none but what the files say
 
     def __init__(self, folder: str | os.PathLike):
         folder = Path(folder)
@@ -52,6 +54,10 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> np.ndarray:
         """Token ids, int32 [B, max_length]."""
         return self._ids(self._tokenizer, texts)
+
+    def too_long(self, texts: Iterable[str]) -> None:
+        """Nothing: whoever uses CLIP lets it read the first 77 tokens, this family's papers too."""
+        del texts
 
     def check_fits(self, settings: Any, encoder: str) -> None:
         """Raises: UserError for ids or lengths that a text encoder's tables do not have.
@@ -134,6 +140,20 @@ def tried(
             f"{reason}); {advice}"
         ) from None
     return tokenizer
+
+
+def check_lengths(
+    tokenizer: Any,
+    texts: Iterable[str],
+    option: str,
+) -> None:
+    """Refuses prompts that a tokenizer would cut. Args: option, that they were given as.
+
+    Raises: UserError with their number and the first.
+    """
+    told = tokenizer.too_long(texts)
+    if told:
+        raise UserError(f"{option}: {told}; shorten them, or leave them out")
 
 
 def token_batch(texts: list[str], tokenizers: dict[str, Callable]) -> dict[str, Any]:
