@@ -9,6 +9,10 @@ from di_star_jax.errors import UserError, exit_on_user_error, nearest
 
 COMMANDS = {
     "train": ("main", "Aligns a one-step generator: --config=shapes --workdir=runs/first."),
+    "cache_text": (
+        "cache_text",
+        "Encodes prompts once, for runs without text encoders.",
+    ),
     "sample": ("sample", "Draws pictures from prompts; alone, a grid by the shipped generator."),
     "evaluate": ("evaluate", "Scores a generator, or a folder of pictures, on many prompts."),
     "convert": ("convert", "Turns checkpoints into folders for diffusers, and back."),

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from di_star_jax import objectives, sharding, step
 from di_star_jax.gradients import Method, Settings
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines.family import DENOISER, Family
+from di_star_jax.pipelines import text_cache
+from di_star_jax.pipelines.family import DENOISER, TEXT, Family
 from di_star_jax.pipelines.folder import (
     Model,
     Options,
@@ -24,8 +25,9 @@ from di_star_jax.pipelines.folder import (
     load_pipeline,
     model_class,
 )
+from di_star_jax.pipelines.text_cache import TextCache
 from di_star_jax.prompts.tokens import token_batch
-from di_star_jax.rewards import REWARDS, load_rewards, rewards_used, scales_of
+from di_star_jax.rewards import REWARDS, load_rewards, load_tokenizers, rewards_used, scales_of
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.views import VIEWS, in_slices
 from di_star_jax.samplers import generator_form
@@ -33,10 +35,14 @@ from di_star_jax.storage import folders
 
 
 class Parts(NamedTuple):
-    """The models of a run, whose parameters may be abstract: the reference's, and its rewards."""
+    """The models of a run, whose parameters may be abstract: the reference's, and its rewards.
+
+    cache: of prompts, in place of the text encoders.
+    """
 
     pipeline: Pipeline
     rewards: dict[str, Reward]
+    cache: TextCache | None = None
 
     @property
     def models(self) -> dict[str, Model]:
@@ -64,17 +70,46 @@ class Parts(NamedTuple):
 
     def tokenize(self, prompts: list[str]) -> dict[str, Any]:
         """What text encoders and rewards make of B prompts: trees of NumPy arrays [B, ...]."""
-        ids = token_batch(prompts, self.pipeline.tokenizers)
-        return ids | {name: reward.tokenize(prompts) for name, reward in self.rewards.items()}
+        if self.cache is None:
+            ids = token_batch(prompts, self.pipeline.tokenizers)
+        else:
+            shapes = {name: reward.shapes for name, reward in self.rewards.items()}
+            ids = self.cache.batch(prompts, shapes)
+        others = {name: reward for name, reward in self.rewards.items() if name not in ids}
+        return ids | {name: reward.tokenize(prompts) for name, reward in others.items()}
 
 
-def load_parts(config, mesh: Mesh) -> Parts:
-    """Reads reference pipeline and rewards, sharded over the mesh, in the compute dtype."""
+def load_parts(
+    config,
+    mesh: Mesh,
+    cache: TextCache | None = None,
+) -> Parts:
+    """Reads reference pipeline and rewards, sharded over the mesh, in the compute dtype.
+
+    Args: cache, in place of the text encoders.
+    """
     options = model_options(config, mesh)
     folder = folders.resolve(config.weights.reference)
-    reference = load_pipeline(folder, options["text"], options)
+    of_empty = cache.batch([""], {})[TEXT] if cache else None
+    reference = load_pipeline(folder, options["text"], options, of_empty)
     tokenizer = config.weights.reward_tokenizer
-    return Parts(reference, load_rewards(reward_sources(config), tokenizer, options["reward"]))
+    rewards = load_rewards(reward_sources(config), tokenizer, options["reward"])
+    return Parts(reference, rewards, cache)
+
+
+def open_text_cache(config, prompts: dict[str, list[str]]) -> TextCache:
+    """The cache of data.cache. Args: prompts that it must have, by their option.
+
+    Raises: UserError where it does not fit the config.
+    """
+    cache = text_cache.open_cache(config.data.cache)
+    reference = folders.resolve(config.weights.reference)
+    text_cache.check_same(cache, reference, config.compute.dtype)
+    for option, texts in prompts.items():
+        text_cache.check_prompts(cache, option, texts)
+    tokenizers = load_tokenizers(reward_sources(config), config.weights.reward_tokenizer)
+    text_cache.check_rewards(cache, prompts["data.prompts"], tokenizers)
+    return cache
 
 
 def reward_sources(config) -> dict[str, str]:

@@ -6,6 +6,7 @@ Each function raises a UserError for the first thing that is wrong.
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -71,6 +72,7 @@ _NOT_NEGATIVE = (
 )
 _NEW = (
     "data.prompts_file",
+    "data.cache",
     "eval.prompts_file",
     "eval.samples",
     "eval.teacher",
@@ -133,7 +135,15 @@ def check(config, device_count: int) -> None:
     _check_objective(config.objective)
     _check_mesh(config, device_count)
     if not config.dry_run:
-        _check_sources(config)
+        _check_sources(config, ("reference", "generator", "assistant", "reward_tokenizer"))
+
+
+def check_prompts(config) -> None:
+    """As `check`, of what encodes a config's prompts and nothing else."""
+    _check_environment()
+    _check_values(config)
+    _check_rewards(config)
+    _check_sources(config, ("reference", "reward_tokenizer"))
 
 
 def one_of(
@@ -362,13 +372,16 @@ def _check_rows(config, context: int) -> None:
             )
 
 
-def _check_sources(config) -> None:
-    """Files and folders that must be there: all that are not, in one line."""
+def _check_sources(config, names: Sequence[str]) -> None:
+    """Files and folders that must be there: all that are not, in one line.
+
+    Args: names, of the weights beside the rewards'.
+    """
     wrong = []
     for section in ("data", "eval"):
         if config[section].prompts:
             wrong += _without_prompts(f"{section}.prompts", config[section])
-    for name in ("reference", "generator", "assistant", "reward_tokenizer"):
+    for name in names:
         wrong += _without_weights(f"weights.{name}", config.weights[name], _FOLDER)
     for name in rewards_used(scales_of(config.reward), config.eval.metrics):
         if name in config.weights:

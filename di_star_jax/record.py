@@ -31,6 +31,7 @@ RESUMABLE = (
     "eval.",
     "eval_every",
     "decode.slice",
+    "data.cache",
     "dry_run",
     "optim.generator_lr",
     "optim.assistant_lr",

@@ -12,6 +12,7 @@ import pytest
 import t5_reference
 import torch
 import transformers
+from test_config import ROOT
 from test_convert import _error, _export
 from test_export import call_of
 from test_sd15 import ASKED, to_nhwc, write_run
@@ -129,6 +130,8 @@ def test_an_export_draws_in_diffusers_what_we_draw(reference, tmp_path, form):
     call = re.search(r"pipe\((.*)\)\.images", call_of(tmp_path / "out")).group(1)
     how = "timesteps=[440]" if form == SCALED else "num_inference_steps=1"
     assert call == f'"a photo of a cat", {how}, guidance_scale=0, clean_caption=False'
+    if form == SCALED:
+        assert f"pipe({call}).images" in (ROOT / "docs" / "dipp.md").read_text()
     arguments = eval(f"dict({call.split(', ', 1)[1]})")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(pipe) is diffusers.PixArtAlphaPipeline

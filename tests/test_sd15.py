@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from test_config import ROOT
 from test_convert import TEXT, _error, _export, _run, _tokenizer
 from test_export import call_of
 from test_fields import OF_SD15
@@ -160,6 +161,8 @@ def test_an_export_draws_in_diffusers_what_we_draw(reference, tmp_path, caplog, 
 
     call = re.search(r"pipe\((.*)\)\.images", call_of(tmp_path / "out")).group(1)
     assert call == f'"a photo of a cat", timesteps={list(form.timesteps)}, guidance_scale=0'
+    if form == SCALED:
+        assert f"pipe({call}).images" in (ROOT / "docs" / "dipp.md").read_text()
     arguments = eval(f"dict({call.split(', ', 1)[1]})")
     pipe.set_progress_bar_config(disable=True)
     expected = pipe(PROMPTS, latents=noise(), output_type="np", **arguments).images

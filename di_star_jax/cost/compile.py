@@ -4,6 +4,7 @@
 The devices that they are compiled for need not be here.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -22,7 +23,8 @@ from di_star_jax.assembly import Parts
 from di_star_jax.cost import flops, plan, slices
 from di_star_jax.diffusion import Schedule
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines import text_cache
+from di_star_jax.pipelines.family import DENOISER, TEXT
 from di_star_jax.pipelines.folder import Model, Pipeline, abstract_model, model_class
 from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards import REWARDS
@@ -104,7 +106,21 @@ def _parts(config, mesh: Mesh) -> Parts:
     }
     ones = jnp.ones(1000)  # only its shape counts here
     pipeline = Pipeline(Path(), known.family, models, tokenizers, Schedule(ones, ones))
-    return Parts(pipeline, rewards)
+    return Parts(_without_encoders(pipeline) if config.data.cache else pipeline, rewards)
+
+
+def _without_encoders(pipeline: Pipeline) -> Pipeline:
+    """The pipeline as with a cache of its prompts, whose states are all 1."""
+    encoders = pipeline.family.tokenizers.values()
+    models = pipeline.models
+    graphdefs = {name: models[name].graphdef for name in encoders}
+    params = {name: sharding.abstract(models[name].params) for name in encoders}
+    encode = functools.partial(text_cache.encode, pipeline.family, graphdefs)
+    text = jax.eval_shape(encode, params, token_batch([""], pipeline.tokenizers))
+    return pipeline._replace(
+        models={name: model for name, model in models.items() if name not in encoders},
+        of_empty=jax.tree.map(lambda x: np.ones(x.shape, x.dtype), text),
+    )
 
 
 def _blank(encoder: Model) -> Callable[[list[str]], np.ndarray]:
@@ -120,12 +136,10 @@ def _token_ids(
 ) -> dict:
     batch = config.data.batch_size
     one = token_batch([""], parts.pipeline.tokenizers)
-    ids = {name: _array(mesh, (batch, *x.shape[1:]), x.dtype) for name, x in one.items()}
-    for name, reward in parts.rewards.items():
-        ids[name] = jax.tree.map(
-            lambda x: _array(mesh, (batch, *x.shape[1:]), x.dtype), reward.shapes
-        )
-    return ids
+    if parts.pipeline.of_empty is not None:
+        one = {TEXT: parts.pipeline.of_empty}
+    one |= {name: reward.shapes for name, reward in parts.rewards.items()}
+    return jax.tree.map(lambda x: _array(mesh, (batch, *x.shape[1:]), x.dtype), one)
 
 
 def _array(

@@ -112,7 +112,7 @@ def make(
     sizes = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, planned)
     mesh = dict(zip(sharding.AXES, sizes))
     known = known_models(config)
-    trees = abstract_params(known)
+    trees = abstract_params(_held(config, known))
     counts = {name: parameters(tree) for name, tree in trees.items()}
     state, image_bytes = {}, 0.0
     if DENOISER in trees:
@@ -155,6 +155,15 @@ def known_models(config) -> Known:
         else:
             unknown.append(f"weights.{name}={source}")
     return Known(family, networks, rewards, unknown)
+
+
+def _held(config, known: Known) -> Known:
+    """Without the text encoders, where a cache stands for them."""
+    if not (config.data.cache and known.family):
+        return known
+    encoders = known.family.tokenizers.values()
+    networks = {name: found for name, found in known.networks.items() if name not in encoders}
+    return known._replace(networks=networks)
 
 
 def _has_configs(source: str) -> bool:

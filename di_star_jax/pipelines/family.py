@@ -19,6 +19,8 @@ from di_star_jax.models.unet import Condition
 
 # The network that predicts eps is called so in all code; its folder is the family's to name.
 DENOISER = "denoiser"
+# Of a batch of prompts: their states, which a cache has in place of token ids.
+TEXT = "text"
 
 # (graphdefs and parameters by component, token ids [B, L] by tokenizer) -> condition of B prompts,
 # whose time_ids are missing yet.

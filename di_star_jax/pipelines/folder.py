@@ -30,7 +30,7 @@ from di_star_jax.models.unet import Condition, UNet2DConditionModel, UNetConfig
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines.export import form_of
 from di_star_jax.pipelines.families import family_of
-from di_star_jax.pipelines.family import DENOISER, Family, conditions
+from di_star_jax.pipelines.family import DENOISER, TEXT, Family, conditions
 from di_star_jax.pipelines.scheduler import SchedulerFile, schedule_from_json
 from di_star_jax.prompts.t5 import T5Tokenizer
 from di_star_jax.prompts.tokens import Tokenizer, token_batch
@@ -104,9 +104,11 @@ class Model(NamedTuple):
 class Pipeline(NamedTuple):
     """A diffusers pipeline folder.
 
-    models, tokenizers: those of the family's that are there, by component.
+    models, tokenizers: those of the family's that are there, by component; without its text
+      encoders it needs `of_empty`, and prompts' states in place of token ids.
     form: of its denoiser, if that is a few-step generator, else None.
     scheduler: its scheduler_config.json, which the times of samplers are from.
+    of_empty: what the text encoders make of "", where they are not there.
     """
 
     folder: Path
@@ -116,6 +118,7 @@ class Pipeline(NamedTuple):
     schedule: Schedule
     form: FewStep | None = None
     scheduler: SchedulerFile = SchedulerFile()
+    of_empty: Condition | None = None
 
     @property
     def vae_scale(self) -> int:
@@ -130,8 +133,11 @@ class Pipeline(NamedTuple):
     ) -> tuple[Condition, Condition]:
         """(condition, null condition) of B prompts, for images of so many pixels.
 
-        Args: params, of the text encoders by component; token_ids [B, L], by tokenizer.
+        Args: params, of the text encoders by component; token_ids [B, L], by tokenizer, or the
+        prompts' states under TEXT.
         """
+        if TEXT in token_ids:
+            return conditions(self.family, token_ids[TEXT], self.of_empty, resolution)
         graphdefs = {name: model.graphdef for name, model in self.models.items()}
         of_empty = None
         if not self.family.null_is_zero:
@@ -267,25 +273,31 @@ def load_pipeline(
     folder: Path,
     default: Options = PLAIN,
     options: Mapping[str, Options] = types.MappingProxyType({}),
+    of_empty: Condition | None = None,
 ) -> Pipeline:
     """Reads a pipeline folder.
 
-    Args: options, by component; the default for one that is not named.
+    Args:
+      options: by component; the default for one that is not named.
+      of_empty: what the text encoders make of "", where they are to be left out.
     Raises: UserError for whatever is wrong with the folder.
     """
     family, scheduler = check_pipeline(folder)
+    left_out = () if of_empty is None else family.tokenizers.values()
     models = {
         name: load_model(folder / part.folder, options.get(name, default))
         for name, part in family.parts.items()
+        if name not in left_out
     }
     return Pipeline(
         folder,
         family,
         models,
-        _tokenizers(folder, family),
+        load_tokenizers(folder, family),
         schedule_from_json(*scheduler),
         form_of(scheduler.config, family.one_step),
         scheduler,
+        of_empty,
     )
 
 
@@ -343,8 +355,8 @@ def _check_fits(
             )
 
 
-def _tokenizers(folder: Path, family: Family) -> dict[str, Tokenizer | T5Tokenizer]:
-    """Raises: UserError for one that its text encoder has no tables for."""
+def load_tokenizers(folder: Path, family: Family) -> dict[str, Tokenizer | T5Tokenizer]:
+    """Of a pipeline's folder. Raises: UserError for one that its text encoder has no tables for."""
     found = {}
     for name, part in family.tokenizers.items():
         config = folders.read_config(folder, part)
