@@ -362,8 +362,9 @@ def _prepare(
         data, fsdp, _ = sharding.mesh_shape(m.data, m.fsdp, m.context, len(devices))
         config.data.batch_size = (request.per_device or 1) * data * fsdp
     check(config, len(devices))
+    planned = plan.make(config, len(devices), devices[0].device_kind)
     if request.what == "train":
-        plan.check_memory(plan.make(config, len(devices), devices[0].device_kind))
+        plan.check_memory(planned)
 
 
 def _settings(config, mesh: Mesh) -> dict:

@@ -321,7 +321,7 @@ def _check_mesh(config, device_count: int) -> None:
     _check_batch("data.batch_size", config.data.batch_size, shape)
     if config.eval.prompts:
         _check_batch("eval.batch_size", config.eval.batch_size, shape)
-    data, fsdp, context = shape
+    data, fsdp, _ = shape
     each = config.data.batch_size // (data * fsdp)
     parts = config.compute.microbatches
     if each % parts:
@@ -335,7 +335,6 @@ def _check_mesh(config, device_count: int) -> None:
             f"decode.slice={config.decode.slice} does not divide the {each // parts} images that a "
             "device takes at a time; use 1, or 0 for all at once"
         )
-    _check_rows(config, context)
 
 
 def _check_batch(
@@ -355,21 +354,6 @@ def _check_batch(
     if context > 1:
         groups = f"groups of {context} {groups} x context={context}"
     raise UserError(f"{name}={batch} is not divisible by the {shares} {groups}; use {good}{more}")
-
-
-def _check_rows(config, context: int) -> None:
-    # SDXL's UNet halves the latents' rows twice, its VAE makes eight of each: every chip needs
-    # whole rows at each level.
-    seen = {"data.resolution": config.data.resolution}
-    if config.decode.view != "full":
-        seen["decode.resolution"] = config.decode.resolution
-    for name, pixels in seen.items():
-        if context > 1 and pixels % (32 * context):
-            raise UserError(
-                f"mesh.context={context} does not divide the rows of {name}={pixels} at the "
-                f"denoiser's lowest level; use a {name} that is a multiple of {32 * context}, or a "
-                "smaller mesh.context"
-            )
 
 
 def _check_sources(config, names: Sequence[str]) -> None:

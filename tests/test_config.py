@@ -193,11 +193,6 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         ({"mesh.context": -1}, 16, r"mesh.context=-1, expected 1 or more"),
         ({"mesh.context": 3, "mesh.fsdp": 4}, 16, r"x context=3 does not make up the 16 devices"),
         (
-            {"mesh.context": 64, "mesh.fsdp": 1, "data.batch_size": 1},
-            64,
-            r"mesh.context=64 does not divide the rows of data",
-        ),
-        (
             {"mesh.context": 2, "mesh.fsdp": 8, "data.batch_size": 12},
             16,
             r"by the 8 groups of 2 devices.*use 8 or 16",

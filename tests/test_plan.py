@@ -3,7 +3,7 @@ import dataclasses
 import json
 
 import pytest
-from test_config import dry
+from test_config import dry, load
 
 from di_star_jax.cost import plan
 from di_star_jax.errors import UserError
@@ -175,3 +175,16 @@ def test_a_config_json_may_leave_out_what_diffusers_has_as_defaults(sd15):
     planned = plan.make(dry(**{"weights.reference": str(sd15)}), 16, "cpu")
     assert planned.parameters["denoiser"] == 859_520_964
     assert planned.image_bytes == plan.activation_bytes(dry())  # SD 1.5 is as wide as SDXL
+
+
+@pytest.mark.parametrize(
+    "config, context, least", [("sdxl", 64, 2048), ("sd15", 16, 1024), ("pixart", 64, 1024)]
+)
+def test_a_context_that_splits_a_row_is_refused(config, context, least):
+    one = {"mesh.context": context, "mesh.fsdp": 1, "data.batch_size": 1}
+    asked = load(config)
+    asked.update_from_flattened_dict(one | {"dry_run": True})
+    with pytest.raises(UserError, match=f"rows of data.resolution.*multiple of {least}, or"):
+        plan.make(asked, context, "cpu", context)
+    asked.mesh.context = 8
+    plan.make(asked, 8, "cpu", 8)

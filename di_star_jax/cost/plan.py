@@ -105,7 +105,8 @@ def make(
 
     Args: planned, devices that it is for; None for those given, and of a dry run for as many as the
       mesh asks for.
-    Raises: UserError for an unusable model folder, and where the mesh cannot split the denoiser.
+    Raises: UserError for an unusable model folder, and where the mesh cannot split the denoiser or
+      the image.
     """
     if planned is None:
         planned = planned_devices(config, device_count) if config.dry_run else device_count
@@ -116,11 +117,32 @@ def make(
     counts = {name: parameters(tree) for name, tree in trees.items()}
     state, image_bytes = {}, 0.0
     if DENOISER in trees:
+        _check_rows(config, known, mesh["context"])
         sharding.params_sharding(AbstractMesh(sizes, sharding.AXES), trees[DENOISER])
         state = memory_per_chip(config, counts, mesh["fsdp"] * mesh["context"])
         width = known.family.width(known.networks[DENOISER])
         image_bytes = activation_bytes(config, width)
     return Plan(config, mesh, device_count, device_kind, counts, known.unknown, state, image_bytes)
+
+
+def _check_rows(
+    config,
+    known: Known,
+    context: int,
+) -> None:
+    """Each device of a context needs whole rows at each level. Raises: UserError."""
+    scale = pipeline.vae_scale(known.networks["vae"]) if "vae" in known.networks else 8
+    least = scale * known.family.rows(known.networks[DENOISER]) * context
+    seen = {"data.resolution": config.data.resolution}
+    if config.decode.view != "full":
+        seen["decode.resolution"] = config.decode.resolution
+    for name, pixels in seen.items():
+        if context > 1 and pixels % least:
+            raise UserError(
+                f"mesh.context={context} does not divide the rows of {name}={pixels} at the "
+                f"denoiser's lowest level; use a {name} that is a multiple of {least}, or a "
+                "smaller mesh.context"
+            )
 
 
 def planned_devices(config, device_count: int) -> int:

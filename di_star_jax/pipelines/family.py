@@ -65,6 +65,7 @@ class Family:
     teacher: how a pipeline that is no generator is drawn, where neither user nor folder says.
     width: of a denoiser's config.json, its activations over those of SDXL's UNet at the same
       pixels, for estimates.
+    rows: of a denoiser's config.json, how many rows of latents stay on one device.
     fits: of config.json by component, the fields by which the parts go together.
     keeps_offset: whether diffusers' pipeline draws with the scheduler's `steps_offset`, and does
       not put another in its place.
@@ -81,6 +82,7 @@ class Family:
     one_step: FewStep
     teacher: Guided
     width: Callable[[dict], float]
+    rows: Callable[[dict], int]
     fits: Callable[[dict[str, dict]], list[Fit]]
     keeps_offset: bool = True
     call: str = ""

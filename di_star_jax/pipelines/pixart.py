@@ -43,6 +43,11 @@ def width(config: dict) -> float:
     return 0.4 * PixArtConfig.from_json(config).width / 1152
 
 
+def rows(config: dict) -> int:
+    """As `Family.rows`: a patch's."""
+    return PixArtConfig.from_json(config).patch_size
+
+
 def fits(configs: dict[str, dict]) -> list[Fit]:
     """As `Family.fits`."""
     transformer = PixArtConfig.from_json(configs[DENOISER])
@@ -80,6 +85,7 @@ PIXART = Family(
     # diffusers' defaults for this pipeline.
     teacher=Guided(steps=20, guidance_scale=4.5),
     width=width,
+    rows=rows,
     fits=fits,
     # Else a machine with beautifulsoup4 and ftfy would read other prompts than one without.
     call="clean_caption=False",

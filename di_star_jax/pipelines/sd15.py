@@ -12,7 +12,7 @@ from di_star_jax.models.config import Fields
 from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.models.vae import VAEConfig
 from di_star_jax.pipelines.family import DENOISER, Family, Fit, Guided, Part
-from di_star_jax.pipelines.sdxl import width
+from di_star_jax.pipelines.sdxl import rows, width
 
 
 def encode_text(
@@ -83,6 +83,7 @@ SD15 = Family(
     # diffusers' defaults for this pipeline.
     teacher=Guided(steps=50, guidance_scale=7.5),
     width=width,
+    rows=rows,
     fits=fits,
     keeps_offset=False,  # StableDiffusionPipeline sets it to 1
 )

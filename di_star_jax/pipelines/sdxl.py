@@ -47,6 +47,11 @@ def width(config: dict) -> float:
     return UNetConfig.from_json(config).block_out_channels[0] / 320
 
 
+def rows(config: dict) -> int:
+    """As `Family.rows`: each level but the last halves them."""
+    return 2 ** (len(UNetConfig.from_json(config).block_out_channels) - 1)
+
+
 def fits(configs: dict[str, dict]) -> list[Fit]:
     """As `Family.fits`."""
     unet = UNetConfig.from_json(configs[DENOISER])
@@ -108,5 +113,6 @@ SDXL = Family(
     # Of the paper's SDXL and SDXL-DPO, by its authors' notebook.
     teacher=Guided(steps=50, guidance_scale=7.5),
     width=width,
+    rows=rows,
     fits=fits,
 )
