@@ -23,13 +23,32 @@ _sd15 = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_sd15)
 
 # DI++'s methods, as in configs/sd15.py.
-PRESETS = _sd15.PRESETS | {
+PRESETS = {name: row for name, row in _sd15.PRESETS.items() if "distill" not in name} | {
     "1024": {
         "weights.reference": "PixArt-alpha/PixArt-XL-2-1024-MS",
         "weights.generator": "./weights/pixart-1024-1step",
         "data.resolution": 1024,
     },
 }
+
+# One-step pre-training from the teacher alone, as in configs/sd15.py. SIM is the one whose PixArt
+# has this config's form; of it only the form is published.
+RECIPES = _sd15.RECIPES | {
+    # PixArt-DMD without its regression: 512 pixels, z at 400
+    "dmd": _sd15.RECIPES["dmd"]
+    | {
+        "generator.timesteps": (400,),
+        "objective.omega": 3.0,
+        "objective.t_min": 1,
+        "objective.t_max": 999,
+        "assistant.t_min": 1,
+        "assistant.updates": 1,
+        "optim.generator_lr": 1e-6,
+        "optim.assistant_lr": 1e-6,
+        "data.batch_size": 16,
+    },
+}
+PRESETS |= _sd15.distil(RECIPES, "sim")
 
 # What differs from configs/sd15.py, whose guidance and reward are of PixArt-alpha already; its
 # learning rates are PixArt-DMD's, too.

@@ -20,7 +20,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _spec = importlib.util.spec_from_file_location("sdxl", os.path.join(_HERE, "sdxl.py"))
 _sdxl = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_sdxl)
-override = _sdxl.override
+distil, override = _sdxl.distil, _sdxl.override
 
 # The methods of configs/sdxl.py at this paper's scales. Named as there, di_pp is kl_1_4.5 and
 # diff_instruct kl_0_4.5, the paper's row without alignment.
@@ -52,6 +52,28 @@ PRESETS = {
     },
     "reward_only": {"objective.name": "reward_only"},
 }
+
+# One-step pre-training from the teacher alone, as in configs/sdxl.py, by the recipes for SD 1.5.
+_FROM_TEACHER = {"reward.imagereward": 0.0}
+RECIPES = {
+    "sid": _sdxl.RECIPES["sid"] | _FROM_TEACHER,  # SiD-LSG, of this model
+    "sim": _sdxl.RECIPES["sim"] | _FROM_TEACHER | {"objective.name": "di_star"},
+    "diff_instruct": _sdxl.RECIPES["diff_instruct"] | _FROM_TEACHER,
+    # DMD2's SD 1.5, whose generator is given z at 999
+    "dmd": _sdxl.RECIPES["dmd"]
+    | _FROM_TEACHER
+    | {
+        "generator.timesteps": (999,),
+        "generator.input": "noise",
+        "objective.omega": 1.75,
+        "assistant.updates": 10,
+        "optim.generator_lr": 1e-5,
+        "optim.assistant_lr": 1e-5,
+        "data.batch_size": 2048,
+        "train.steps": 39_000,
+    },
+}
+PRESETS |= distil(RECIPES, "sid")
 
 # What differs; every other field is as in configs/sdxl.py, of DI++ not published, and so ours.
 CHANGES = {

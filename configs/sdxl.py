@@ -56,6 +56,64 @@ PRESETS = {
 }
 
 
+# One-step pre-training from the teacher alone, DI++'s first stage; its result is what alignment
+# begins with: --config.weights.generator=WORKDIR. Of each recipe its rates, batch, length, times,
+# guidance, updates and one-step form; b1 and all else are as below. Of SIM nothing of the kind is
+# published: it has SiD-LSG's, by its author's family.
+FROM_TEACHER = {
+    "weights.generator": "",
+    "reward.pickscore": 0.0,
+    "eval.metrics": (),
+    "assistant.warmup_steps": 0,
+}
+_SID_LSG = FROM_TEACHER | {
+    "objective.omega": 4.5,  # SiD-LSG's largest; its assistant is guided as well, ours is not
+    "objective.t_max": 979,
+    "assistant.t_min": 20,
+    "assistant.t_max": 979,
+    "assistant.first": True,  # on prompts of its own
+    "optim.generator_lr": 1e-6,
+    "optim.assistant_lr": 1e-6,
+    "optim.weight_decay": 0.0,
+    "data.batch_size": 512,
+    "train.steps": 10_000,  # 5 M images; its four guidances took 5 to 9 M to their best
+}
+RECIPES = {
+    # DMD2's SDXL without its regression and its GAN
+    "dmd": FROM_TEACHER
+    | {
+        "objective.name": "kl",
+        "objective.weighting": "x0_normalised",
+        "objective.reduction": "mean",
+        "objective.omega": 8.0,
+        "assistant.updates": 5,
+        "optim.lr_warmup_steps": 500,
+        "train.steps": 25_000,
+    },
+    # Diff-Instruct's code, whose teachers are not text-to-image: the guidance is ours
+    "diff_instruct": FROM_TEACHER
+    | {
+        "objective.name": "kl",
+        "assistant.first": True,
+        "optim.generator_lr": 1e-5,
+        "optim.assistant_lr": 1e-5,
+        "optim.weight_decay": 0.0,
+        "train.steps": 40_000,
+    },
+    "sim": _SID_LSG,
+    "sid": _SID_LSG | {"objective.name": "sid", "objective.weighting": "x0_normalised"},
+}
+
+
+def distil(recipes: dict, default: str) -> dict:
+    """Rows of presets: "distill" by the default loss, "distill_LOSS" by the others."""
+    named = {f"distill_{loss}": row for loss, row in recipes.items() if loss != default}
+    return {"distill": recipes[default]} | named
+
+
+PRESETS |= distil(RECIPES, "dmd")
+
+
 def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     """Args: preset, a key of PRESETS, given as --config=configs/sdxl.py:PRESET."""
     config = ml_collections.ConfigDict()
@@ -71,8 +129,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.weights = ml_collections.ConfigDict()
     # pipeline folder or Hub name: teacher denoiser, VAE, text encoders, schedule
     config.weights.reference = "stabilityai/stable-diffusion-xl-base-1.0"
-    # one-step denoiser to start from, a folder with safetensors; DMD2's pickle is converted once,
-    # see README
+    # one-step denoiser to start from, a folder with safetensors (DMD2's pickle is converted once,
+    # see README), an export of a run, or its workdir; empty copies the teacher, as :distill does
     config.weights.generator = "./weights/dmd2-sdxl-1step"
     # first weights of the assistant; empty copies the reference, as all siblings do
     config.weights.assistant = ""

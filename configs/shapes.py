@@ -34,6 +34,29 @@ PRESETS = _sdxl.PRESETS | {
     "inside_100_7.5_long": {"train.steps": 1000},
 }
 
+# The teacher's one-step generator from nothing but the teacher, as it is shipped, and by other
+# losses in the same time.
+_DISTIL = {
+    "objective.omega": 3.0,  # as the teacher is drawn
+    "eval.teacher": "",
+    "assistant.first": False,
+    "assistant.updates": 1,
+    "assistant.t_min": 0,
+    "assistant.t_max": 999,
+    "objective.t_max": 980,
+    "data.batch_size": 32,
+    "optim.generator_lr": 1e-4,
+    "optim.assistant_lr": 2e-4,
+    "optim.lr_warmup_steps": 50,
+    "optim.weight_decay": 0.0,
+    "optim.b2": 0.99,
+    "ema.half_life_samples": 1100,
+    "eval_every": 100,
+    "train.steps": 800,
+    "train.save_every": 100,
+}
+PRESETS |= {name: row | _DISTIL for name, row in _sdxl.distil(_sdxl.RECIPES, "dmd").items()}
+
 # What the small world changes; every other field is as in configs/sdxl.py.
 SMALL = {
     "weights.reference": _CHECKPOINT,

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,15 +14,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from di_star_jax import objectives, sharding, step
+from di_star_jax.diffusion import FewStep
+from di_star_jax.errors import UserError
 from di_star_jax.gradients import Method, Settings
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import text_cache
-from di_star_jax.pipelines.family import DENOISER, TEXT, Family
+from di_star_jax.pipelines.export import denoiser_in, form_of, in_workdir
+from di_star_jax.pipelines.family import DENOISER, TEXT
 from di_star_jax.pipelines.folder import (
     Model,
     Options,
     Pipeline,
     abstract_model,
+    check_pipeline,
     load_pipeline,
     model_class,
 )
@@ -34,15 +39,23 @@ from di_star_jax.samplers import generator_form
 from di_star_jax.storage import folders
 
 
+class Start(NamedTuple):
+    """What a generator begins as. folder: of the weights. form: it was trained for, if known."""
+
+    folder: Path
+    form: FewStep | None
+
+
 class Parts(NamedTuple):
     """The models of a run, whose parameters may be abstract: the reference's, and its rewards.
 
-    cache: of prompts, in place of the text encoders.
+    cache: of prompts, in place of the text encoders. start: of the generator, where it is known.
     """
 
     pipeline: Pipeline
     rewards: dict[str, Reward]
     cache: TextCache | None = None
+    start: Start | None = None
 
     @property
     def models(self) -> dict[str, Model]:
@@ -94,7 +107,34 @@ def load_parts(
     reference = load_pipeline(folder, options["text"], options, of_empty)
     tokenizer = config.weights.reward_tokenizer
     rewards = load_rewards(reward_sources(config), tokenizer, options["reward"])
-    return Parts(reference, rewards, cache)
+    return Parts(reference, rewards, cache, start_of(config, reference))
+
+
+def start_of(config, reference: Pipeline) -> Start:
+    """Where the generator's first weights are: a denoiser's folder, or what a run has exported.
+
+    Raises: UserError for a pipeline of another family, and for one that was trained for another
+      form than the config asks for.
+    """
+    given = folders.resolve(config.weights.generator or config.weights.reference)
+    denoiser = denoiser_in(given, reference.family)
+    folder = in_workdir(given)
+    if not folders.is_pipeline(folder):
+        return Start(denoiser, None)
+    family, scheduler = check_pipeline(folder)
+    if family is not reference.family:
+        raise UserError(
+            f"weights.generator={config.weights.generator} is of {family.name}, the reference is "
+            f"of {reference.family.name}; give a generator of the reference's kind"
+        )
+    form = form_of(scheduler.config, family.one_step)
+    if form and generator_form(config.generator, form) != form:
+        raise UserError(
+            f"weights.generator={config.weights.generator} was trained for times {form.timesteps} "
+            f"and {form.input} as input, which the fields of generator are not; leave them out, or "
+            f"give {denoiser} to begin another form from it"
+        )
+    return Start(denoiser, form)
 
 
 def open_text_cache(config, prompts: dict[str, list[str]]) -> TextCache:
@@ -178,9 +218,15 @@ def method_of(config, parts: Parts) -> Method:
         encode_text=text_encoder(parts, resolution),
         reward=reward_of_latents(config, parts),
         schedule=parts.pipeline.schedule,
-        settings=settings_of(config, parts.latent_shape(resolution), parts.pipeline.family),
+        settings=settings_of(config, parts.latent_shape(resolution), one_step_of(parts)),
         score_denoiser=score_denoiser(config, parts),
     )
+
+
+def one_step_of(parts: Parts) -> FewStep:
+    """The generator's form where the config does not say it."""
+    known = parts.start and parts.start.form
+    return known or parts.pipeline.family.one_step
 
 
 def score_denoiser(config, parts: Parts) -> Callable | None:
@@ -252,9 +298,9 @@ def reward_of_latents(config, parts: Parts) -> Callable:
 def settings_of(
     config,
     latent_shape: tuple[int, int, int],
-    family: Family,
+    one_step: FewStep,
 ) -> Settings:
-    """The plain values that the step needs of a config."""
+    """The plain values that the step needs of a config. Args: one_step, as of `one_step_of`."""
     objective = config.objective
     scheme = {"x0": "separate", "x_t": "shared"}[config.assistant.sharing]
     # The limit is of a loss that is a mean over a sample's elements.
@@ -272,7 +318,7 @@ def settings_of(
         assistant_times=(config.assistant.t_min, config.assistant.t_max),
         assistant_updates=config.assistant.updates,
         scheme="looped" if config.compute.loop_networks else scheme,
-        generator=generator_form(config.generator, family.one_step),
+        generator=generator_form(config.generator, one_step),
         latent_shape=latent_shape,
         ema_half_life=config.ema.half_life_samples,
         assistant_first=config.assistant.first,

@@ -480,7 +480,7 @@ def _torch_call(config, what: str) -> Callable[[], None]:
     latent_shape = (side, side, configs[DENOISER].get("in_channels", 4))
     job = peer.Job(
         configs,
-        assembly.settings_of(config, latent_shape, known.family),
+        assembly.settings_of(config, latent_shape, known.family.one_step),
         batch=config.data.batch_size,
         resolution=config.data.resolution,
         dtype=config.compute.dtype,

@@ -20,8 +20,8 @@ from di_star_jax.diffusion import FewStep, guide
 from di_star_jax.errors import UserError
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import scheduler
-from di_star_jax.pipelines.export import form_of_run
-from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines.export import denoiser_in, form_of_run
+from di_star_jax.pipelines.family import DENOISER, Family
 from di_star_jax.pipelines.folder import (
     Model,
     Options,
@@ -280,7 +280,7 @@ def _load_run(
         loaded = load_pipeline(checkpoint.reference_of(metadata, reference), options)
         denoiser = abstract_model(metadata["denoiser_config"], options)
         if which == "initial":
-            params = _initial(source, metadata, denoiser)
+            params = _initial(source, metadata, loaded.family, denoiser)
         else:
             params = checkpoints.restore_item(checkpoints.latest_step(), which, denoiser.params)
     models = loaded.models | {DENOISER: denoiser._replace(params=params)}
@@ -307,6 +307,7 @@ def _load_denoiser(
 def _initial(
     source: str,
     metadata: dict,
+    family: Family,
     denoiser: Model,
 ) -> Any:
     """Parameters of the generator that a run began from."""
@@ -315,7 +316,7 @@ def _initial(
             f"the checkpoint in {source} does not say what it began from; give the folder of a "
             "pipeline"
         )
-    folder = folders.resolve(metadata["initial"])
+    folder = denoiser_in(folders.resolve(metadata["initial"]), family)
     check_like(folder, denoiser.config)
     return weights.load(folder, denoiser.params)
 

@@ -124,7 +124,7 @@ def follow(
             state = load_state(config, loaded, checkpoints)
         if int(state.step) < begun.total:
             checkpoints.check_room(state)
-        before = score_before(config, loaded, state, begun, workdir, stop)
+        before = score_before(loaded, state, begun, workdir, stop)
         steps, costs = compile_steps(config, loaded, state, stop)
 
         first = int(state.step)
@@ -307,7 +307,6 @@ def open_text_cache(config, prompts: dict[str, Source]) -> TextCache | None:
 
 
 def score_before(
-    config,
     loaded: Loaded,
     state: step.TrainState,
     begun: Begun,
@@ -321,7 +320,7 @@ def score_before(
     if of_first(int(state.step) > 0 and kept is not None):
         return None
     with stop.free():
-        before = score_initial(config, state, loaded.scorer)
+        before = score_initial(loaded, state)
     if jax.process_index() == 0:
         held_out.keep(workdir.folder, held_out.BEFORE, begun.settings, before)
     return before
@@ -687,17 +686,13 @@ def is_scored(folder: Path, settings: dict[str, Any] | None) -> bool:
     return settings is None or (folder / held_out.AFTER).is_file()
 
 
-def score_initial(
-    config,
-    state: step.TrainState,
-    scorer: HeldOut,
-) -> held_out.Measured:
+def score_initial(loaded: Loaded, state: step.TrainState) -> held_out.Measured:
     """Scores of the generator before training, also where the run has gone on since."""
-    generator = state.generator
+    generator, scorer = state.generator, loaded.scorer
     if int(state.step):
         log.say("the initial generator's scores are not there; it is loaded and scored anew")
         abstract = sharding.abstract(generator, jax.tree.map(lambda x: x.sharding, generator))
-        generator = weights.load(folders.resolve(config.weights.generator), abstract)
+        generator = weights.load(loaded.parts.start.folder, abstract)
     log.say(f"scoring the initial generator on {len(scorer.prompts)} held-out prompts")
     return scorer.measure(generator, "scoring the initial generator")
 
@@ -729,7 +724,7 @@ def load_state(
     of_assistant = parts.pipeline.folder / parts.pipeline.family.parts[DENOISER].folder
     if config.weights.assistant:
         of_assistant = folders.resolve(config.weights.assistant)
-    of_generator = folders.resolve(config.weights.generator)
+    of_generator = parts.start.folder
     for folder in (of_generator, of_assistant):
         check_like(folder, parts.models[DENOISER].config)
     generator = weights.load(of_generator, abstract.generator)
@@ -753,7 +748,7 @@ def metadata_of(
         "reference": config.weights.reference,
         "generator_timesteps": settings.generator.timesteps,
         "generator_input": settings.generator.input,
-        "initial": config.weights.generator,
+        "initial": config.weights.generator or config.weights.reference,
         "objective": config.objective.name,
         "trained_on": {name: scale for name, scale in scales_of(config.reward).items() if scale},
         "weights": dict(config.weights.items()),

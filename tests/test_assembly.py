@@ -22,7 +22,7 @@ SHAPE = (128, 128, 4)
 
 
 def settings(**changes):
-    return assembly.settings_of(dry(**changes), SHAPE, SDXL)
+    return assembly.settings_of(dry(**changes), SHAPE, SDXL.one_step)
 
 
 def test_times_of_generator_and_assistant_are_not_exchanged():

@@ -13,6 +13,9 @@ from di_star_jax.cost import plan
 from di_star_jax.cost.plan import planned_devices
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError, suggest
+from di_star_jax.pipelines.pixart import PIXART
+from di_star_jax.pipelines.sd15 import SD15
+from di_star_jax.pipelines.sdxl import SDXL
 from di_star_jax.rewards import scales_of
 from di_star_jax.samplers import generator_form
 from di_star_jax.studies import fields as studies_fields
@@ -125,8 +128,36 @@ def test_presets_of_di_pps_models_have_its_guidance_and_imagereward(
     assert scales == ({"imagereward": reward} if reward else {})
     assert row.data.resolution == 512
     methods = {"di_star", "di_star_l2", "di_star_outside", "sim", "sid", "diff_instruct", "di_pp"}
-    assert {*presets(name)} - {"1024"} == methods | {"dmd", "reward_only", "kl_10_4.5"}
+    others = {row for row in presets(name) if not row.startswith("distill")} - {"1024"}
+    assert others == methods | {"dmd", "reward_only", "kl_10_4.5"}
     assert load(name) == load(name, "di_pp")
+
+
+@pytest.mark.parametrize(
+    "name, preset, objective, form, rates",
+    [
+        ("sdxl", "distill", "kl", FewStep((399,), "noise"), (5e-7, 5, 8.0)),
+        ("sdxl", "distill_sid", "sid", FewStep((399,), "noise"), (1e-6, 1, 4.5)),
+        ("sd15", "distill", "sid", FewStep((625,), "scaled"), (1e-6, 1, 4.5)),
+        ("sd15", "distill_dmd", "kl", FewStep((999,), "noise"), (1e-5, 10, 1.75)),
+        ("pixart", "distill", "di_star", FewStep((440,), "scaled"), (1e-6, 1, 4.5)),
+        ("pixart", "distill_dmd", "kl", FewStep((400,), "noise"), (1e-6, 1, 3.0)),
+        ("pixart", "distill_diff_instruct", "kl", FewStep((440,), "scaled"), (1e-5, 1, 4.5)),
+        ("shapes", "distill_sim", "di_star", FewStep((399,), "noise"), (1e-4, 1, 3.0)),
+    ],
+)
+def test_a_distillation_begins_with_the_teacher_and_has_its_recipes_rates(
+    name, preset, objective, form, rates
+):
+    row = load(name, preset)
+    family = {"sdxl": SDXL, "sd15": SD15, "pixart": PIXART, "shapes": SDXL}[name]
+    assert row.weights.generator == "" and not any(scales_of(row.reward).values())
+    assert row.objective.name == objective
+    assert generator_form(row.generator, family.one_step) == form
+    assert (row.optim.generator_lr, row.assistant.updates, row.objective.omega) == rates
+    losses = {"diff_instruct", "sim", "sid", "dmd"}
+    named = {one.removeprefix("distill_") for one in presets(name) if one.startswith("distill_")}
+    assert len(named) == 3 and named < losses
 
 
 def test_a_dry_run_of_sd15_counts_its_parameters_from_what_is_published():

@@ -17,10 +17,11 @@ from test_config import ROOT
 from test_config import load as load_config
 from test_step import CONFIGS
 
-from di_star_jax import drawing, models, train
+from di_star_jax import assembly, drawing, models, sharding, train
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.export import INPUT, TIMESTEPS
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
 from di_star_jax.storage import checkpoint, weights
 
@@ -140,6 +141,42 @@ def unet_of(workdir, step, name="generator"):
     tree = store.restore_item(step, name, pipeline.abstract_model(UNET).params)
     store.close()
     return tree
+
+
+def refusal(call, *arguments, **changes):
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **changes)
+    return str(caught.value)
+
+
+def test_a_run_begins_with_what_another_has_exported_and_knows_its_form(folder, straight, tmp_path):
+    reference = pipeline.load_pipeline(folder)
+
+    def start(generator, **changes):  # as the run that begins
+        return assembly.start_of(
+            config_for(folder, **{"weights.generator": str(generator), **changes}), reference
+        )
+
+    unet = straight / "diffusers" / "unet"
+    for given in (straight, straight / "diffusers"):
+        assert start(given) == (unet, FewStep((399,), "noise"))
+    assert start(unet) == (unet, None)
+    assert start("") == start(folder) == (folder / "unet", None)
+    error = refusal(start, straight, **{"generator.timesteps": (999,)})
+    assert "was trained for times (399,) and noise as input" in error and str(unet) in error
+    copy = tmp_path / "copy"
+    shutil.copytree(straight / "diffusers", copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionPipeline"
+    (copy / "model_index.json").write_text(json.dumps(index))
+    assert "model_index.json" in refusal(start, copy)
+    scheduler = copy / "scheduler" / "scheduler_config.json"
+    (copy / "model_index.json").write_text((straight / "diffusers/model_index.json").read_text())
+    content = json.loads(scheduler.read_text()) | {TIMESTEPS: [625], INPUT: "scaled"}
+    scheduler.write_text(json.dumps(content))
+    config = config_for(folder, **{"weights.generator": str(copy)})
+    parts = assembly.load_parts(config, sharding.make_mesh(8, 1))
+    assert assembly.method_of(config, parts).settings.generator == FewStep((625,), "scaled")
 
 
 @pytest.mark.case("first hour 2")

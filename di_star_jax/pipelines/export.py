@@ -14,7 +14,7 @@ from di_star_jax.diffusion import INPUTS, FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import card
 from di_star_jax.pipelines.families import family_at
-from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines.family import DENOISER, Family
 from di_star_jax.pipelines.scheduler import NUM_TRAIN_TIMESTEPS, betas_of
 from di_star_jax.prompts import spiece, t5
 from di_star_jax.storage import buckets, folders
@@ -161,6 +161,18 @@ def form_of_run(metadata: dict) -> FewStep:
 
 
 # The folder.
+
+
+def in_workdir(folder: Path) -> Path:
+    """The export of a run's workdir; any other folder is itself."""
+    export = folder / FOLDER
+    return export if folders.is_pipeline(export) else folder
+
+
+def denoiser_in(folder: Path, family: Family) -> Path:
+    """The denoiser's folder of a workdir's export, or of a pipeline; any other folder is itself."""
+    folder = in_workdir(folder)
+    return folder / family.parts[DENOISER].folder if folders.is_pipeline(folder) else folder
 
 
 def check_export(reference_folder: Path, output: str | os.PathLike) -> None:
