@@ -9,7 +9,8 @@ DI++ publishes no code. What its project page says is below, all else is marked 
 configs/sdxl.py. The generator that is given must be of this config's one-step form, sigma_t z at
 t = 440 (SIM's, by the same author), or say its own in generator.timesteps and generator.input
 (PixArt-DMD: 400, noise). The text encoder is T5-XXL, 9.5 GB in bfloat16; with data.cache a run
-needs none (docs/dipp.md). To resume, run the same command again.
+needs none (docs/dipp.md). Of 16.9 GB on each of four TPU v5e, four images of 512 pixels take 11.5,
+with a cache 8.9 (docs/performance.md). To resume, run the same command again.
 """
 
 import importlib.util

@@ -6,9 +6,9 @@
 
 DI++ publishes no code, and of SD 1.5 neither numbers nor settings: what its project page says is of
 its PixArt-alpha. The generator that is given must be of this config's one-step form, sigma_t z at
-t = 625 (SiD-LSG's), or say its own in generator.timesteps and generator.input. By the dry run's
-estimate a TPU v5e holds 8 images at a time, so four take compute.microbatches=4. To resume, run
-the same command again.
+t = 625 (SiD-LSG's), or say its own in generator.timesteps and generator.input. For this
+batch four TPU v5e take compute.microbatches=8, by the dry run's estimate; one image of each at a
+time takes 11.0 of 16.9 GB (docs/performance.md). To resume, run the same command again.
 """
 
 import importlib.util

@@ -474,19 +474,22 @@ def _torch_call(config, what: str) -> Callable[[], None]:
 
     cuda = torch.cuda.is_available() and jax.devices()[0].platform == "gpu"
     known = plan.known_models(config)
-    (reward,) = rewards_used(scales_of(config.reward), config.eval.metrics)
-    configs = known.networks | {"reward": known.rewards[reward]}
+    scales = scales_of(config.reward)
+    used = rewards_used(scales, config.eval.metrics)  # one, or none
+    reward = {"reward": known.rewards[used[0]]} if used else {}
+    configs = known.networks | reward
     side = config.data.resolution // 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     latent_shape = (side, side, configs[DENOISER].get("in_channels", 4))
     job = peer.Job(
         configs,
+        known.family.tokenizers,
         assembly.settings_of(config, latent_shape, known.family.one_step),
         batch=config.data.batch_size,
         resolution=config.data.resolution,
         dtype=config.compute.dtype,
         device="cuda" if cuda else "cpu",
         compile=cuda,
-        reward_scale=scales_of(config.reward)[reward],
+        reward_scale=sum(scales[name] for name in used),
     )
     with log.waiting("building the networks in PyTorch"):
         return peer.make(what, job)
@@ -498,6 +501,11 @@ def _check_torch(config) -> None:
             f"--vs=torch with decode.view={config.decode.view!r}, expected 'full', which is what "
             "it decodes"
         )
+    if config.data.cache:
+        raise UserError(
+            f"--vs=torch with data.cache={config.data.cache!r}, expected '': PyTorch's side has "
+            "text encoders; leave it out"
+        )
     if jax.device_count() > 1:
         raise UserError(
             f"--vs=torch with {jax.device_count()} devices, expected one; "
@@ -505,10 +513,10 @@ def _check_torch(config) -> None:
         )
     used = rewards_used(scales_of(config.reward), config.eval.metrics)
     known = [name for name, entry in REWARDS.items() if entry.in_torch]
-    if len(used) != 1 or used[0] not in known:
+    if len(used) > 1 or not {*used} <= {*known}:
         raise UserError(
-            f"--vs=torch with rewards {', '.join(used) or 'off'}, expected {' or '.join(known)} "
-            f"alone, which is what it has; set the others to 0 and eval.metrics to {known[0]}"
+            f"--vs=torch with rewards {', '.join(used)}, expected {' or '.join(known)} alone, "
+            "which is what it has, or none; set the others to 0 and take them out of eval.metrics"
         )
 
 

@@ -25,6 +25,7 @@ from di_star_jax.cost import chips, flops, plan, slices
 from di_star_jax.cost import compile as aot
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
+from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import folder as pipeline
 
 
@@ -75,6 +76,32 @@ def test_flop_counts_are_the_known_constants():
     assert decode == pytest.approx(10.47e12, rel=1e-3)
     config = dry(**{"mesh.fsdp": 1, "data.batch_size": 1})
     assert aot.model_flop("train", config, jax.devices()[0]) == pytest.approx(102.9e12, rel=0.05)
+
+
+def sd15_forward(unet, x):
+    return unet(x((64, 64, 4)), x((), jnp.int32), Condition(x((77, 768))))
+
+
+# PixArt's own two are in tests/test_pixart.py. T5's follows from its 4,630,511,616 weights in
+# products and its attention, the others are PyTorch's own count.
+@pytest.mark.parametrize(
+    "config, call, expected",
+    [
+        (published.UNET_SD15, sd15_forward, 0.803e12),
+        (published.VAE_SD15, lambda vae, x: vae.decode(x((64, 64, 4))), 2.515e12),
+        (published.T5_XXL, lambda t5, x: t5(x((120,), jnp.int32), x((120,), bool)), 1.117e12),
+    ],
+    ids=["SD 1.5", "VAE at 512", "T5-XXL"],
+)
+def test_flop_counts_of_the_second_papers_models_are_the_known_constants(config, call, expected):
+    model = pipeline.abstract_model(config)
+
+    def one(shape, dtype=jnp.float32):
+        return jnp.ones((1, *shape), dtype)
+
+    found = flops.count(lambda params: call(nnx.merge(model.graphdef, params), one), model.params)
+    print(f"{found:.4e} FLOP, expected {expected:.3e}")
+    assert found == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.slow
@@ -231,6 +258,22 @@ def test_a_missing_torch_is_said_before_any_work(folder, monkeypatch, capsys):
     with pytest.raises(UserError, match="(?s)decode.view='crop'.*; also --vs=torch: .*pip install"):
         benchmark.run(config, benchmark.Request("vae", "tiny", versus="torch"))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"data.cache": "a/cache"}, "data.cache='a/cache', expected ''"),
+        ({"reward.imagereward": 1.0}, "rewards imagereward, pickscore, expected pickscore alone"),
+        ({"reward.pickscore": 0.0, "eval.metrics": ("imagereward",)}, "rewards imagereward, exp"),
+    ],
+)
+def test_what_pytorchs_side_would_do_otherwise_is_refused(folder, monkeypatch, changes, said):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=re.escape(said)):
+        benchmark._check_torch(tiny(folder, **changes))
+    benchmark._check_torch(tiny(folder))
+    benchmark._check_torch(tiny(folder, **{"reward.pickscore": 0.0, "eval.metrics": ()}))
 
 
 @pytest.mark.case("faults 26", "faults 11")

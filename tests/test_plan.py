@@ -93,9 +93,22 @@ def test_activations_follow_pixels_dtype_and_recomputation():
     whole = plan.activation_bytes(dry())
     assert plan.activation_bytes(dry(**{"data.resolution": 512})) == pytest.approx(whole / 4)
     assert plan.activation_bytes(dry(**{"compute.dtype": "float32"})) == pytest.approx(2 * whole)
-    assert plan.activation_bytes(dry(), width=0.1) == pytest.approx(whole / 10)
+    assert plan.activation_bytes(dry(), 0.1, 0.1) == pytest.approx(whole / 10)
     for network in ("denoiser", "vae"):
         assert plan.activation_bytes(dry(**{f"compute.remat_{network}": "none"})) > 2 * whole
+
+
+def test_a_narrow_denoiser_leaves_the_decoders_part_as_it_is():
+    assert plan.activation_bytes(dry(), 0.4) > 0.8 * plan.activation_bytes(dry())
+    assert plan.activation_bytes(dry(), 1.0, 0.1) > 0.6 * plan.activation_bytes(dry())
+
+
+def test_gradients_are_held_twice_where_they_are_summed_over_microbatches():
+    one, four = (
+        plan.memory_per_chip(dry(**{"compute.microbatches": count}), SDXL, shards=1)
+        for count in (1, 4)
+    )
+    assert sum(four.values()) - sum(one.values()) == 2 * 4 * SDXL["denoiser"]
 
 
 def test_models_that_are_neither_here_nor_published_are_said_to_be_unknown():

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark's opponent: the same work in PyTorch with diffusers and transformers, one device.
 
-Written from the paper (Eq. 3.4, 3.8, 2.2), not from our step, so that tests/test_peer.py proves one
-by the other. Images and latents are NCHW here; B is the batch, h and w are a latent's sides. Only
-the functions of this module import torch, so that the package can be walked without it.
+Written from the papers (2410.20898, Eq. 3.4, 3.8, 2.2, and Diff-Instruct's integral KL), not from
+our step, so that tests/test_peer.py proves one by the other. What families of pipelines have of
+their own is a row of KINDS. Images and latents are NCHW here; B is the batch, h and w are a
+latent's sides. Only the functions of this module import torch, so that the package can be walked
+without it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from di_star_jax.cost.kinds import KINDS, Condition, Kind, Prompts, dtype_of
 from di_star_jax.errors import UserError
 from di_star_jax.gradients import Settings
+from di_star_jax.pipelines.families import is_denoiser
 from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines.folder import class_name, model_class
 from di_star_jax.rewards.pixels import CLIP_MEAN, CLIP_STD, resize_matrix
 
 if TYPE_CHECKING:
@@ -27,21 +32,23 @@ if TYPE_CHECKING:
 # their code, and a whole UNet would take minutes for each of the three ways in which a step uses
 # one.
 COMPILED = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
-# Parameters; a UNet of more is recomputed in the backward pass on a GPU, as ours is.
-FULL_SIZE = 10**9
+# Parameters; a denoiser of more is recomputed in the backward pass on a GPU, as ours is.
+FULL_SIZE = 5 * 10**8
 DECODED_PIXELS = 2**21  # decoded at a time: for the backward pass a 1024-pixel image keeps 13 GB
 
 
 class Modules(NamedTuple):
-    """Networks: the first two with float32 parameters, the others frozen in the compute dtype."""
+    """Networks: the first two with float32 parameters, the others frozen in the compute dtype.
+
+    text_encoders: in the order of the family's tokenizers. reward: a CLIP, or None for no reward.
+    """
 
     generator: nn.Module
     assistant: nn.Module
     reference: nn.Module
     vae: nn.Module
-    text_encoder: nn.Module
-    text_encoder_2: nn.Module
-    reward: nn.Module
+    text_encoders: list[nn.Module]
+    reward: nn.Module | None
 
 
 class Draws(NamedTuple):
@@ -54,18 +61,11 @@ class Draws(NamedTuple):
     eps_psi: Tensor
 
 
-class Condition(NamedTuple):
-    """Of a UNet: [B, L, D], [B, P], [B, 6], float32."""
-
-    context: Tensor
-    pooled: Tensor
-    time_ids: Tensor
-
-
 class Method(NamedTuple):
     """What the equations need besides networks: settings; alpha and sigma by timestep [1000]."""
 
     settings: Settings
+    kind: Kind
     alpha: Tensor
     sigma: Tensor
 
@@ -74,14 +74,19 @@ class Method(NamedTuple):
         return self.alpha[t][:, None, None, None], self.sigma[t][:, None, None, None]
 
 
-def method_of(settings: Settings, device: str) -> Method:
-    """Settings with SDXL's schedule, as in its scheduler_config.json, float32."""
+def method_of(
+    settings: Settings,
+    kind: Kind,
+    device: str,
+) -> Method:
+    """Settings with the family's schedule, float32."""
     import torch
 
-    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alpha_bar = torch.cumprod(1 - beta, 0)
+    first, last, power = kind.betas
+    roots = torch.linspace(first ** (1 / power), last ** (1 / power), 1000, dtype=torch.float64)
+    alpha_bar = torch.cumprod(1 - roots**power, 0)
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    return Method(settings, alpha.float().to(device), sigma.float().to(device))
+    return Method(settings, kind, alpha.float().to(device), sigma.float().to(device))
 
 
 def network(
@@ -94,10 +99,9 @@ def network(
     """The published code's network for a config.json, frozen, with random weights."""
     import torch
 
-    name = config.get("_class_name") or config["architectures"][0]
-    net = _built(name, config, device).eval().requires_grad_(False)
+    net = _built(class_name(config), config, device).eval().requires_grad_(False)
     torch.nn.Module.to(net, dtype=dtype, memory_format=torch.channels_last)
-    if device == "cuda" and name == "UNet2DConditionModel" and net.num_parameters() > FULL_SIZE:
+    if device == "cuda" and is_denoiser(class_name(config)) and net.num_parameters() > FULL_SIZE:
         net.enable_gradient_checkpointing()
     if compile:
         # Of a class: each shape, dtype and kind of gradient needs one.
@@ -118,7 +122,7 @@ def _built(
     import transformers
 
     with torch.device(device):
-        if name.startswith("CLIP"):
+        if hasattr(transformers, name):
             cls = getattr(transformers, name)
             return cls(cls.config_class.from_dict(config))
         if name == "AutoencoderKL":  # whose file names them; our table of published ones does not
@@ -128,34 +132,28 @@ def _built(
         return getattr(diffusers, name).from_config(config)
 
 
-def dtype_of(net: nn.Module) -> torch.dtype:
-    """That of its parameters."""
-    return next(net.parameters()).dtype
-
-
 def predict_eps(
-    unet: nn.Module,
+    denoiser: nn.Module,
     x_t: Tensor,
     t: Tensor,
     condition: Condition,
+    method: Method,
     dtype: torch.dtype,
 ) -> Tensor:
     """eps [B, 4, h, w] float32, computed in dtype: by autocast where the parameters differ."""
     import torch
 
-    stored = dtype_of(unet)
-    added = {"text_embeds": condition.pooled.to(stored), "time_ids": condition.time_ids}
+    stored = dtype_of(denoiser)
     # A context for each call: until its end autocast keeps what it cast, with or without a
     # gradient.
     with torch.autocast(x_t.device.type, dtype) if stored != dtype else contextlib.nullcontext():
         x_t = x_t.to(stored, memory_format=torch.channels_last)
-        context = condition.context.to(stored)
-        (eps,) = unet(x_t, t, context, return_dict=False, added_cond_kwargs=added)
-    return eps.float()
+        told = condition._replace(context=condition.context.to(stored))
+        return method.kind.predict(denoiser, x_t, t, told).float()
 
 
 def one_step(
-    unet: nn.Module,
+    denoiser: nn.Module,
     z: Tensor,
     condition: Condition,
     method: Method,
@@ -164,32 +162,11 @@ def one_step(
     """x0 [B, 4, h, w] of the one-step generator."""
     import torch
 
-    t = torch.full((len(z),), method.settings.generator.timesteps[0], device=z.device)
+    form = method.settings.generator
+    t = torch.full((len(z),), form.timesteps[0], device=z.device)
     alpha_t, sigma_t = method.at(t)
-    return (z - sigma_t * predict_eps(unet, z, t, condition, dtype)) / alpha_t
-
-
-def encode_text(
-    first: nn.Module,
-    second: nn.Module,
-    token_ids: dict,
-    pixels: int,
-) -> tuple[Condition, Condition]:
-    """SDXL's (condition, null condition).
-
-    Args: both text encoders; token_ids [B, L]; the image's side, not cropped.
-    """
-    import torch
-
-    with torch.no_grad():
-        one = first(token_ids["tokenizer"], output_hidden_states=True)
-        two = second(token_ids["tokenizer_2"], output_hidden_states=True)
-    layers = [one.hidden_states[-2], two.hidden_states[-2]]
-    context = torch.cat(layers, dim=-1).float()  # [B, L, 768 + 1280]
-    pooled = two.text_embeds.float()
-    time_ids = pooled.new_tensor([pixels, pixels, 0, 0, pixels, pixels]).expand(len(pooled), 6)
-    null = Condition(torch.zeros_like(context), torch.zeros_like(pooled), time_ids)
-    return Condition(context, pooled, time_ids), null
+    first = sigma_t * z if form.input == "scaled" else z
+    return (first - sigma_t * predict_eps(denoiser, first, t, condition, method, dtype)) / alpha_t
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
@@ -265,41 +242,61 @@ def regulariser(
     modules: Modules,
     method: Method,
 ) -> Tensor:
-    """-w(t) d'(y_t)^T (s_psi(x_t) - grad log q(x_t | x_0)), [B].
+    """The objective's loss [B], in scores as the papers have it.
 
-    Eq. 3.4 and 3.8, in scores as there. The gradient flows through x_t into both networks and into
-    d'(y_t); their parameters are the caller's to freeze.
+    DI*, Eq. 3.4 and 3.8: -w(t) d'(y_t)^T (s_psi(x_t) - grad log q(x_t | x_0)), whose gradient flows
+    through x_t into both networks and into d'(y_t). Integral KL: w(t) y_t^T x_t, or x_0 in its
+    space, y_t held fixed. The networks' parameters are the caller's to freeze.
     """
+    import torch
+
     settings, size = method.settings, x0[0].numel()
     alpha_t, sigma_t = method.at(t)
     x_t = alpha_t * x0 + sigma_t * eps
-    dtype = dtype_of(modules.reference)
-    s_psi = -predict_eps(modules.assistant, x_t, t, conditions[0], dtype) / sigma_t
-    s_ref = -guided_eps(modules.reference, x_t, t, conditions, settings.omega) / sigma_t
-    y_t = s_psi - s_ref
     # Of scores, w(t) and c are those of the weighting's space.
     w_t = {"eps": sigma_t, "score": 1.0, "x0": sigma_t**2 / alpha_t}[settings.weighting]
-    c = settings.constants.huber_c * size**0.5 / w_t
-    d_prime = y_t / (y_t.square().sum((1, 2, 3), keepdim=True) + c**2).sqrt()
-    loss = -(w_t * d_prime * (s_psi + eps / sigma_t)).sum((1, 2, 3))
+    with torch.set_grad_enabled(settings.objective != "kl"):
+        s_psi, s_ref = scores(x_t, t, conditions, modules, method)
+    y_t = s_psi - s_ref
+    if settings.objective == "kl":
+        loss = w_t * y_t * (x0 if settings.weighting == "x0" else x_t)
+    else:
+        c = settings.constants.huber_c * size**0.5 / w_t
+        d_prime = y_t / (y_t.square().sum((1, 2, 3), keepdim=True) + c**2).sqrt()
+        loss = -w_t * d_prime * (s_psi + eps / sigma_t)
+    loss = loss.sum((1, 2, 3))
     return loss / size if settings.reduction == "mean" else loss
 
 
-def guided_eps(
-    unet: nn.Module,
+def scores(
     x_t: Tensor,
     t: Tensor,
     conditions: tuple[Condition, Condition],
-    omega: float,
+    modules: Modules,
+    method: Method,
+) -> tuple[Tensor, Tensor]:
+    """The assistant's and the guided reference's score [B, 4, h, w]."""
+    _, sigma_t = method.at(t)
+    dtype = dtype_of(modules.reference)
+    eps_psi = predict_eps(modules.assistant, x_t, t, conditions[0], method, dtype)
+    return -eps_psi / sigma_t, -guided_eps(modules.reference, x_t, t, conditions, method) / sigma_t
+
+
+def guided_eps(
+    denoiser: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    conditions: tuple[Condition, Condition],
+    method: Method,
 ) -> Tensor:
-    """A frozen UNet's classifier-free guided eps [B, 4, h, w]; of omega = 1 the conditional one."""
+    """A frozen denoiser's classifier-free guided eps [B, 4, h, w]; at omega = 1 the conditional."""
     import torch
 
-    dtype = dtype_of(unet)
+    dtype, omega = dtype_of(denoiser), method.settings.omega
     if omega == 1:
-        return predict_eps(unet, x_t, t, conditions[0], dtype)
-    both = Condition(*(torch.cat(pair) for pair in zip(*conditions)))
-    eps = predict_eps(unet, x_t.repeat(2, 1, 1, 1), t.repeat(2), both, dtype)
+        return predict_eps(denoiser, x_t, t, conditions[0], method, dtype)
+    both = Condition(*(None if c is None else torch.cat([c, null]) for c, null in zip(*conditions)))
+    eps = predict_eps(denoiser, x_t.repeat(2, 1, 1, 1), t.repeat(2), both, method, dtype)
     eps_c, eps_0 = eps.chunk(2)
     return eps_0 + omega * (eps_c - eps_0)
 
@@ -317,14 +314,13 @@ class Results(NamedTuple):
 def step_gradients(
     method: Method,
     modules: Modules,
-    token_ids: dict[str, Tensor],
+    prompts: Prompts,
     draws: Draws,
     reward_scale: float,
 ) -> Results:
     """Both gradients of the batch's mean losses; they stay in the parameters' `grad`.
 
-    Args: token_ids, int64 [B, L] under 'tokenizer', 'tokenizer_2' and 'reward'; reward_scale,
-      alpha_rew; others, see there.
+    Args: reward_scale, alpha_rew; others, see there.
     """
     generator, assistant = modules.generator, modules.assistant
     generator.requires_grad_(True).zero_grad(set_to_none=True)
@@ -332,12 +328,12 @@ def step_gradients(
     # gradients too.
     assistant.requires_grad_(False).zero_grad(set_to_none=True)
     pixels = draws.z.shape[-1] * 2 ** (len(modules.vae.config.block_out_channels) - 1)
-    conditions = encode_text(modules.text_encoder, modules.text_encoder_2, token_ids, pixels)
+    conditions = method.kind.encode(modules.text_encoders, prompts, pixels)
     x0 = one_step(generator, draws.z, conditions[0], method, dtype_of(modules.reference))
     # The gradient is found at x0 first, term by term: one term's activations are gone before the
     # next one's come.
     loss, d_loss = _regulariser_at(x0, draws, conditions, modules, method)
-    reward, d_reward = _reward_at(x0, modules, token_ids["reward"], pixels, reward_scale)
+    reward, d_reward = _reward_at(x0, modules, prompts.reward, pixels, reward_scale)
     x0.backward(d_loss - reward_scale / len(x0) * d_reward)
     denoising = _train_assistant(x0.detach(), draws, conditions[0], modules, method)
     grads = [{name: p.grad for name, p in net.named_parameters()} for net in (generator, assistant)]
@@ -363,13 +359,15 @@ def _regulariser_at(
 def _reward_at(
     x0: Tensor,
     modules: Modules,
-    token_ids: Tensor,
+    token_ids: Tensor | None,
     pixels: int,
     reward_scale: float,
 ) -> tuple[Tensor, Tensor | float]:
-    """The reward [B], and its gradient at x0 where it has a scale."""
+    """The reward [B], and its gradient at x0 where it has a scale; zeros where there is none."""
     import torch
 
+    if modules.reward is None:
+        return x0.new_zeros(len(x0)), 0.0
     score = make_score(modules.vae, modules.reward, pixels)
     text = embed_text(modules.reward, token_ids)
     if reward_scale:
@@ -390,7 +388,7 @@ def _train_assistant(
     alpha_t, sigma_t = method.at(draws.t_psi)
     x_t = alpha_t * x0 + sigma_t * draws.eps_psi
     dtype = dtype_of(modules.reference)
-    eps = predict_eps(modules.assistant, x_t, draws.t_psi, condition, dtype)
+    eps = predict_eps(modules.assistant, x_t, draws.t_psi, condition, method, dtype)
     denoising = (eps - draws.eps_psi).square().sum((1, 2, 3))
     denoising.mean().backward()
     return denoising.detach() / x0[0].numel()
@@ -401,16 +399,18 @@ class Job:
     """What the works run on: random weights and inputs.
 
     Args:
-      configs: config.json by component.
+      configs: config.json by component, the reward's under "reward" if there is one.
+      tokenizers: name of the text encoder by its tokenizer's, as of `Family`.
       settings: of the step.
       batch, resolution: images of resolution x resolution pixels.
-      dtype: "bfloat16" (trained UNets by autocast over float32 parameters) or "float32".
+      dtype: "bfloat16" (what is trained by autocast over float32 parameters) or "float32".
       device: "cuda" or "cpu".
       compile: blocks by torch.compile.
       reward_scale: alpha_rew of "train".
     """
 
     configs: dict[str, dict]
+    tokenizers: dict[str, str]
     settings: Settings
     batch: int
     resolution: int
@@ -433,17 +433,38 @@ class Job:
         options = {"dtype": getattr(torch, dtype), "device": self.device, "compile": self.compile}
         return network(self.configs[part], **options)
 
-    def token_ids(self) -> dict[str, Tensor]:
-        """[B, L] by tokenizer, and the reward's."""
-        import torch
+    def text_encoders(self) -> list[nn.Module]:
+        """Frozen, in the order of the tokenizers."""
+        return [self.frozen(part) for part in self.tokenizers.values()]
 
-        parts = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2", "reward": "reward"}
-        ids = {}
-        for name, part in parts.items():
-            text = self.configs[part].get("text_config", self.configs[part])
-            shape = (self.batch, text.get("max_position_embeddings", 77))
-            ids[name] = torch.randint(text.get("vocab_size", 49408), shape, device=self.device)
-        return ids
+    def method(self) -> Method:
+        """The settings, with what the family has of its own."""
+        return method_of(self.settings, self.kind(), self.device)
+
+    def kind(self) -> Kind:
+        """Raises: UserError for a family that is not a row of KINDS."""
+        parts = self.tokenizers.values()
+        classes = tuple(str(class_name(self.configs.get(part, {}))) for part in parts)
+        if classes not in KINDS:
+            known = " or ".join(" with ".join(names) for names in KINDS)
+            raise UserError(
+                f"text encoders {' with '.join(classes)}, expected {known}: PyTorch's side has no "
+                "other"
+            )
+        return KINDS[classes]
+
+    def prompts(self) -> Prompts:
+        """Random token ids."""
+        configs = [self.configs[part] for part in self.tokenizers.values()]
+        sizes = [model_class(config)[1] for config in configs]
+        ids, null = (
+            [self._integers(s.vocab_size, batch, s.tokens) for s in sizes]
+            for batch in (self.batch, 1)
+        )
+        if "reward" not in self.configs:
+            return Prompts(ids, null, None)
+        text = model_class(self.configs["reward"])[1].text_config
+        return Prompts(ids, null, self._integers(text.vocab_size, self.batch, text.tokens))
 
     def normal(self) -> Tensor:
         """Standard normal latents [B, 4, h, w]."""
@@ -455,9 +476,12 @@ class Job:
 
     def times(self, first: int, last: int) -> Tensor:
         """Times [B] from first to last."""
+        return first + self._integers(last + 1 - first, self.batch)
+
+    def _integers(self, end: int, *shape: int) -> Tensor:
         import torch
 
-        return torch.randint(first, last + 1, (self.batch,), device=self.device)
+        return torch.randint(end, shape, device=self.device)
 
     def draws(self) -> Draws:
         """Of one step."""
@@ -473,17 +497,18 @@ def _train(job: Job) -> Callable[[], None]:
     import torch
 
     generator, assistant = job.trained(DENOISER), job.trained(DENOISER)
-    frozen = (DENOISER, "vae", "text_encoder", "text_encoder_2", "reward")
-    modules = Modules(generator, assistant, *map(job.frozen, frozen))
-    method, token_ids = method_of(job.settings, job.device), job.token_ids()
-    trained = [list(unet.parameters()) for unet in (generator, assistant)]
+    reference, vae = job.frozen(DENOISER), job.frozen("vae")
+    reward = job.frozen("reward") if "reward" in job.configs else None
+    modules = Modules(generator, assistant, reference, vae, job.text_encoders(), reward)
+    method, prompts = job.method(), job.prompts()
+    trained = [list(net.parameters()) for net in (generator, assistant)]
     average = [p.detach().clone() for p in trained[0]]
     share = 1 - 0.5 ** (job.batch / job.settings.ema_half_life)
     adam = functools.partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=0.01, fused=True)
     optimizers = [adam(params, lr=5e-7) for params in trained]
 
     def run() -> None:
-        step_gradients(method, modules, token_ids, job.draws(), job.reward_scale)
+        step_gradients(method, modules, prompts, job.draws(), job.reward_scale)
         for params, optimizer, limit in zip(trained, optimizers, job.settings.clip_norms):
             torch.nn.utils.clip_grad_norm_(params, limit)
             optimizer.step()
@@ -498,29 +523,27 @@ def _sample(job: Job) -> Callable[[], Tensor]:
     """Prompts to 8-bit images [B, 3, H, W]."""
     import torch
 
-    unet, vae = job.frozen(DENOISER), job.frozen("vae")
-    encoders = job.frozen("text_encoder"), job.frozen("text_encoder_2")
-    method, token_ids = method_of(job.settings, job.device), job.token_ids()
+    denoiser, vae, encoders = job.frozen(DENOISER), job.frozen("vae"), job.text_encoders()
+    method, prompts = job.method(), job.prompts()
 
     @torch.no_grad()
     def run() -> Tensor:
-        condition, _ = encode_text(*encoders, token_ids, job.resolution)
-        x0 = one_step(unet, job.normal(), condition, method, dtype_of(unet))
+        condition, _ = method.kind.encode(encoders, prompts, job.resolution)
+        x0 = one_step(denoiser, job.normal(), condition, method, dtype_of(denoiser))
         return ((decode(vae, x0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     return run
 
 
 def _denoiser(job: Job) -> Callable[[], None]:
-    """A trained UNet forward and backward to its float32 parameters."""
-    unet = job.trained(DENOISER)
-    encoders = job.frozen("text_encoder"), job.frozen("text_encoder_2")
-    condition, _ = encode_text(*encoders, job.token_ids(), job.resolution)
-    given = job.normal(), job.times(0, 999), condition, dtype_of(encoders[0])
+    """What is trained forward and backward to its float32 parameters."""
+    denoiser, encoders, method = job.trained(DENOISER), job.text_encoders(), job.method()
+    condition, _ = method.kind.encode(encoders, job.prompts(), job.resolution)
+    given = job.normal(), job.times(0, 999), condition, method, dtype_of(encoders[0])
 
     def run() -> None:
-        unet.zero_grad(set_to_none=True)
-        predict_eps(unet, *given).square().mean().backward()
+        denoiser.zero_grad(set_to_none=True)
+        predict_eps(denoiser, *given).square().mean().backward()
 
     return run
 
@@ -537,7 +560,7 @@ def _vae(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
 
 def _reward(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
     """Decoder and reward forward and backward to the latents, and the prompts' side of it."""
-    clip, latents, token_ids = job.frozen("reward"), job.normal(), job.token_ids()["reward"]
+    clip, latents, token_ids = job.frozen("reward"), job.normal(), job.prompts().reward
     score = make_score(job.frozen("vae"), clip, job.resolution)
 
     def run() -> tuple[Tensor, Tensor]:
@@ -549,7 +572,7 @@ def _reward(job: Job) -> Callable[[], tuple[Tensor, Tensor]]:
 WORK = {"train": _train, "sample": _sample, DENOISER: _denoiser, "vae": _vae, "reward": _reward}
 # What "train" here has of the settings that change the work: the first, or what equals it.
 _KNOWN = {
-    "objective": ("di_star",),
+    "objective": ("di_star", "kl"),
     "weighting": ("x0", "eps", "score"),
     "assistant_updates": (1,),
     "assistant_first": (False,),
@@ -567,19 +590,7 @@ def make(what: str, job: Job) -> Callable[[], None]:
     """
     import torch
 
-    if "text_encoder_2" not in job.configs:
-        raise UserError("one text encoder, expected SDXL's two: PyTorch's side has no other")
-    form = job.settings.generator
-    if len(form.timesteps) != 1 or form.input != "noise":
-        raise UserError(
-            f"{len(form.timesteps)} generator steps that begin with input={form.input!r}, expected "
-            "1 and 'noise': PyTorch's side has no other"
-        )
-    for field, known in _KNOWN.items() if what == "train" else ():
-        value = getattr(job.settings, field)
-        if value not in known:
-            expected = f"expected {known[0]!r}: PyTorch's side has no other"
-            raise UserError(f"{field}={value!r}, {expected}")
+    _check(what, job)
     if job.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 in float32's products, as XLA does
         torch.backends.cudnn.benchmark = True
@@ -591,3 +602,18 @@ def make(what: str, job: Job) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return run
+
+
+def _check(what: str, job: Job) -> None:
+    """Raises: UserError, as of `make`."""
+    job.kind()
+    steps = len(job.settings.generator.timesteps)
+    if steps != 1:
+        raise UserError(f"{steps} generator steps, expected 1: PyTorch's side has no other")
+    if what == "reward" and "reward" not in job.configs:
+        raise UserError("--what=reward without a reward; set reward.pickscore above 0")
+    for field, known in _KNOWN.items() if what == "train" else ():
+        value = getattr(job.settings, field)
+        if value not in known:
+            expected = f"expected {' or '.join(map(repr, known))}"
+            raise UserError(f"{field}={value!r}, {expected}: PyTorch's side has no other")
