@@ -27,7 +27,8 @@ setuptools.setup(
     entry_points={"console_scripts": ["di-star = di_star_jax.__main__:main"]},
     package_data={
         "di_star_jax.evaluation": ["page.html", "page.css", "page.js", "votes.js"],
-        "di_star_jax.shapes": ["checkpoint/**/*"],
+        "di_star_jax.rewards": ["collect.html"],
+        "di_star_jax.shapes": ["checkpoint*/**/*"],
     },
     install_requires=[
         f"jax{JAX}",

@@ -9,12 +9,11 @@ from di_star_jax.errors import UserError, exit_on_user_error, nearest
 
 COMMANDS = {
     "train": ("main", "Aligns a one-step generator: --config=shapes --workdir=runs/first."),
-    "cache_text": (
-        "cache_text",
-        "Encodes prompts once, for runs without text encoders.",
-    ),
     "sample": ("sample", "Draws pictures from prompts; alone, a grid by the shipped generator."),
     "evaluate": ("evaluate", "Scores a generator, or a folder of pictures, on many prompts."),
+    "collect": ("rewards.collect", "Asks which of two pictures you like better, for a reward."),
+    "reward": ("rewards.train", "Trains a reward on preference pairs: docs/rewards.md."),
+    "cache_text": ("cache_text", "Encodes prompts once, for runs without text encoders."),
     "convert": ("convert", "Turns checkpoints into folders for diffusers, and back."),
     "benchmark": ("benchmark", "Measures what a step costs; or compiles it for a TPU slice."),
     "pretrain": ("pretrain", "Makes the shapes world's checkpoint from nothing."),

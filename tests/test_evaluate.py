@@ -601,7 +601,7 @@ def test_features_are_openais_clips_where_nothing_else_is_asked_for():
 def brightness(title, scale=1.0, **facts):
     """A reward without a network: the mean of all values, [-1, 1]."""
 
-    def load(folder, options, tokenizer):
+    def load(folder, options):
         def score(params, images, prompts):
             return params["scale"] * images.mean(axis=(1, 2, 3))
 

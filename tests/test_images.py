@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from di_star_jax.evaluation import measures
-from di_star_jax.evaluation.images import fault_of, images_in, read_image, to_unit
+from di_star_jax.evaluation.images import to_unit
+from di_star_jax.storage.images import fault_of, images_in, read_image
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.stack([RAMP, RAMP.T, 255 - RAMP], axis=-1)

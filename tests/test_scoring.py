@@ -19,6 +19,7 @@ from di_star_jax.evaluation.features import Features, features_of
 from di_star_jax.evaluation.images import Shot, missing_from
 from di_star_jax.evaluation.scores import params_digest
 from di_star_jax.evaluation.store import Store
+from di_star_jax.storage.images import images_in, read_image
 
 PLACES = [(p, k) for p in range(2) for k in range(3)]
 
@@ -47,6 +48,7 @@ def test_a_process_killed_in_a_batch_leaves_the_batches_before_it_whole(tmp_path
     script = f"""
 import os, signal
 from di_star_jax.evaluation.store import Store
+from di_star_jax.storage.images import images_in, read_image
 places = [(p, 0) for p in range({count})]
 store = Store("store", ({count}, 1))
 store._connection.execute("PRAGMA cache_size = 1")
@@ -99,7 +101,7 @@ def test_a_damaged_file_is_an_image_or_none_and_never_an_error(tmp_path, kind):
             0, 256, 3
         )
         file.write_bytes(data[: rng.integers(0, len(data)) if i % 3 == 0 else None].tobytes())
-        found.append(images.read_image(file))
+        found.append(read_image(file))
     assert any(image is None for image in found) and any(image is not None for image in found)
     assert all(
         image is None or (image.dtype == np.uint8 and image.shape[2] == 3) for image in found
@@ -111,7 +113,7 @@ def test_names_with_all_kinds_of_digits_are_in_natural_order(tmp_path):
     for name in [*names, "a/notes.txt", "b.gif"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert [str(file.relative_to(tmp_path)) for file in images.images_in(tmp_path)] == names
+    assert [str(file.relative_to(tmp_path)) for file in images_in(tmp_path)] == names
 
 
 def test_images_of_different_sizes_come_in_batches_of_one_size_and_none_is_lost(tmp_path):

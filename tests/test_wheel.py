@@ -45,6 +45,7 @@ def test_the_wheel_has_all_that_its_commands_need(tmp_path):
     where = "import di_star_jax; print(di_star_jax.__file__)"
     assert str(home) in ran(home / "bin" / "python", "-c", where, cwd=empty, env=env)
     assert "train" in ran(di_star, cwd=empty, env=env)
+    assert (site / "di_star_jax" / "rewards" / "collect.html").exists()
     dry = ran(di_star, "train", "--config=shapes", "--config.dry_run=True", cwd=empty, env=env)
     assert "parameters:" in dry
     assert "sdxl" in ran(di_star, "train", "--config=sdxl:sim", "--help", cwd=empty, env=env)

@@ -6,10 +6,10 @@ from pathlib import Path
 from types import ModuleType
 
 from di_star_jax.errors import UserError
-from di_star_jax.evaluation.images import broken_among, images_in, is_16_bit, read_image
 from di_star_jax.pictures import save_png
 from di_star_jax.storage.buckets import local
 from di_star_jax.storage.files import shown
+from di_star_jax.storage.images import broken_among, images_in, is_16_bit, read_image
 
 # {metric: (clean-fid's model, what it does to an image)}
 MODELS = {

@@ -9,13 +9,14 @@ from di_star_jax.errors import UserError
 from di_star_jax.evaluation import cleanfid, metrics
 from di_star_jax.evaluation.features import load_features
 from di_star_jax.evaluation.frechet import FeatureStatistics
-from di_star_jax.evaluation.images import images_in, listing_digest
+from di_star_jax.evaluation.images import listing_digest
 from di_star_jax.evaluation.job import Job
 from di_star_jax.evaluation.scores import load_reward, params_digest
 from di_star_jax.rewards import REWARDS, resolve
 from di_star_jax.shapes import scenes
 from di_star_jax.storage.buckets import local
 from di_star_jax.storage.files import digest_of
+from di_star_jax.storage.images import images_in
 
 
 def check_metrics(job: Job, mesh: Mesh) -> dict[str, dict]:

@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 
 from di_star_jax import drawing, log, pictures
 from di_star_jax.errors import UserError
-from di_star_jax.evaluation.images import THREADS, Shot
+from di_star_jax.evaluation.images import Shot
 from di_star_jax.evaluation.job import DRAW, IMAGES, Job
 from di_star_jax.evaluation.scores import compiled_first, params_digest
 from di_star_jax.evaluation.settings import short
 from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.folder import Pipeline
 from di_star_jax.storage.files import read_json, whole, write_text
+from di_star_jax.storage.images import THREADS
 
 DRAWN = "drawn.json"
 

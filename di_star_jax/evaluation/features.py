@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from di_star_jax import sharding
 from di_star_jax.evaluation.frechet import FeatureStatistics, frechet_distance
-from di_star_jax.evaluation.images import Shot, counted_batches, images_in, missing_from, to_unit
+from di_star_jax.evaluation.images import Shot, counted_batches, missing_from, to_unit
 from di_star_jax.evaluation.job import Job
 from di_star_jax.evaluation.scores import compiled_first, exact, padded, params_digest
 from di_star_jax.evaluation.store import Store
@@ -20,6 +20,7 @@ from di_star_jax.pipelines.folder import Options, load_model
 from di_star_jax.rewards import REWARDS, resolve
 from di_star_jax.rewards.similarity import eight_bit_features
 from di_star_jax.storage.files import shown, whole
+from di_star_jax.storage.images import images_in
 from di_star_jax.storage.open_clip import to_transformers
 
 

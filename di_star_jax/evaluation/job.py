@@ -11,14 +11,7 @@ from di_star_jax import log
 from di_star_jax.drawing import Asked, is_run
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.evaluation import cleanfid, metrics, results
-from di_star_jax.evaluation.images import (
-    LISTED,
-    Shot,
-    check_given,
-    find_images,
-    images_in,
-    listed_images,
-)
+from di_star_jax.evaluation.images import Shot, check_given, evenly_listed, find_images
 from di_star_jax.prompts import sets
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.sets import PROMPT_SETS
@@ -28,6 +21,7 @@ from di_star_jax.rewards import REWARDS, resolve
 from di_star_jax.storage import buckets, checkpoint, folders
 from di_star_jax.storage.buckets import is_remote, local
 from di_star_jax.storage.files import expand, write_text
+from di_star_jax.storage.images import LISTED, images_in
 
 # Stages, beside the metrics.
 READ, LOAD, DRAW = "reading the images", "loading the metrics' weights", "drawing the images"
@@ -132,7 +126,7 @@ def job_of(request: Request) -> Job:
     metadata = run_metadata(request.checkpoint)
     out = Path(request.out)
     _open_out(out)
-    listed = listed_images(local(request.images)) if request.prompts is None else None
+    listed = evenly_listed(local(request.images)) if request.prompts is None else None
     where = request.prompts or _write_prompts(out, list(listed))
     source = load_prompts(where, out / PROMPTS, file=request.prompts_file or "")
     for note in source.notes:
@@ -170,7 +164,7 @@ def completed(request: Request) -> Request:
             f"no --prompts; give one of {', '.join(PROMPT_SETS)} or a file, or --images of a "
             f"folder with {LISTED}, as `sample` writes it"
         )
-    counts = [len(files) for files in listed_images(local(request.images)).values()]
+    counts = [len(files) for files in evenly_listed(local(request.images)).values()]
     if request.samples not in (1, counts[0]):
         raise UserError(
             f"--samples={request.samples}, but {local(request.images) / LISTED} has {counts[0]} "

@@ -19,12 +19,12 @@ from PIL import Image
 
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import papers
-from di_star_jax.evaluation.images import read_image
 from di_star_jax.evaluation.metrics import Metric
 from di_star_jax.evaluation.picks import Lists, Place, extremes, histogram, pick
 from di_star_jax.evaluation.results import Evaluation
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.storage.files import write_text
+from di_star_jax.storage.images import read_image
 
 FILE = "page.html"
 LONGEST_SIDE = 512  # pixels of an embedded picture

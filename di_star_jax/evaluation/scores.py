@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from di_star_jax import log, sharding
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import measures
-from di_star_jax.evaluation.images import Shot, counted_batches, fault_of, missing_from, to_unit
+from di_star_jax.evaluation.images import Shot, counted_batches, missing_from, to_unit
 from di_star_jax.evaluation.job import READ, Job
 from di_star_jax.evaluation.metrics import metric_of
 from di_star_jax.evaluation.store import Store
@@ -23,6 +23,7 @@ from di_star_jax.pipelines.folder import Options
 from di_star_jax.rewards import load_rewards
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.shapes import scenes
+from di_star_jax.storage.images import fault_of
 
 READABLE = "readable"  # kept as if it were a metric: which images can be read
 
