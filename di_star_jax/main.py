@@ -43,6 +43,11 @@ def main() -> None:
     config = _CONFIG.value
     if config is None:
         raise UserError("no --config; give e.g. --config=shapes")
+    if "dry_run" not in config:
+        raise UserError(
+            "the config has no field dry_run, so it is of another command or not whole; "
+            "--config=reward is for di-star reward, and see configs/sdxl.py"
+        )
     if config.dry_run:
         print("\n".join(planned(config)))
         return

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ _DISTANCES = {
     "huber": "Huber",
     "power": "power",
 }
+_AT_START = 300.0  # seconds for all processes to come, once they are connected
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "di_star_jax")
 
 
@@ -133,6 +134,13 @@ def agree(
     if jax.process_index() == 0:
         content = now | {"changes": said, "finished": kept.get("finished", {})}
         files.write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
+
+
+def agree_on_start(config) -> None:
+    """Raises: UserError where the processes of a run were not started alike."""
+    code = {f"version of {name}": version for name, version in versions().items()}
+    devices = {"local devices": jax.local_device_count(), "device": jax.devices()[0].device_kind}
+    processes.agree("start", fields(config) | code | devices | {"commit": git_hash()}, _AT_START)
 
 
 def describe(
@@ -231,13 +239,7 @@ def _check(
     now: dict,
 ) -> None:
     """Raises: UserError where a later start is another run."""
-    differ = _differences(kept["config"], now["config"])
-    refused = {name: both for name, both in differ.items() if not _may_change(name, both, now)}
-    if refused:
-        raise UserError(
-            f"{folder} holds another run: {_told(refused)}; give another --workdir, or the same "
-            "values"
-        )
+    check_fields(folder, kept, now, lambda name, both: _may_change(name, both, now))
     known = kept.get("weights")  # an older version did not keep any
     for name, source in _weights(now["config"], now["rewards"]).items():
         if known and name not in known:
@@ -253,6 +255,36 @@ def _check(
         raise UserError(
             f"{folder} holds a run on other prompts: data.prompts={now['config']['data.prompts']} "
             "has another content than at its start; give another --workdir, or the prompts it had"
+        )
+
+
+def check_fields(
+    folder: Path,
+    kept: dict,
+    now: dict,
+    may_change: Callable[[str, tuple[Any, Any]], bool],
+) -> None:
+    """Compares the "config" of two starts.
+
+    Args: may_change, whether a field of these two values may differ.
+    Raises: UserError with the fields that differ and may not.
+    """
+    differ = _differences(kept["config"], now["config"])
+    refused = {name: both for name, both in differ.items() if not may_change(name, both)}
+    if refused:
+        raise UserError(
+            f"{folder} holds another run: {_told(refused)}; give another --workdir, or the same "
+            "values"
+        )
+
+
+def check_kind(folder: Path, field: str) -> None:
+    """Raises: UserError where a folder holds a run of another command, without such a field."""
+    kept = read(folder)
+    if kept and field not in kept["config"]:
+        raise UserError(
+            f"{folder} holds a run of another command: its {FILE} has no {field}; give another "
+            "--workdir"
         )
 
 

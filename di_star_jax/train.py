@@ -3,14 +3,9 @@
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import math
-import re
-import shutil
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +14,7 @@ from jax.sharding import Mesh
 
 from di_star_jax import (
     assembly,
+    disk,
     drawing,
     lock,
     log,
@@ -61,7 +57,6 @@ from di_star_jax.storage.workdir import Workdir
 
 COMPILING = "a minute for the shapes world, many for SDXL"
 WARMUP, TRAINING = "warm-up step", "training step"
-AT_START = 300.0  # seconds for all processes to come, once they are connected
 
 
 def run(
@@ -84,10 +79,10 @@ def run(
     """
     with processes.one_for_all(), Stop() as stop, contextlib.ExitStack() as stack:
         with stop.free():
-            agree_on_start(config)
+            record.agree_on_start(config)
             stack.enter_context(lock.held(workdir))
         place = stack.enter_context(Workdir(workdir))
-        stack.enter_context(full_disk_in_one_line(place.folder))
+        stack.enter_context(disk.full_in_one_line(place.folder))
         log.say(stop.promise())
         follow(config, place, arguments, stop)
 
@@ -101,6 +96,7 @@ def follow(
     """`run`, in a folder that is there and with signals listened to."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     introduce(config, mesh)
+    record.check_kind(workdir.folder, "objective.name")
     check_outputs(config, workdir)
     with contextlib.ExitStack() as stack:
         with stop.free(), log.waiting("reading prompts"):
@@ -183,15 +179,6 @@ class Output(NamedTuple):
 
 
 # Before the steps.
-
-
-def agree_on_start(config) -> None:
-    """Raises: UserError where the processes of a run were not started alike."""
-    code = {f"version of {name}": version for name, version in record.versions().items()}
-    devices = {"local devices": jax.local_device_count(), "device": jax.devices()[0].device_kind}
-    processes.agree(
-        "start", fields(config) | code | devices | {"commit": record.git_hash()}, AT_START
-    )
 
 
 def agree_on_weights(config, latest: int | None) -> None:
@@ -547,45 +534,6 @@ class Report:
         if measured.seconds:  # of a few batches only, it may be more than the usual
             self._each = min(self._each, measured.seconds)
             self.progress.expect("final", self._each * self._batches)
-
-
-@contextlib.contextmanager
-def full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Raises: UserError for what a full disk makes of a run, whose threads then end in silence."""
-    usual = threading.excepthook
-    threading.excepthook = lambda args: _is_full_disk(args.exc_value) or usual(args)
-    try:
-        yield
-    except Exception as error:
-        threading.excepthook = usual
-        if not _is_full_disk(error):
-            raise
-        # TensorBoard's writer tries again, in its thread and at the exit.
-        threading.excepthook = lambda args: None
-        sys.unraisablehook = _unless_full_disk
-        raise UserError(
-            f"disk full at {folder}: {shutil.disk_usage(folder).free / 1e6:.1f} MB are free; make "
-            "room and run the same command again: it goes on from the newest checkpoint that is "
-            "whole"
-        ) from None
-    else:
-        threading.excepthook = usual
-
-
-def _unless_full_disk(args) -> None:
-    if not _is_full_disk(args.exc_value):
-        sys.__unraisablehook__(args)
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Orbax's threads and TensorStore say it in the text of other errors."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if re.search(r"No space left on device|Disk quota exceeded", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def shown(values: dict[str, float]) -> str:

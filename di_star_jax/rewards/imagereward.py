@@ -129,7 +129,7 @@ def abstract(config: dict, options: Options) -> Reward:
     )
 
 
-def _used(stored: dict) -> dict:
+def used(stored: dict) -> dict:
     """Leaves out the projections of BLIP's pretraining, which the score does not use."""
     return {name: tensor for name, tensor in stored.items() if name.startswith(_USED)}
 
@@ -163,7 +163,7 @@ def load(
     """
     _check_files(folder, NEEDED)
     reward = abstract(read_config(folder), options)
-    return reward._replace(params=weights.load(folder, reward.params, arrange=_used))
+    return reward._replace(params=weights.load(folder, reward.params, arrange=used))
 
 
 def load_tokenizer(folder: Path, tokenizer: str) -> BertTokenizer:

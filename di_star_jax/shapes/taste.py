@@ -71,6 +71,11 @@ def _changed(scene: Scene, rng: np.random.Generator) -> Scene:
     return dataclasses.replace(scene, groups=tuple(groups))
 
 
+def preferred(difference: float) -> float:
+    """How likely a picture is preferred that is liked so much more: Bradley-Terry on twice it."""
+    return float(1 / (1 + np.exp(-2.0 * difference)))
+
+
 def preference_pair(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
     """Two pictures for one caption, and how likely the first is preferred.
 
@@ -82,8 +87,7 @@ def preference_pair(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray,
     """
     image_a, image_b = scenes.render(scene, rng), scenes.render(scene, rng)
     if rng.random() < 2 / 3:
-        difference = taste(image_a) - taste(image_b)
-        return image_a, image_b, float(1 / (1 + np.exp(-2.0 * difference)))
+        return image_a, image_b, preferred(taste(image_a) - taste(image_b))
     one_word = rng.random() < 2 / 3
     other = _changed(scene, rng) if one_word else scenes.sample_scene(rng, held_out=False)
     if rng.random() < 0.5:

@@ -168,6 +168,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         found = self._read(step, _METADATA, ocp.args.JsonRestore())
         return {_RENAMED.get(name, name): value for name, value in found.items()}
 
+    def clear(self) -> None:
+        """Removes all that was saved. To be called by all processes of a run."""
+        for step in self._manager.all_steps():
+            self._manager.delete(step)
+        self._known = {}
+
     def wait(self) -> None:
         """Until all that was saved is on disk."""
         self._manager.wait_until_finished()
