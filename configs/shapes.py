@@ -19,6 +19,7 @@ _CHECKPOINT = os.path.join(_PACKAGE, "shapes", "checkpoint")
 _spec = importlib.util.spec_from_file_location("sdxl", os.path.join(_HERE, "sdxl.py"))
 _sdxl = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_sdxl)
+override = _sdxl.override
 
 # The rows of configs/sdxl.py with this world's scales: guidance 2 for the paper's 7.5 and 1.5 for
 # its 4.5, 0.15 of its rewards, 1000 steps for its long run.
@@ -98,4 +99,4 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     """Args: preset, a key of PRESETS, given as --config=configs/shapes.py:PRESET."""
     config = _sdxl.get_config()
     config.update_from_flattened_dict(SMALL)
-    return _sdxl.override(config, preset, PRESETS)
+    return override(config, preset, PRESETS)

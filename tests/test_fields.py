@@ -613,7 +613,7 @@ def test_an_sdxl_that_calls_itself_sd15_is_refused(copy):
 def test_parts_that_do_not_go_together_are_refused(copy, part, change, said):
     edit(copy / part / "config.json", **change)
     if "token" in said or "vocab" in said or "position" in said:
-        message = refused(pipeline._tokenizers, copy, SDXL)
+        message = refused(pipeline.load_tokenizers, copy, SDXL)
     else:
         message = refused(pipeline.check_pipeline, copy)
     assert said in message

@@ -91,7 +91,7 @@ def command(monkeypatch, capsys):
         ([SDXL + ":di_str", DRY], "unknown preset 'di_str', did you mean di_star or di_star_l2"),
         (
             ["--config=shpes"],
-            "one of pixart, sd15, sdxl, shapes (--config=pixart works from anywhere), did",
+            "one of pixart, reward, sd15, sdxl, shapes, shapes_pixart (--config=pixart works from",
         ),
         ([SDXL, "--workdir"], "--workdir without a value; write --name=value"),
         (

@@ -29,7 +29,7 @@ from di_star_jax.storage import checkpoint, folders
 SCALED, NOISE = FewStep((440,), "scaled"), FewStep((400,), "noise")
 PROMPTS = ["A Red circle, and two birds! ", "snow"]
 SIZE = 32  # of the latents, which diffusers' pipeline takes for 256 pixels of its own VAE
-CALL = {"use_resolution_binning": False, "height": 2 * SIZE, "width": 2 * SIZE}
+CALL = {"height": 2 * SIZE, "width": 2 * SIZE}
 
 
 def components(tmp):
@@ -129,7 +129,10 @@ def test_an_export_draws_in_diffusers_what_we_draw(reference, tmp_path, form):
 
     call = re.search(r"pipe\((.*)\)\.images", call_of(tmp_path / "out")).group(1)
     how = "timesteps=[440]" if form == SCALED else "num_inference_steps=1"
-    assert call == f'"a photo of a cat", {how}, guidance_scale=0, clean_caption=False'
+    assert call == (
+        f'"a photo of a cat", {how}, guidance_scale=0, clean_caption=False, '
+        "use_resolution_binning=False"
+    )
     if form == SCALED:
         assert f"pipe({call}).images" in (ROOT / "docs" / "dipp.md").read_text()
     arguments = eval(f"dict({call.split(', ', 1)[1]})")
@@ -148,9 +151,8 @@ def test_the_teacher_is_drawn_by_default_as_diffusers_draws_it(loaded, theirs):
     assert (sampling.sampler, sampling.guidance_scale) == ("dpm_solver_pp", 4.5)
     assert sampling.timesteps.tolist() == np.linspace(0, 999, 21).round()[:0:-1].tolist()
     ours = drawing.draw_prompts(loaded, sampling)(PROMPTS, to_nhwc(noise())) / 2 + 0.5
-    expected = theirs(
-        PROMPTS, latents=noise(), output_type="np", clean_caption=False, **CALL
-    ).images
+    as_ours = {"clean_caption": False, "use_resolution_binning": False}
+    expected = theirs(PROMPTS, latents=noise(), output_type="np", **as_ours, **CALL).images
     assert expected.std() > 0.02, "not a flat image"
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 

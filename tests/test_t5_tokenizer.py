@@ -21,7 +21,7 @@ from di_star_jax.pipelines import card, export
 from di_star_jax.prompts import t5
 from di_star_jax.prompts.t5 import T5Tokenizer
 from di_star_jax.prompts.tokens import Tokenizer, check_lengths
-from di_star_jax.shapes.tokenizer import make_word_tokenizer
+from di_star_jax.shapes.tokenizer import make_word_pieces, make_word_tokenizer, unknown_words
 from di_star_jax.storage import folders
 
 with_real = pytest.mark.skipif(
@@ -229,3 +229,20 @@ def test_a_tokenizer_that_is_not_t5s_is_refused_in_one_line(folder, tmp_path, br
 
 def test_clips_tokenizer_refuses_t5s_folder(folder):
     assert "no tokenizer in" in _error(functools.partial(Tokenizer, folder))
+
+
+def test_a_small_worlds_pieces_are_its_words_and_transformers_reads_them(tmp_path):
+    words = ["red", "circle", "circles", "a", "right", "ride"]
+    assert make_word_pieces(words, tmp_path) == 10  # with pad, end, unknown and the blank
+    ours = T5Tokenizer(tmp_path)
+    texts = ["A red  circle", "circles right ride", "a cat", ""]
+    ids = ours(texts)
+    assert ids.shape == (4, 120) and len(ours) == 10
+    red, circle, circles, a, right, ride = range(4, 10)
+    blank, unknown = 3, 2
+    expected = [[a, red, circle, 1], [circles, right, ride, 1], [a, blank, unknown, 1], [1]]
+    assert [row[row != 0].tolist() for row in ids] == expected
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(theirs, transformers.T5Tokenizer) and theirs.model_max_length == 120
+    assert theirs([text.lower() for text in texts])["input_ids"] == expected
+    assert unknown_words(ours, ["a red cat", "circle"]) == ["cat"]

@@ -169,7 +169,9 @@ class T5Attention(nnx.Module):
         self.heads = config.num_heads
         linear = functools.partial(layers.Linear, use_bias=False, **kw)
         inner = config.num_heads * config.d_kv
-        self.q = linear(config.d_model, inner)
+        # Scores are not scaled: what divides them is in the queries from the start, as in T5.
+        small = nnx.initializers.normal((config.d_model * config.d_kv) ** -0.5)
+        self.q = linear(config.d_model, inner, kernel_init=small)
         self.k = linear(config.d_model, inner)
         self.v = linear(config.d_model, inner)
         self.o = linear(inner, config.d_model)
@@ -311,7 +313,13 @@ class T5EncoderModel(nnx.Module):
                 "of these"
             )
         self.config = config
-        self.shared = layers.embed(config.vocab_size, config.d_model, rngs=rngs, dtype=dtype)
+        self.shared = layers.Embed(
+            config.vocab_size,
+            config.d_model,
+            embedding_init=nnx.initializers.normal(1.0),
+            rngs=rngs,
+            dtype=dtype,
+        )
         self.encoder = T5Stack(config, rngs=rngs, dtype=dtype, remat=remat)
 
     def __call__(self, token_ids: jax.Array, mask: jax.Array) -> jax.Array:

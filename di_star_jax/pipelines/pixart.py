@@ -87,6 +87,7 @@ PIXART = Family(
     width=width,
     rows=rows,
     fits=fits,
-    # Else a machine with beautifulsoup4 and ftfy would read other prompts than one without.
-    call="clean_caption=False",
+    # Else a machine with beautifulsoup4 and ftfy would read other prompts than one without, and of
+    # sizes that are none of PixArt's the nearest that is would be drawn, or nothing.
+    call="clean_caption=False, use_resolution_binning=False",
 )

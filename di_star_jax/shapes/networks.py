@@ -93,6 +93,68 @@ UNET = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
 }
+PIXART_SCHEDULER = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "lower_order_final": True,
+    "euler_at_final": False,
+    "final_sigmas_type": "zero",
+    "thresholding": False,
+    "use_karras_sigmas": False,
+    GUIDANCE_SCALE: OMEGA,
+}
+PIXART_INDEX = {
+    "_class_name": "PixArtAlphaPipeline",
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "PixArtTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+T5 = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "d_model": 128,
+    "d_kv": 32,
+    "d_ff": 256,
+    "num_layers": 4,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu",
+    "layer_norm_epsilon": 1e-6,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
+PIXART = {
+    "_class_name": "PixArtTransformer2DModel",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 32,
+    "num_attention_heads": 5,
+    "num_layers": 6,
+    "cross_attention_dim": 160,
+    "caption_channels": T5["d_model"],
+    "in_channels": 4,
+    "out_channels": 8,
+    "patch_size": 2,
+    "sample_size": 16,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "norm_type": "ada_norm_single",
+    "use_additional_conditions": False,
+}
 
 REWARD = {
     "architectures": ["CLIPModel"],
@@ -123,18 +185,13 @@ REWARD = {
 }
 
 
-def text_configs(vocab_size: int) -> dict[str, dict[str, Any]]:
-    """config.json of both text encoders. Args: vocab_size, of a tokenizer of tokenizer.py."""
-    special = _special(vocab_size)
-    return {"text_encoder": TEXT_ENCODER | special, "text_encoder_2": TEXT_ENCODER_2 | special}
-
-
 def reward_config(vocab_size: int) -> dict[str, Any]:
-    """config.json of the reward. Args: as of `text_configs`."""
-    return REWARD | {"text_config": REWARD["text_config"] | _special(vocab_size)}
+    """config.json of the reward. Args: vocab_size, of a CLIP tokenizer of tokenizer.py."""
+    return REWARD | {"text_config": REWARD["text_config"] | special(vocab_size)}
 
 
-def _special(vocab_size: int) -> dict[str, int]:
+def special(vocab_size: int) -> dict[str, int]:
+    """What a CLIP tokenizer's vocabulary says of a text encoder's config.json."""
     return {
         "vocab_size": vocab_size,
         "bos_token_id": vocab_size - 2,

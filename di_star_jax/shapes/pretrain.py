@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from optax import contrib
 
 from di_star_jax import (
     diffusion,
@@ -27,27 +29,28 @@ from di_star_jax import (
 )
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines.family import DENOISER, conditions
-from di_star_jax.pipelines.scheduler import schedule_from_json
-from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines.scheduler import GUIDANCE_SCALE, schedule_from_json
 from di_star_jax.prompts.tokens import Tokenizer
 from di_star_jax.rewards import similarity
-from di_star_jax.shapes import datasets, networks, scenes, tokenizer
+from di_star_jax.shapes import datasets, networks
 from di_star_jax.shapes.datasets import to_image
-from di_star_jax.shapes.networks import LATENT_SHAPE, RESOLUTION, TOKENS
+from di_star_jax.shapes.networks import LATENT_SHAPE
+from di_star_jax.shapes.worlds import Captions, Reader, World, tokenized
 from di_star_jax.storage import weights
 from di_star_jax.storage.checkpoint import Checkpoints
 
 Params = Any
+SHIPPED = Path(__file__).parent / "checkpoint"
 HALF_DIFFUSERS = {"file_name": "diffusion_pytorch_model.fp16.safetensors", "dtype": np.float16}
-HALF_CLIP = {"file_name": "model.fp16.safetensors", "dtype": np.float16}
+HALF_TRANSFORMERS = {"file_name": "model.fp16.safetensors", "dtype": np.float16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """How long and how fast a network trains.
 
-    Args: learning_rate, the highest; minutes, about, on two cores.
+    Args: learning_rate, the highest; minutes, about, on two cores; optimizer, a key of OPTIMIZERS.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Stage:
     batch_size: int
     learning_rate: float
     minutes: int
+    optimizer: str = "adamw"
 
     def rows(
         self,
@@ -71,6 +75,9 @@ TEXT = Stage("text", 1000, 256, 2e-3, minutes=3)
 TEACHER = Stage("teacher", 4500, 64, 1.5e-3, minutes=30)
 CLIP = Stage("CLIP, contrastive", 1500, 96, 1e-3, minutes=5)
 REWARD = Stage("reward, preference", 1500, 48, 3e-4, minutes=3)
+PIXART_TEXT = Stage("text", 1500, 256, 2e-3, minutes=6)
+PIXART_TEACHER = Stage("teacher", 5000, 64, 1.5e-3, minutes=50, optimizer="muon")
+PIXART_GENERATOR = Stage("generator", 800, 32, 1e-4, minutes=8)
 # The assistant learns twice as fast.
 GENERATOR = Stage("generator", 800, 32, 1e-4, minutes=8)
 
@@ -87,6 +94,12 @@ class Sizes:
     clip: Stage = CLIP
     reward: Stage = REWARD
     generator: Stage = GENERATOR
+
+
+SIZES = {
+    "sdxl": Sizes(),
+    "pixart": Sizes(text=PIXART_TEXT, teacher=PIXART_TEACHER, generator=PIXART_GENERATOR),
+}
 
 
 class Network(NamedTuple):
@@ -161,13 +174,43 @@ def _means(shown: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def adamw(stage: Stage) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay to a twentieth of the peak learning rate."""
+def _rate(stage: Stage) -> optax.Schedule:
+    """Warm-up and cosine decay to a twentieth of the peak learning rate."""
     peak, steps = stage.learning_rate, stage.steps
-    rate = optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak / 20)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-3)
+    return optax.warmup_cosine_decay_schedule(0.0, peak, min(200, steps // 10), steps, peak / 20)
+
+
+def adamw(stage: Stage) -> optax.GradientTransformation:
+    """AdamW."""
+    return optax.adamw(_rate(stage), b2=0.99, weight_decay=1e-3)
+
+
+def muon(stage: Stage) -> optax.GradientTransformation:
+    """Muon for the matrices between a network's first and last layer, AdamW for all else.
+
+    A transformer learns in half the steps, which take a tenth longer.
+    """
+    return contrib.muon(
+        _rate(stage),
+        weight_decay=1e-3,
+        adam_b2=0.99,
+        muon_weight_dimension_numbers=_inner_matrices,
+        consistent_rms=0.2,  # steps as large as AdamW's
     )
+
+
+def _inner_matrices(params: Params) -> Any:
+    """The axes of each matrix that Muon is for, of stacked ones too; None for other parameters."""
+
+    def axes(path: tuple, leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        names = [getattr(key, "key", None) for key in path]
+        is_inner = names[-1] == "kernel" and "proj_out" not in names and leaf.ndim in (2, 3)
+        return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if is_inner else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def fit(
@@ -181,7 +224,7 @@ def fit(
 
     Args: as of `keep_training`; params, to start from.
     """
-    optimizer = adamw(stage)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[stage.optimizer](stage))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(
@@ -235,41 +278,32 @@ def train_vae(
 
 
 def mean_image_loss(
-    graphdefs: dict,
+    reader: Reader,
     params: dict,
     heads: dict,
     token_ids: dict[str, jax.Array],
     x0: jax.Array,
 ) -> jax.Array:
-    """How badly linear maps of the three end-of-text states predict the latents, summed.
+    """How badly linear maps of a caption's states predict the latents, summed over the states.
 
     Args:
-      graphdefs, params: hold 'text_encoder' and 'text_encoder_2'.
+      reader, token_ids: of the captions, int32 [B, L] by tokenizer.
+      params: of the text encoders by component.
       heads: 'mean' [D] and one matrix [width, D] per state.
-      token_ids: int32 [B, TOKENS] under 'tokenizer' and 'tokenizer_2'.
       x0: latents [B, D].
     Returns:
       scalar.
     """
-    states = {}
-    for name, part in SDXL.tokenizers.items():
-        out = nnx.merge(graphdefs[part], params[part])(token_ids[name])
-        end = token_ids[name].argmax(axis=-1)  # the end-of-text token has the largest id
-        states[part] = out.hidden_states_penultimate[jnp.arange(len(end)), end]
-    states["pooled"] = out.pooled
+    states = reader.states(params, token_ids)
     errors = [state @ heads[name] + heads["mean"] - x0 for name, state in states.items()]
     return sum((error**2).mean() for error in errors)
 
 
-def _heads(x0: np.ndarray) -> dict[str, jax.Array]:
-    widths = {
-        "text_encoder": networks.TEXT_ENCODER["hidden_size"],
-        "text_encoder_2": networks.TEXT_ENCODER_2["hidden_size"],
-        "pooled": networks.TEXT_ENCODER_2["projection_dim"],
-    }
+def _heads(states: dict[str, jax.ShapeDtypeStruct], x0: np.ndarray) -> dict[str, jax.Array]:
     heads = {"mean": jnp.asarray(x0.mean(axis=0).ravel())}
-    for i, (name, width) in enumerate(widths.items()):
-        heads[name] = 0.01 * jax.random.normal(jax.random.key(i), (width, x0[0].size))
+    for i, (name, state) in enumerate(states.items()):
+        shape = (state.shape[-1], x0[0].size)
+        heads[name] = 0.01 * jax.random.normal(jax.random.key(i), shape)
     return heads
 
 
@@ -277,10 +311,10 @@ def train_text(
     folder: Path,
     stage: Stage,
     x0: np.ndarray,
-    token_ids: dict[str, np.ndarray],
+    captions: Captions,
     configs: dict[str, dict],
 ) -> tuple[Network, dict]:
-    """Text encoders from whose end-of-text states a linear map predicts a caption's mean latents.
+    """Text encoders from whose states of a caption a linear map predicts its mean latents.
 
     The role of CLIP's training before Stable Diffusion's. What a caption says of where things are
     takes the encoders minutes to learn this way; from eps-prediction alone they had not learnt one
@@ -289,14 +323,15 @@ def train_text(
     Args:
       folder, stage: as of `fit`.
       x0: scaled latents, [N, 16, 16, 4].
-      token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
-      configs: config.json of text_encoder and text_encoder_2.
+      captions: N of them.
+      configs: config.json of the text encoders by component.
     Returns:
       the encoders by component, and the linear maps for `mean_image_loss`.
     """
     encoders = {part: init(config, 11 + i) for i, (part, config) in enumerate(configs.items())}
     graphdefs = {part: encoder.graphdef for part, encoder in encoders.items()}
     params = {part: encoder.params for part, encoder in encoders.items()}
+    reader = captions.reader(graphdefs)
 
     def loss_fn(
         params: Params,
@@ -305,14 +340,15 @@ def train_text(
     ) -> jax.Array:
         del key
         return mean_image_loss(
-            graphdefs, params["encoders"], params["heads"], batch["ids"], batch["x0"]
+            reader, params["encoders"], params["heads"], batch["ids"], batch["x0"]
         )
 
     def batch_at(k: int) -> dict:
         rows = stage.rows(9, k, len(x0))
-        return {"x0": x0[rows].reshape(len(rows), -1), "ids": _take(token_ids, rows)}
+        return {"x0": x0[rows].reshape(len(rows), -1), "ids": _take(captions.ids, rows)}
 
-    start = {"encoders": params, "heads": _heads(x0)}
+    states = jax.eval_shape(reader.states, params, _take(captions.ids, np.arange(1)))
+    start = {"encoders": params, "heads": _heads(states, x0)}
     trained = fit(folder, stage, start, loss_fn, batch_at)
     return Network(graphdefs, trained["encoders"]), trained["heads"]
 
@@ -328,25 +364,26 @@ def train_teacher(
     folder: Path,
     stage: Stage,
     latents: tuple[np.ndarray, np.ndarray],
-    token_ids: dict[str, np.ndarray],
+    captions: Captions,
     text: tuple[Network, dict],
 ) -> Network:
-    """eps-prediction (Eq. 2.2), the text encoders trained with the UNet.
+    """eps-prediction (Eq. 2.2), the text encoders trained with the denoiser.
 
-    `mean_image_loss` stays in the sum: without it the untrained UNet's gradients wipe out what the
-    encoders know.
+    `mean_image_loss` stays in the sum: without it the untrained denoiser's gradients wipe out what
+    the encoders know.
 
     Args:
       folder, stage: as of `fit`.
       latents: scaled means and standard deviations, [N, 16, 16, 4].
-      token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
+      captions: N of them.
       text: from `train_text`.
     Returns:
       the networks by component.
     """
     encoders, heads = text
-    unet = init(networks.UNET, seed=10)
-    graphdefs = encoders.graphdef | {DENOISER: unet.graphdef}
+    denoiser = init(captions.world.configs[DENOISER], seed=10)
+    graphdefs = encoders.graphdef | {DENOISER: denoiser.graphdef}
+    reader = captions.reader(graphdefs)
 
     def loss_fn(
         params: Params,
@@ -354,20 +391,20 @@ def train_teacher(
         key: jax.Array,
     ) -> jax.Array:
         ids, x0 = batch["ids"], batch["mean"].reshape(len(batch["mean"]), -1)
-        text_loss = mean_image_loss(graphdefs, params["networks"], params["heads"], ids, x0)
-        return eps_loss(graphdefs, params["networks"], batch, key) + 0.1 * text_loss
+        text_loss = mean_image_loss(reader, params["networks"], params["heads"], ids, x0)
+        return eps_loss(reader, params["networks"], batch, key) + 0.1 * text_loss
 
     def batch_at(k: int) -> dict:
-        batch = {"mean": latents[0], "std": latents[1], "ids": token_ids}
+        batch = {"mean": latents[0], "std": latents[1], "ids": captions.ids}
         return _take(batch, stage.rows(3, k, len(latents[0])))
 
-    start = {"networks": encoders.params | {DENOISER: unet.params}, "heads": heads}
+    start = {"networks": encoders.params | {DENOISER: denoiser.params}, "heads": heads}
     trained = fit(folder, stage, start, loss_fn, batch_at)
     return Network(graphdefs, trained["networks"])
 
 
 def eps_loss(
-    graphdefs: dict,
+    reader: Reader,
     params: dict,
     batch: dict,
     key: jax.Array,
@@ -379,21 +416,22 @@ def eps_loss(
     and plain eps-prediction hardly looks there.
 
     Args:
-      graphdefs, params: by component.
+      reader: of the networks.
+      params: by component.
       batch: 'mean' and 'std' of latents [B, 16, 16, 4], 'ids' as token_ids of `mean_image_loss`.
     Returns:
       scalar.
     """
     of_latents, of_dropped, of_times, of_noise = jax.random.split(key, 4)
-    schedule = schedule_from_json(networks.SCHEDULER)
+    schedule = schedule_from_json(reader.world.scheduler)
     x0 = batch["mean"] + batch["std"] * jax.random.normal(of_latents, batch["mean"].shape)
-    text = SDXL.encode_text(graphdefs, params, batch["ids"])
-    condition = _sometimes_null(of_dropped, *conditions(SDXL, text, None, RESOLUTION))
+    condition = _sometimes_null(of_dropped, *reader.conditions(params, batch["ids"]))
     t = jax.random.randint(of_times, x0.shape[:1], 0, 1000)
     alpha_t, sigma_t = schedule.alpha[t], schedule.sigma[t]
     eps = jax.random.normal(of_noise, x0.shape)
     x_t = diffusion.add_noise(x0, eps, alpha_t, sigma_t)
-    error = nnx.merge(graphdefs[DENOISER], params[DENOISER])(x_t, t, condition) - eps
+    denoiser = nnx.merge(reader.graphdefs[DENOISER], params[DENOISER])
+    error = denoiser(x_t, t, condition) - eps
     weight = jnp.clip((sigma_t / alpha_t) ** 2, 0.3, 5.0)
     return (weight * (error**2).mean((1, 2, 3))).mean()
 
@@ -496,15 +534,12 @@ def train_reward(
 # Generator.
 
 
-def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
+def _distillation(reader: Reader, optimizers: step.Optimizers) -> Callable:
     """The project's own training step with reward 0, and DMD's normalised gradient.
 
     docs/ablation.md has what other losses reach in the same time.
     """
-
-    def encode_text(params: dict, token_ids: dict) -> tuple[Any, Any]:
-        text = SDXL.encode_text(graphdefs, params, token_ids)
-        return conditions(SDXL, text, None, RESOLUTION)
+    world = reader.world
 
     def no_reward(
         params: dict,
@@ -517,22 +552,22 @@ def _distillation(graphdefs: dict, optimizers: step.Optimizers) -> Callable:
 
     settings = gradients.Settings(
         objective="kl",
-        omega=networks.OMEGA,
+        omega=world.scheduler[GUIDANCE_SCALE],
         constants=objectives.Constants(),
         weighting="x0_normalised",
         reduction="mean",
-        generator_times=(20, 980),
-        assistant_times=(0, 999),
+        generator_times=(20, world.last_times[0]),
+        assistant_times=(0, world.last_times[1]),
         assistant_updates=1,
         scheme="separate",
-        generator=SDXL.one_step,
+        generator=world.family.one_step,
         latent_shape=LATENT_SHAPE,
         ema_half_life=1100,
         clip_norms=(10.0, 10.0),
     )
-    schedule = schedule_from_json(networks.SCHEDULER)
-    unet = functools.partial(nnx.merge, graphdefs[DENOISER])
-    method = gradients.Method(unet, encode_text, no_reward, schedule, settings)
+    schedule = schedule_from_json(world.scheduler)
+    denoiser = functools.partial(nnx.merge, reader.graphdefs[DENOISER])
+    method = gradients.Method(denoiser, reader.conditions, no_reward, schedule, settings)
     train_step = step.make_train_step(method, optimizers, drawing.one_device())
     return jax.jit(train_step, donate_argnums=0)
 
@@ -541,23 +576,23 @@ def distil_generator(
     folder: Path,
     stage: Stage,
     teacher: Network,
-    token_ids: dict[str, np.ndarray],
+    captions: Captions,
 ) -> Params:
-    """A one-step generator from the teacher, in the role of DMD2-SDXL.
+    """A one-step generator from the teacher, in the role of DMD2-SDXL's.
 
     Args:
       folder, stage: as of `fit`.
       teacher: from `train_teacher`.
-      token_ids: int32 [N, TOKENS] under 'tokenizer' and 'tokenizer_2'.
+      captions: to learn from.
     Returns:
-      the generator's averaged UNet parameters.
+      the generator's averaged parameters.
     """
     settings = step.AdamW(lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0)
     optimizers = step.Optimizers(
         generator=step.adamw(stage.learning_rate, settings),
         assistant=step.adamw(2.0 * stage.learning_rate, settings),
     )
-    train_step = _distillation(teacher.graphdef, optimizers)
+    train_step = _distillation(captions.reader(teacher.graphdef), optimizers)
     frozen = dict(teacher.params)
     frozen["reference"] = frozen.pop(DENOISER)
 
@@ -571,24 +606,14 @@ def distil_generator(
         return state, {name: values[name] for name in ("regulariser/loss", "assistant/loss")}
 
     def batch_at(k: int) -> dict:
-        return _take(token_ids, stage.rows(7, k, len(token_ids["tokenizer"])))
+        return _take(captions.ids, stage.rows(7, k, len(captions.ids["tokenizer"])))
 
-    unet = teacher.params[DENOISER]
-    state = step.init_state(unet, unet, optimizers)
+    start = teacher.params[DENOISER]
+    state = step.init_state(start, start, optimizers)
     return keep_training(folder, stage, state, update, batch_at).ema
 
 
 # All of it.
-
-
-def make_tokenizers(out: Path) -> int:
-    """Writes tokenizer/ and tokenizer_2/. Returns: their vocabulary's size."""
-    words = scenes.words()
-    for name, pad_token in (("tokenizer", tokenizer.END), ("tokenizer_2", "!")):
-        size = tokenizer.make_word_tokenizer(
-            words, out / name, max_length=TOKENS, pad_token=pad_token
-        )
-    return size
 
 
 def make_latents(
@@ -605,21 +630,42 @@ def make_latents(
     return mean * scale, std * scale
 
 
+def shipped_latents(workdir: Path, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `make_latents`, by the package's own VAE, which is copied."""
+    vae = pipeline.load_model(SHIPPED / "vae")
+    # Of scaling factor 1, as `datasets.encode` wants it.
+    graphdef, _ = init(networks.VAE, seed=0)
+    mean, std = datasets.encode(workdir / "data", graphdef, vae.params, images)
+    shutil.copytree(SHIPPED / "vae", workdir / "checkpoint" / "vae", dirs_exist_ok=True)
+    scale = vae.config["scaling_factor"]
+    return mean * scale, std * scale
+
+
 def make_teacher(
     workdir: Path,
     sizes: Sizes,
     latents: tuple,
-    ids: dict[str, np.ndarray],
+    captions: Captions,
     vocab_size: int,
 ) -> Network:
-    """Trains and writes both text encoders and unet/."""
-    out, configs = workdir / "checkpoint", networks.text_configs(vocab_size)
-    text = train_text(workdir / "text", sizes.text, latents[0], ids, configs)
-    teacher = train_teacher(workdir / "teacher", sizes.teacher, latents, ids, text)
+    """Trains and writes the text encoders and the denoiser."""
+    out, world = workdir / "checkpoint", captions.world
+    configs = world.text_configs(vocab_size)
+    text = train_text(workdir / "text", sizes.text, latents[0], captions, configs)
+    teacher = train_teacher(workdir / "teacher", sizes.teacher, latents, captions, text)
     for name, config in configs.items():
-        weights.save(out / name, teacher.params[name], config=config, **HALF_CLIP)
-    weights.save(out / "unet", teacher.params[DENOISER], config=networks.UNET, **HALF_DIFFUSERS)
+        weights.save(out / name, teacher.params[name], config=config, **HALF_TRANSFORMERS)
+    save_denoiser(out / world.family.parts[DENOISER].folder, teacher.params[DENOISER], world)
     return teacher
+
+
+def save_denoiser(
+    folder: Path,
+    params: Params,
+    world: World,
+) -> None:
+    """Writes a teacher's or a generator's folder."""
+    weights.save(folder, params, config=world.configs[DENOISER], **HALF_DIFFUSERS)
 
 
 def make_reward(
@@ -635,25 +681,65 @@ def make_reward(
     pairs, prob, captions = datasets.render_pairs(workdir / "pairs", sizes.pairs)
     examples = (pairs, prob, Tokenizer(out / "tokenizer")(captions))
     reward = train_reward(workdir / "reward" / "preference", sizes.reward, clip, examples)
-    weights.save(out / "reward", reward.params, config=config, **HALF_CLIP)
+    weights.save(out / "reward", reward.params, config=config, **HALF_TRANSFORMERS)
 
 
-def run(workdir: Path, sizes: Sizes) -> None:
-    """All stages, each continued where it stopped; writes WORKDIR/checkpoint."""
+def make_generator(
+    workdir: Path,
+    stage: Stage,
+    teacher: Network,
+    captions: Captions,
+) -> None:
+    """Distils and writes generator/, and what makes the checkpoint a pipeline's folder."""
+    out, world = workdir / "checkpoint", captions.world
+    generator = distil_generator(workdir / "generator", stage, teacher, captions)
+    save_denoiser(out / "generator", generator, world)
+    folders_to_write = {
+        out / "scheduler" / "scheduler_config.json": world.scheduler,
+        out / "model_index.json": world.index,
+    }
+    for file, content in folders_to_write.items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def run(
+    workdir: Path,
+    sizes: Sizes,
+    world: World,
+) -> Path:
+    """All stages, each continued where it stopped; writes WORKDIR/checkpoint.
+
+    Returns: the folder of the reward and the captions.
+    """
     out = workdir / "checkpoint"
-    images, captions = datasets.render_dataset(workdir / "data", sizes.images)
-    vocab_size = make_tokenizers(out)
+    images, texts = datasets.render_dataset(workdir / "data", sizes.images)
+    vocab_size = world.make_tokenizers(out)
     with log.waiting("tokenising the captions"):
-        ids = {name: Tokenizer(out / name)(captions) for name in ("tokenizer", "tokenizer_2")}
+        captions = tokenized(world, out, texts)
     latents = make_latents(workdir, sizes.vae, images)
-    teacher = make_teacher(workdir, sizes, latents, ids, vocab_size)
-    make_reward(workdir, sizes, images, ids["tokenizer"], vocab_size)
-    generator = distil_generator(workdir / "generator", sizes.generator, teacher, ids)
-    weights.save(out / "generator", generator, config=networks.UNET, **HALF_DIFFUSERS)
-    (out / "scheduler").mkdir(exist_ok=True)
-    scheduler = json.dumps(networks.SCHEDULER, indent=2)
-    (out / "scheduler" / "scheduler_config.json").write_text(scheduler + "\n", encoding="utf-8")
-    (out / "model_index.json").write_text(
-        json.dumps(networks.MODEL_INDEX, indent=2) + "\n", encoding="utf-8"
-    )
+    teacher = make_teacher(workdir, sizes, latents, captions, vocab_size)
+    make_reward(workdir, sizes, images, captions.ids["tokenizer"], vocab_size)
+    make_generator(workdir, sizes.generator, teacher, captions)
     datasets.write_captions(out)
+    return out
+
+
+def run_twin(
+    workdir: Path,
+    sizes: Sizes,
+    world: World,
+) -> Path:
+    """As `run`, of a world that has VAE, reward and captions in common with the package's."""
+    out = workdir / "checkpoint"
+    images, texts = datasets.render_dataset(workdir / "data", sizes.images)
+    vocab_size = world.make_tokenizers(out)
+    with log.waiting("tokenising the captions"):
+        captions = tokenized(world, out, texts)
+    latents = shipped_latents(workdir, images)
+    teacher = make_teacher(workdir, sizes, latents, captions, vocab_size)
+    make_generator(workdir, sizes.generator, teacher, captions)
+    return SHIPPED
+
+
+RUN = {"sdxl": run, "pixart": run_twin}

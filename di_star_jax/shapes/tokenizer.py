@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CLIP tokenizer for a small world, each of whose words is one token."""
+"""Tokenizers for a small world, each of whose words is one token: CLIP's and T5's."""
 
 import json
 from pathlib import Path
 
+from di_star_jax.prompts.t5 import LENGTH
 from di_star_jax.prompts.tokens import Tokenizer
 
 _SMALL = 5000  # tokens; CLIP's vocabulary has 49,408
@@ -62,6 +63,26 @@ def make_word_tokenizer(
     )
     tokenizer.save_pretrained(folder)
     return len(vocab)
+
+
+def make_word_pieces(words: list[str], folder: Path) -> int:
+    """Writes a tokenizer folder that `transformers.T5Tokenizer.from_pretrained` reads.
+
+    Args:
+      words: each becomes one piece; of any other text the blank before it is known, and no more.
+      folder: to write.
+    Returns:
+      the vocabulary's size: pad 0, end 1 and unknown 2, the blank and the words; none of the
+      sentinels that T5 has for its pre-training.
+    """
+    from transformers import T5Tokenizer
+
+    specials = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
+    # All are equally likely: whatever word it is, it is likelier than any part of it and a rest.
+    pieces = [(f"▁{word}", -1.0) for word in ("", *words)]
+    tokenizer = T5Tokenizer(vocab=[*specials, *pieces], extra_ids=0, model_max_length=LENGTH)
+    tokenizer.save_pretrained(folder)
+    return len(specials) + len(pieces)
 
 
 def unknown_words(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
