@@ -537,8 +537,8 @@ MUTANTS = r"""
 + return [self._stream[first + i] for i, _ in enumerate(rows)]
 - return last * BLOCK + len(self._block(last))
 + return (last + 1) * BLOCK
-- yield number, {"prompts": json.dumps(block)}
-+ yield number, {"prompts": json.dumps(block[::-1])}
+- yield {"prompts": json.dumps(block)}
++ yield {"prompts": json.dumps(block[::-1])}
 - key = f"{digest}\0{name}\0{suffix}\0{forms.get(suffix)}\0blocks of {BLOCK}"
 + key = f"{name}\0{suffix}\0{forms.get(suffix)}\0blocks of {BLOCK}"
 @ prompts/source.py | test_prompts.py | damaged_by_a_stop
@@ -803,10 +803,10 @@ MUTANTS = r"""
 - "interpolation_scale": float(max(self.sample_size // 64, 1)),
 + "interpolation_scale": self.sample_size / 64,
 @ pipelines/sd15.py | test_sd15.py | condition_and_null
-- context = encoder(token_ids["tokenizer"]).last_hidden_state.astype(jnp.float32)
-+ context = encoder(token_ids["tokenizer"]).hidden_states_penultimate.astype(jnp.float32)
-- return Condition(context), Condition(jnp.broadcast_to(null, context.shape))
-+ return Condition(context), Condition(jnp.zeros_like(context))
+- return Condition(encoder(token_ids["tokenizer"]).last_hidden_state)
++ return Condition(encoder(token_ids["tokenizer"]).hidden_states_penultimate)
+- null_is_zero=False,  # diffusers' `StableDiffusionPipeline` encodes ""
++ null_is_zero=True,
 @ pipelines/export.py | test_sd15.py | draws_in_diffusers
 - "timestep_spacing": "trailing" if form.input == "scaled" else "leading",
 + "timestep_spacing": "leading",

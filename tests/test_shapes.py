@@ -140,8 +140,10 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
 @pytest.mark.slow
 def test_the_twins_teacher_draws_what_is_asked_in_the_20_steps_of_its_scheduler():
     from di_star_jax.pipelines import folder as pipeline
+    from di_star_jax.shapes import networks
 
     loaded = pipeline.load_pipeline(TWIN)
+    assert loaded.scheduler.config == networks.PIXART_SCHEDULER
     sampling = drawing.sampling_of(drawing.Asked(None, None, None, (), None), loaded)
     assert (sampling.sampler, len(sampling.timesteps)) == ("dpm_solver_pp", 20)
     captions = (SHIPPED / "prompts_held_out.txt").read_text().splitlines()[:50]

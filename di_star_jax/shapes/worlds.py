@@ -76,7 +76,9 @@ class Reader(NamedTuple):
         """(condition, null condition) of B captions. Args: token_ids, [B, L] by tokenizer."""
         family = self.world.family
         text = family.encode_text(self.graphdefs, params, token_ids)
-        of_empty = family.encode_text(self.graphdefs, params, self.null_ids)
+        of_empty = None
+        if not family.null_is_zero:
+            of_empty = family.encode_text(self.graphdefs, params, self.null_ids)
         return conditions(family, text, of_empty, RESOLUTION)
 
     def states(
