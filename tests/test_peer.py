@@ -184,7 +184,14 @@ class World:
         return step(trained, frozen, self.ids, self.draws, jnp.ones(()))
 
 
-@pytest.fixture(scope="module", params=TINY)
+# SD 1.5's parts are those of the other two.
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "StableDiffusionPipeline" else name
+    for name in TINY
+]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def world(request):
     return World(request.param)
 
@@ -252,12 +259,12 @@ def job(name="StableDiffusionXLPipeline", dtype="float32", **changes):
 
 @pytest.mark.parametrize("what", peer.WORK)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_work_of_the_benchmark_runs(what, dtype, name):
     peer.make(what, job(name, dtype))()
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_step_without_a_reward_runs_and_a_reward_without_one_is_refused(name):
     networks = {part: config for part, config in TINY[name].items() if part != "reward"}
     without = dataclasses.replace(job(name), configs=networks)

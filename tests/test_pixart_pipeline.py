@@ -119,7 +119,9 @@ def test_condition_and_null_condition_are_those_of_diffusers(loaded, theirs):
     assert found[1].mask.sum(axis=1).tolist() == [1, 1], "the end of text alone"
 
 
-@pytest.mark.parametrize("form", [SCALED, NOISE], ids=lambda form: form.input)
+@pytest.mark.parametrize(
+    "form", [SCALED, pytest.param(NOISE, marks=pytest.mark.slow)], ids=["scaled", "noise"]
+)
 def test_an_export_draws_in_diffusers_what_we_draw(reference, tmp_path, form):
     run = write_run(reference, tmp_path / "run", form, "transformer")
     _export(run, "ema", tmp_path / "out")

@@ -146,7 +146,9 @@ def write_run(reference, folder, form, part="unet"):
     return folder
 
 
-@pytest.mark.parametrize("form", [SCALED, NOISE], ids=lambda form: form.input)
+@pytest.mark.parametrize(
+    "form", [SCALED, pytest.param(NOISE, marks=pytest.mark.slow)], ids=["scaled", "noise"]
+)
 def test_an_export_draws_in_diffusers_what_we_draw(reference, tmp_path, caplog, monkeypatch, form):
     run = write_run(reference, tmp_path / "run", form)
     assert drawing.load(str(run), "ema").form == form
