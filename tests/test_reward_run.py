@@ -312,7 +312,7 @@ def test_the_documented_commands_have_known_flags_and_fields():
                 assert flag.partition("=")[0].removeprefix("--config.") in fields(load("reward"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shapes_pairs_make_a_reward_that_ranks_clear_ones_as_documented(tmp_path):
     """85 % of rendered pairs that the taste ranks clearly, of captions it was not trained on."""
     render, train, align = documented()[0]
