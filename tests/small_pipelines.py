@@ -9,10 +9,11 @@ from pathlib import Path
 
 from di_star_jax.models import published
 from di_star_jax.shapes import networks
+from di_star_jax.shapes.worlds import WORLDS
 from di_star_jax.storage import folders
 
 VOCAB = 64
-TEXT = networks.text_configs(VOCAB)["text_encoder"]
+TEXT = WORLDS["sdxl"].text_configs(VOCAB)["text_encoder"]
 UNET = {
     **published.UNET_SD15,
     "sample_size": 16,

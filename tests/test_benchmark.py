@@ -359,3 +359,9 @@ def test_a_topology_has_the_devices_that_jax_sees_there(name, count, kind):
     wanted = slices.parse(name)
     assert (wanted.devices, wanted.device_kind) == (count, kind)
     assert len(sharding.slice_sizes(devices)) == wanted.count
+
+
+def test_the_small_pipelines_of_the_docs_are_written(tmp_path):
+    import small_pipelines
+
+    assert small_pipelines.TEXT["vocab_size"] == small_pipelines.VOCAB
