@@ -363,6 +363,11 @@ def _prepare(
         config.data.batch_size = (request.per_device or 1) * data * fsdp
     check(config, len(devices))
     planned = plan.make(config, len(devices), devices[0].device_kind)
+    if planned.unknown:
+        raise UserError(
+            f"{planned.unknown[0]} is neither a folder nor a model whose sizes are known; give a "
+            "folder"
+        )
     if request.what == "train":
         plan.check_memory(planned)
 
