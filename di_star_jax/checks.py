@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -158,6 +159,25 @@ def one_of(
         raise UserError(f"{name}={value!r}, expected one of {choices}{near}")
 
 
+def check_signs(
+    values: dict[str, Any],
+    positive: Sequence[str],
+    not_negative: Sequence[str],
+    source: str,
+) -> None:
+    """Args: values, by field; source, the config file that has good ones. Raises: UserError."""
+    for name in positive:
+        if not values[name] > 0:
+            raise UserError(
+                f"{name}={values[name]}, expected more than 0; see {source} for a good value"
+            )
+    for name in not_negative:
+        if not values[name] >= 0:
+            raise UserError(
+                f"{name}={values[name]}, expected 0 or more; see {source} for a good value"
+            )
+
+
 def _check_environment() -> None:
     if jax.config.jax_enable_x64:
         raise UserError(
@@ -178,16 +198,7 @@ def _check_values(config) -> None:
             raise UserError(f"the config has no field {name}; add it, see configs/sdxl.py")
     for name, known in _CHOICES.items():
         one_of(name, values[name], known)
-    for name in _POSITIVE:
-        if not values[name] > 0:
-            raise UserError(
-                f"{name}={values[name]}, expected more than 0; see configs/sdxl.py for a good value"
-            )
-    for name in _NOT_NEGATIVE:
-        if not values[name] >= 0:
-            raise UserError(
-                f"{name}={values[name]}, expected 0 or more; see configs/sdxl.py for a good value"
-            )
+    check_signs(values, _POSITIVE, _NOT_NEGATIVE, "configs/sdxl.py")
     for name in ("optim.b1", "optim.b2"):
         if not 0 <= values[name] < 1:
             raise UserError(

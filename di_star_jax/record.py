@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is: in words, and in a file of its workdir that a later start must agree with."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from di_star_jax import log, processes
+from di_star_jax import disk, lock, log, processes
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError
 from di_star_jax.objectives import OUTSIDE
 from di_star_jax.rewards import rewards_used, scales_of
+from di_star_jax.stop import Stop
 from di_star_jax.storage import files, folders
+from di_star_jax.storage.workdir import Workdir
 
 FILE = "config.json"  # in the workdir
 
@@ -134,6 +137,24 @@ def agree(
     if jax.process_index() == 0:
         content = now | {"changes": said, "finished": kept.get("finished", {})}
         files.write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def begun(config, workdir: str) -> Iterator[tuple[Workdir, Stop]]:
+    """A run's folder, held until the run ends, with signals listened to.
+
+    Args: workdir, a folder or a gs:// address.
+    Raises: UserError where processes are asked for different things, where another run holds the
+      folder, and later where the disk is full.
+    """
+    with processes.one_for_all(), Stop() as stop, contextlib.ExitStack() as stack:
+        with stop.free():
+            agree_on_start(config)
+            stack.enter_context(lock.held(workdir))
+        place = stack.enter_context(Workdir(workdir))
+        stack.enter_context(disk.full_in_one_line(place.folder))
+        log.say(stop.promise())
+        yield place, stop
 
 
 def agree_on_start(config) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user can get wrong in a reward's config, refused before any compile or download."""
 
-from di_star_jax.checks import one_of
+from di_star_jax.checks import check_signs, one_of
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError
 from di_star_jax.preference.loss import LOSSES
@@ -47,16 +47,7 @@ def check(config, device_count: int) -> None:
         )
     for name, known in _CHOICES.items():
         one_of(name, values[name], known)
-    for name in _POSITIVE:
-        if not values[name] > 0:
-            raise UserError(
-                f"{name}={values[name]}, expected more than 0; see configs/reward.py for a value"
-            )
-    for name in _NOT_NEGATIVE:
-        if not values[name] >= 0:
-            raise UserError(
-                f"{name}={values[name]}, expected 0 or more; see configs/reward.py for a value"
-            )
+    check_signs(values, _POSITIVE, _NOT_NEGATIVE, "configs/reward.py")
     for name in _SHARES:
         if not 0 <= values[name] < 1:
             raise UserError(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from di_star_jax import disk, lock, log, processes, record, sharding
+from di_star_jax import log, processes, record, sharding
 from di_star_jax.config import fields
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines.folder import Options
@@ -73,13 +73,7 @@ def run(
     Raises: UserError for unusable inputs, a workdir of another run, a full disk, and a gradient
       that is not finite. SystemExit after Ctrl-C or SIGTERM, when the state is saved.
     """
-    with processes.one_for_all(), Stop() as stop, contextlib.ExitStack() as stack:
-        with stop.free():
-            record.agree_on_start(config)
-            stack.enter_context(lock.held(workdir))
-        place = stack.enter_context(Workdir(workdir))
-        stack.enter_context(disk.full_in_one_line(place.folder))
-        log.say(stop.promise())
+    with record.begun(config, workdir) as (place, stop):
         follow(config, place, arguments, stop)
 
 
