@@ -103,11 +103,24 @@ def load_parts(
     """
     options = model_options(config, mesh)
     folder = folders.resolve(config.weights.reference)
+    check_teacher(config.weights.reference, folder)
     of_empty = cache.batch([""], {})[TEXT] if cache else None
     reference = load_pipeline(folder, options["text"], options, of_empty)
     tokenizer = config.weights.reward_tokenizer
     rewards = load_rewards(reward_sources(config), tokenizer, options["reward"])
     return Parts(reference, rewards, cache, start_of(config, reference))
+
+
+def check_teacher(name: str, folder: Path) -> None:
+    """Raises: UserError where the reference draws in few steps. Args: name, as it was given."""
+    family, scheduler = check_pipeline(folder)
+    form = form_of(scheduler.config, family.one_step)
+    if form:
+        steps = len(form.timesteps)
+        raise UserError(
+            f"weights.reference={name} is a generator of {steps} step{'s' * (steps > 1)} (its "
+            "scheduler says so) and has no scores to learn from; give the pipeline of its teacher"
+        )
 
 
 def start_of(config, reference: Pipeline) -> Start:

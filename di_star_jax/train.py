@@ -14,9 +14,7 @@ from jax.sharding import Mesh
 
 from di_star_jax import (
     assembly,
-    disk,
     drawing,
-    lock,
     log,
     pictures,
     processes,
@@ -77,13 +75,7 @@ def run(
     Raises: UserError for unusable inputs, a workdir of another run, a full disk, and a gradient
       that is not finite. SystemExit after Ctrl-C or SIGTERM, when the state is saved.
     """
-    with processes.one_for_all(), Stop() as stop, contextlib.ExitStack() as stack:
-        with stop.free():
-            record.agree_on_start(config)
-            stack.enter_context(lock.held(workdir))
-        place = stack.enter_context(Workdir(workdir))
-        stack.enter_context(disk.full_in_one_line(place.folder))
-        log.say(stop.promise())
+    with record.begun(config, workdir) as (place, stop):
         follow(config, place, arguments, stop)
 
 
@@ -131,7 +123,7 @@ def follow(
         stack.enter_context(report.progress)
         report.begin(arguments, loaded.scorer, before)
         kept = held_out.kept(workdir.folder, held_out.BEFORE, begun.settings or {})
-        report.initial = kept.first if kept and loaded.scorer else {}
+        report.initial = watched(config, kept) if loaded.scorer else {}
         output = Output(workdir, checkpoints, writer, report)
         state = take_steps(config, loaded, steps, state, output, stop)
         finish(loaded, state, begun, output, stop)
@@ -311,6 +303,11 @@ def score_before(
     if jax.process_index() == 0:
         held_out.keep(workdir.folder, held_out.BEFORE, begun.settings, before)
     return before
+
+
+def watched(config, kept: held_out.Kept | None) -> dict[str, float]:
+    """First scores, beside which later ones show a gamed reward; none where there is no reward."""
+    return kept.first if kept and any(scales_of(config.reward).values()) else {}
 
 
 def compile_steps(

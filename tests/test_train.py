@@ -20,6 +20,7 @@ from test_step import CONFIGS
 from di_star_jax import assembly, drawing, models, sharding, train
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
+from di_star_jax.evaluation import held_out
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.export import INPUT, TIMESTEPS
 from di_star_jax.shapes.tokenizer import END, make_word_tokenizer
@@ -177,6 +178,19 @@ def test_a_run_begins_with_what_another_has_exported_and_knows_its_form(folder, 
     config = config_for(folder, **{"weights.generator": str(copy)})
     parts = assembly.load_parts(config, sharding.make_mesh(8, 1))
     assert assembly.method_of(config, parts).settings.generator == FewStep((625,), "scaled")
+
+
+def test_only_a_reward_can_be_gamed(folder):
+    kept = held_out.Kept({}, {"saturation": 0.3}, None)
+    assert train.watched(config_for(folder), kept) == kept.first
+    assert train.watched(config_for(folder, **{"reward.pickscore": 0.0}), kept) == {}
+    assert train.watched(config_for(folder), None) == {}
+
+
+def test_what_draws_in_one_step_is_no_teacher(folder, straight):
+    config = config_for(folder, **{"weights.reference": str(straight / "diffusers")})
+    error = refusal(assembly.load_parts, config, sharding.make_mesh(8, 1))
+    assert f"{straight / 'diffusers'} is a generator of 1 step (its scheduler says so)" in error
 
 
 @pytest.mark.case("first hour 2")
