@@ -3,7 +3,9 @@
 
     di-star train --config=shapes_pixart --workdir=runs/shapes_pixart
 
-VAE, reward and captions are those of configs/shapes.py. To resume, run the same command again.
+VAE, reward and captions are those of configs/shapes.py. On held-out captions the reward goes from
+0.586 to 0.650, attributes from 0.897 to 0.894 (docs/ablation.md). To resume, run the same command
+again.
 """
 
 import importlib.util
@@ -24,19 +26,23 @@ _spec.loader.exec_module(_shapes)
 METHODS = ("di_pp", "diff_instruct", "dmd", "di_star", "di_star_l2", "sim", "sid", "reward_only")
 PRESETS = {name: {"objective.name": "di_star"} | _shapes.PRESETS[name] for name in METHODS}
 
+# sigma / alpha is 0.14 and 14 there, as at 20 and 980 of SDXL's schedule; this one's is 0.01 to 157
+_TIMES = {"objective.t_min": 40, "objective.t_max": 720, "assistant.t_max": 720}
+# From the teacher alone, as configs/shapes.py.
+PRESETS |= {
+    name: {"objective.name": "di_star"} | row | _TIMES
+    for name, row in _shapes.PRESETS.items()
+    if name.startswith("distill")
+}
+
 # What differs from configs/shapes.py.
 CHANGES = {
     "weights.reference": _CHECKPOINT,
     "weights.generator": os.path.join(_CHECKPOINT, "generator"),
     "objective.name": "kl",  # DI++: integral KL
-    # sigma / alpha is 0.14 and 14 there, as at 20 and 980 of SDXL's schedule; this one's is 0.01 to
-    # 157
-    "objective.t_min": 40,
-    "objective.t_max": 720,
-    "assistant.t_max": 720,
     "reward.pickscore": 200.0,  # KL summed over a sample pulls harder than DI*'s objective
     "eval.teacher": os.path.join(_CHECKPOINT, "teacher"),
-}
+} | _TIMES
 
 
 def get_config(preset: str = "di_pp") -> ml_collections.ConfigDict:

@@ -243,12 +243,23 @@ def test_scenes_in_the_taste_have_a_reward_that_an_aligned_generator_can_reach()
     assert best > by_chance + 0.1
 
 
+def few_steps(sizes):
+    """All stages of a pre-training, two steps each."""
+    stages = {
+        name: dataclasses.replace(stage, steps=2, batch_size=4)
+        for name, stage in vars(sizes).items()
+        if hasattr(stage, "steps")
+    }
+    short = {"train.steps": 2, "train.save_every": 2, "data.batch_size": 8}
+    return dataclasses.replace(sizes, images=16, pairs=48, reward=short, generator=short, **stages)
+
+
 @pytest.mark.slow
 def test_the_twins_pretraining_makes_a_pipeline_of_its_own_and_a_second_start_changes_nothing(
     tmp_path,
 ):
+    from di_star_jax import pretrain
     from di_star_jax.pipelines import folder as pipeline
-    from di_star_jax.shapes import pretrain
     from di_star_jax.shapes.worlds import PIXART_WORLD
 
     small = {
@@ -257,13 +268,8 @@ def test_the_twins_pretraining_makes_a_pipeline_of_its_own_and_a_second_start_ch
     }
     configs = {name: PIXART_WORLD.configs[name] | changes for name, changes in small.items()}
     world = dataclasses.replace(PIXART_WORLD, configs=configs)
-    stages = {
-        name: dataclasses.replace(stage, steps=2, batch_size=4)
-        for name, stage in vars(pretrain.SIZES["pixart"]).items()
-        if isinstance(stage, pretrain.Stage)
-    }
-    sizes = pretrain.Sizes(images=16, pairs=8, **stages)
-    pretrain.run_twin(tmp_path, sizes, world)
+    sizes = few_steps(pretrain.SIZES["pixart"])
+    pretrain.make_twin(tmp_path, sizes, world)
     out = tmp_path / "checkpoint"
     written = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     loaded = pipeline.load_pipeline(out)
@@ -280,7 +286,7 @@ def test_the_twins_pretraining_makes_a_pipeline_of_its_own_and_a_second_start_ch
             jax.tree.leaves(loaded.models["vae"].params), jax.tree.leaves(shipped), strict=True
         )
     )
-    pretrain.run_twin(tmp_path, sizes, world)
+    pretrain.make_twin(tmp_path, sizes, world)
     assert written == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
@@ -324,8 +330,9 @@ def test_pads_that_the_twins_training_leaves_out_change_no_prediction(tmp_path):
 
 @pytest.mark.long
 def test_every_stage_of_the_pretraining_runs_and_a_second_start_changes_nothing(tmp_path):
+    from di_star_jax import pretrain
     from di_star_jax.pipelines import folder as pipeline
-    from di_star_jax.shapes import networks, pretrain
+    from di_star_jax.shapes import networks
     from di_star_jax.shapes.worlds import SDXL_WORLD
 
     one_level = {
@@ -338,26 +345,21 @@ def test_every_stage_of_the_pretraining_runs_and_a_second_start_changes_nothing(
     # a fifth of the compiling
     configs = SDXL_WORLD.configs | {"denoiser": networks.UNET | one_level}
     world = dataclasses.replace(SDXL_WORLD, configs=configs)
-    full = pretrain.Sizes()
-    stages = {
-        name: dataclasses.replace(stage, steps=2, batch_size=4)
-        for name, stage in vars(full).items()
-        if isinstance(stage, pretrain.Stage)
-    }
-    sizes = pretrain.Sizes(images=16, pairs=8, **stages)
-    pretrain.run(tmp_path, sizes, world)
+    sizes = few_steps(pretrain.Sizes())
+    pretrain.make(tmp_path, sizes, world)
     out = tmp_path / "checkpoint"
     written = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     assert {*pipeline.load_pipeline(out).models} == {*pipeline.load_pipeline(SHIPPED).models}
-    assert {p.name for p in out.iterdir()} == {p.name for p in SHIPPED.iterdir()}
-    for part in ("unet", "generator", "vae", "text_encoder", "text_encoder_2", "reward"):
+    scored = {"teacher"}  # what the command adds
+    assert {p.name for p in out.iterdir()} | scored == {p.name for p in SHIPPED.iterdir()}
+    for part in ("unet", "generator", "vae", "text_encoder", "text_encoder_2", "clip", "reward"):
         made = pipeline.load_model(out / part)
         shipped = pipeline.load_model(SHIPPED / part)
         if part not in ("unet", "generator"):
             shapes = jax.tree.map(jnp.shape, (made.params, shipped.params))
             assert shapes[0] == shapes[1]
         assert all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(made.params))
-    pretrain.run(tmp_path, sizes, world)
+    pretrain.make(tmp_path, sizes, world)
     assert written == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
@@ -407,10 +409,9 @@ def test_data_of_another_command_or_damaged_data_is_not_trained_on(tmp_path):
     (tmp_path / "images.npy").write_bytes(b"half")
     with pytest.raises(UserError, match=r"images.npy is missing or damaged; delete .*made again"):
         datasets.render_dataset(tmp_path, 5)
-    datasets.render_pairs(tmp_path / "pairs", 3)
-    (tmp_path / "pairs" / "captions.json").write_text('["a')
+    (tmp_path / "captions.json").write_text('["a')
     with pytest.raises(UserError, match=r"captions.json is damaged; delete it"):
-        datasets.render_pairs(tmp_path / "pairs", 3)
+        datasets.render_dataset(tmp_path, 5)
 
 
 @pytest.mark.case("first hour 24")

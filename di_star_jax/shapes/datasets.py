@@ -13,7 +13,7 @@ from flax import nnx
 
 from di_star_jax import log
 from di_star_jax.errors import UserError
-from di_star_jax.shapes import scenes, taste
+from di_star_jax.shapes import scenes
 from di_star_jax.storage import files
 
 
@@ -29,59 +29,25 @@ def render_dataset(folder: Path, count: int) -> tuple[np.ndarray, list[str]]:
     """
     images_file = folder / "images.npy"
     if not _captions_file(folder).exists():  # written last
-        images = np.empty((count, scenes.SIZE, scenes.SIZE, 3), np.uint8)
-
-        def render(i: int) -> str:
-            rng = np.random.default_rng((1, i))
-            scene = scenes.sample_scene(rng, held_out=False)
-            images[i] = np.round(255.0 * scenes.render(scene, rng))
-            return scene.caption
-
-        captions = _rendered(folder, count, render, "data: scene")
+        images, captions = _rendered(count)
+        folder.mkdir(parents=True, exist_ok=True)
         _write_array(images_file, lambda file: np.save(file, images))
         files.write_text(_captions_file(folder), json.dumps(captions))
     return _stored(images_file, mmap_mode="r"), _captions(folder, count)
 
 
-def render_pairs(folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Preference pairs.
-
-    Returns: images uint8 [count, 2, 64, 64, 3], probability [count] that the first is preferred,
-      captions.
-    """
-    pairs_file = folder / "pairs.npz"
-    if not _captions_file(folder).exists():  # written last
-        images = np.empty((count, 2, scenes.SIZE, scenes.SIZE, 3), np.uint8)
-        prob = np.empty(count, np.float32)
-
-        def render(i: int) -> str:
-            rng = np.random.default_rng((4, i))
-            scene = scenes.sample_scene(rng, held_out=False)
-            *pair, prob[i] = taste.preference_pair(scene, rng)
-            images[i] = np.round(255.0 * np.stack(pair))
-            return scene.caption
-
-        captions = _rendered(folder, count, render, "data: preference pair")
-        _write_array(pairs_file, lambda file: np.savez(file, images=images, prob=prob))
-        files.write_text(_captions_file(folder), json.dumps(captions))
-    stored = _stored(pairs_file)
-    return stored["images"], stored["prob"], _captions(folder, count)
-
-
-def _rendered(
-    folder: Path,
-    count: int,
-    render: Callable[[int], str],
-    unit: str,
-) -> list[str]:
-    """The captions of all scenes. Args: render, of the i-th scene; unit, for the progress."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _rendered(count: int) -> tuple[np.ndarray, list[str]]:
+    images = np.empty((count, scenes.SIZE, scenes.SIZE, 3), np.uint8)
     captions = []
-    with log.Progress(count, 0, unit) as progress:
-        for start in range(0, count, 100):
-            captions += [render(i) for i in range(start, min(start + 100, count))]
-            progress.update(len(captions), "")
-    return captions
+    with log.Progress(count, 0, "data: scene") as progress:
+        for i in range(count):
+            rng = np.random.default_rng((1, i))
+            scene = scenes.sample_scene(rng, held_out=False)
+            images[i] = np.round(255.0 * scenes.render(scene, rng))
+            captions.append(scene.caption)
+            if len(captions) % 100 == 0 or len(captions) == count:
+                progress.update(len(captions), "")
+    return images, captions
 
 
 def _captions_file(folder: Path) -> Path:

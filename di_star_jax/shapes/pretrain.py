@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the shapes world's networks are trained from nothing: the stages of `di-star pretrain`."""
+"""How the shapes world's networks are trained from nothing, but for what other commands train.
+
+VAE, text encoders, teacher and the CLIP that the reward begins with: stages of `di-star pretrain`.
+"""
 
 import collections
 import contextlib
@@ -20,23 +23,17 @@ from optax import contrib
 
 from di_star_jax import (
     diffusion,
-    drawing,
-    gradients,
     log,
     models,
-    objectives,
-    step,
 )
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.family import DENOISER
-from di_star_jax.pipelines.scheduler import GUIDANCE_SCALE, schedule_from_json
-from di_star_jax.prompts.tokens import Tokenizer
+from di_star_jax.pipelines.scheduler import schedule_from_json
 from di_star_jax.rewards import similarity
 from di_star_jax.shapes import datasets, networks
 from di_star_jax.shapes.datasets import to_image
-from di_star_jax.shapes.networks import LATENT_SHAPE
-from di_star_jax.shapes.worlds import Captions, Reader, World, tokenized
+from di_star_jax.shapes.worlds import Captions, Reader, World
 from di_star_jax.storage import weights
 from di_star_jax.storage.checkpoint import Checkpoints
 
@@ -74,32 +71,8 @@ VAE = Stage("vae", 5000, 8, 2e-3, minutes=12)
 TEXT = Stage("text", 1000, 256, 2e-3, minutes=3)
 TEACHER = Stage("teacher", 4500, 64, 1.5e-3, minutes=30)
 CLIP = Stage("CLIP, contrastive", 1500, 96, 1e-3, minutes=5)
-REWARD = Stage("reward, preference", 1500, 48, 3e-4, minutes=3)
 PIXART_TEXT = Stage("text", 1500, 256, 2e-3, minutes=6)
 PIXART_TEACHER = Stage("teacher", 5000, 64, 1.5e-3, minutes=50, optimizer="muon")
-PIXART_GENERATOR = Stage("generator", 800, 32, 1e-4, minutes=8)
-# The assistant learns twice as fast.
-GENERATOR = Stage("generator", 800, 32, 1e-4, minutes=8)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How much is made and trained in all."""
-
-    images: int = 40_000
-    pairs: int = 10_000
-    vae: Stage = VAE
-    text: Stage = TEXT
-    teacher: Stage = TEACHER
-    clip: Stage = CLIP
-    reward: Stage = REWARD
-    generator: Stage = GENERATOR
-
-
-SIZES = {
-    "sdxl": Sizes(),
-    "pixart": Sizes(text=PIXART_TEXT, teacher=PIXART_TEACHER, generator=PIXART_GENERATOR),
-}
 
 
 class Network(NamedTuple):
@@ -493,127 +466,7 @@ def train_clip(
     return Network(graphdef, fit(folder, stage, params, loss_fn, batch_at))
 
 
-def train_reward(
-    folder: Path,
-    stage: Stage,
-    clip: Network,
-    pairs: tuple[np.ndarray, np.ndarray, np.ndarray],
-) -> Network:
-    """PickScore's loss: cross-entropy over the two scaled scores of a preference pair.
-
-    Args:
-      folder, stage: as of `fit`.
-      clip: from `train_clip`, to start from.
-      pairs: uint8 [N, 2, 64, 64, 3], probability [N] that the first is preferred, and captions,
-        int32 [N, TOKENS].
-    """
-    images, prob, ids = pairs
-
-    def loss_fn(
-        params: Params,
-        batch: dict,
-        key: jax.Array,
-    ) -> jax.Array:
-        del key
-        text = similarity.text_embeddings(clip.graphdef, params, batch["ids"])
-        scores = []
-        for i in range(2):
-            image = similarity.image_embeddings(clip.graphdef, params, batch["image"][:, i])
-            scores.append(jnp.sum(image * text, axis=-1))
-        logits = _logit_scale(params) * jnp.stack(scores, axis=-1)  # [B, 2]
-        labels = jnp.stack([batch["prob"], 1.0 - batch["prob"]], axis=-1)
-        return optax.softmax_cross_entropy(logits, labels).mean()
-
-    def batch_at(k: int) -> dict:
-        rows = stage.rows(6, k, len(ids))
-        return {"image": to_image(images[rows]), "prob": prob[rows], "ids": ids[rows]}
-
-    return clip._replace(params=fit(folder, stage, clip.params, loss_fn, batch_at))
-
-
-# Generator.
-
-
-def _distillation(reader: Reader, optimizers: step.Optimizers) -> Callable:
-    """The project's own training step with reward 0, and DMD's normalised gradient.
-
-    docs/ablation.md has what other losses reach in the same time.
-    """
-    world = reader.world
-
-    def no_reward(
-        params: dict,
-        x0: jax.Array,
-        token_ids: dict,
-        crop: Any,
-    ) -> tuple:
-        del params, token_ids, crop
-        return jnp.zeros(x0.shape[0]), {}
-
-    settings = gradients.Settings(
-        objective="kl",
-        omega=world.scheduler[GUIDANCE_SCALE],
-        constants=objectives.Constants(),
-        weighting="x0_normalised",
-        reduction="mean",
-        generator_times=(20, world.last_times[0]),
-        assistant_times=(0, world.last_times[1]),
-        assistant_updates=1,
-        scheme="separate",
-        generator=world.family.one_step,
-        latent_shape=LATENT_SHAPE,
-        ema_half_life=1100,
-        clip_norms=(10.0, 10.0),
-    )
-    schedule = schedule_from_json(world.scheduler)
-    denoiser = functools.partial(nnx.merge, reader.graphdefs[DENOISER])
-    method = gradients.Method(denoiser, reader.conditions, no_reward, schedule, settings)
-    train_step = step.make_train_step(method, optimizers, drawing.one_device())
-    return jax.jit(train_step, donate_argnums=0)
-
-
-def distil_generator(
-    folder: Path,
-    stage: Stage,
-    teacher: Network,
-    captions: Captions,
-) -> Params:
-    """A one-step generator from the teacher, in the role of DMD2-SDXL's.
-
-    Args:
-      folder, stage: as of `fit`.
-      teacher: from `train_teacher`.
-      captions: to learn from.
-    Returns:
-      the generator's averaged parameters.
-    """
-    settings = step.AdamW(lr_warmup_steps=50, b1=0.0, b2=0.99, eps=1e-8, weight_decay=0.0)
-    optimizers = step.Optimizers(
-        generator=step.adamw(stage.learning_rate, settings),
-        assistant=step.adamw(2.0 * stage.learning_rate, settings),
-    )
-    train_step = _distillation(captions.reader(teacher.graphdef), optimizers)
-    frozen = dict(teacher.params)
-    frozen["reference"] = frozen.pop(DENOISER)
-
-    def update(
-        state: step.TrainState,
-        ids: dict,
-        k: int,
-    ) -> tuple[step.TrainState, dict]:
-        del k  # the state knows it
-        state, values = train_step(state, frozen, (ids,), jax.random.key(7))
-        return state, {name: values[name] for name in ("regulariser/loss", "assistant/loss")}
-
-    def batch_at(k: int) -> dict:
-        return _take(captions.ids, stage.rows(7, k, len(captions.ids["tokenizer"])))
-
-    start = teacher.params[DENOISER]
-    state = step.init_state(start, start, optimizers)
-    return keep_training(folder, stage, state, update, batch_at).ema
-
-
-# All of it.
+# Stages that write their part of the checkpoint.
 
 
 def make_latents(
@@ -643,20 +496,20 @@ def shipped_latents(workdir: Path, images: np.ndarray) -> tuple[np.ndarray, np.n
 
 def make_teacher(
     workdir: Path,
-    sizes: Sizes,
+    text_stage: Stage,
+    teacher_stage: Stage,
     latents: tuple,
     captions: Captions,
     vocab_size: int,
-) -> Network:
+) -> None:
     """Trains and writes the text encoders and the denoiser."""
     out, world = workdir / "checkpoint", captions.world
     configs = world.text_configs(vocab_size)
-    text = train_text(workdir / "text", sizes.text, latents[0], captions, configs)
-    teacher = train_teacher(workdir / "teacher", sizes.teacher, latents, captions, text)
+    text = train_text(workdir / "text", text_stage, latents[0], captions, configs)
+    teacher = train_teacher(workdir / "teacher", teacher_stage, latents, captions, text)
     for name, config in configs.items():
         weights.save(out / name, teacher.params[name], config=config, **HALF_TRANSFORMERS)
     save_denoiser(out / world.family.parts[DENOISER].folder, teacher.params[DENOISER], world)
-    return teacher
 
 
 def save_denoiser(
@@ -668,78 +521,26 @@ def save_denoiser(
     weights.save(folder, params, config=world.configs[DENOISER], **HALF_DIFFUSERS)
 
 
-def make_reward(
+def make_clip(
     workdir: Path,
-    sizes: Sizes,
+    stage: Stage,
     images: np.ndarray,
     ids: np.ndarray,
     vocab_size: int,
 ) -> None:
-    """Trains and writes reward/. Args: images and their captions' ids, as of `train_clip`."""
-    out, config = workdir / "checkpoint", networks.reward_config(vocab_size)
-    clip = train_clip(workdir / "reward" / "contrastive", sizes.clip, images, ids, config)
-    pairs, prob, captions = datasets.render_pairs(workdir / "pairs", sizes.pairs)
-    examples = (pairs, prob, Tokenizer(out / "tokenizer")(captions))
-    reward = train_reward(workdir / "reward" / "preference", sizes.reward, clip, examples)
-    weights.save(out / "reward", reward.params, config=config, **HALF_TRANSFORMERS)
+    """Trains and writes clip/. Args: images and their captions' ids, as of `train_clip`."""
+    config = networks.reward_config(vocab_size)
+    clip = train_clip(workdir / "clip", stage, images, ids, config)
+    folder = workdir / "checkpoint" / "clip"
+    weights.save(folder, clip.params, config=config, **HALF_TRANSFORMERS)
 
 
-def make_generator(
-    workdir: Path,
-    stage: Stage,
-    teacher: Network,
-    captions: Captions,
-) -> None:
-    """Distils and writes generator/, and what makes the checkpoint a pipeline's folder."""
-    out, world = workdir / "checkpoint", captions.world
-    generator = distil_generator(workdir / "generator", stage, teacher, captions)
-    save_denoiser(out / "generator", generator, world)
-    folders_to_write = {
+def write_index(out: Path, world: World) -> None:
+    """Writes what makes a checkpoint's folder a pipeline's."""
+    contents = {
         out / "scheduler" / "scheduler_config.json": world.scheduler,
         out / "model_index.json": world.index,
     }
-    for file, content in folders_to_write.items():
+    for file, content in contents.items():
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def run(
-    workdir: Path,
-    sizes: Sizes,
-    world: World,
-) -> Path:
-    """All stages, each continued where it stopped; writes WORKDIR/checkpoint.
-
-    Returns: the folder of the reward and the captions.
-    """
-    out = workdir / "checkpoint"
-    images, texts = datasets.render_dataset(workdir / "data", sizes.images)
-    vocab_size = world.make_tokenizers(out)
-    with log.waiting("tokenising the captions"):
-        captions = tokenized(world, out, texts)
-    latents = make_latents(workdir, sizes.vae, images)
-    teacher = make_teacher(workdir, sizes, latents, captions, vocab_size)
-    make_reward(workdir, sizes, images, captions.ids["tokenizer"], vocab_size)
-    make_generator(workdir, sizes.generator, teacher, captions)
-    datasets.write_captions(out)
-    return out
-
-
-def run_twin(
-    workdir: Path,
-    sizes: Sizes,
-    world: World,
-) -> Path:
-    """As `run`, of a world that has VAE, reward and captions in common with the package's."""
-    out = workdir / "checkpoint"
-    images, texts = datasets.render_dataset(workdir / "data", sizes.images)
-    vocab_size = world.make_tokenizers(out)
-    with log.waiting("tokenising the captions"):
-        captions = tokenized(world, out, texts)
-    latents = shipped_latents(workdir, images)
-    teacher = make_teacher(workdir, sizes, latents, captions, vocab_size)
-    make_generator(workdir, sizes.generator, teacher, captions)
-    return SHIPPED
-
-
-RUN = {"sdxl": run, "pixart": run_twin}

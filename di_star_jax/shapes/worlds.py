@@ -30,22 +30,22 @@ States = Callable[[dict, dict, dict[str, jax.Array]], dict[str, jax.Array]]
 class World:
     """A pipeline of the shapes world.
 
+    config: of its runs, by name.
     family: of its models.
     configs: config.json by component, of the text encoders without the tokenizer's numbers.
     numbers: what a vocabulary's size says of a text encoder's config.json.
     scheduler, index: scheduler_config.json and model_index.json.
-    last_times: the highest of the generator's loss in distillation, and of the assistant's.
     make_tokenizers: writes the tokenizers' folders into one; the vocabulary's size.
     tokenize: (that folder, captions) -> token ids [N, L] by tokenizer, as training reads them.
     states: of captions, see `States`.
     """
 
+    config: str
     family: Family
     configs: dict[str, dict]
     numbers: Callable[[int], dict[str, int]]
     scheduler: dict[str, Any]
     index: dict[str, Any]
-    last_times: tuple[int, int]
     make_tokenizers: Callable[[Path], int]
     tokenize: Callable[[Path, list[str]], dict[str, np.ndarray]]
     states: States
@@ -163,6 +163,7 @@ def _t5_states(
 
 
 SDXL_WORLD = World(
+    config="shapes",
     family=SDXL,
     configs={
         DENOISER: networks.UNET,
@@ -172,19 +173,17 @@ SDXL_WORLD = World(
     numbers=networks.special,
     scheduler=networks.SCHEDULER,
     index=networks.MODEL_INDEX,
-    last_times=(980, 999),
     make_tokenizers=_make_clip_tokenizers,
     tokenize=_clip_ids,
     states=_clip_states,
 )
 PIXART_WORLD = World(
+    config="shapes_pixart",
     family=PIXART,
     configs={DENOISER: networks.PIXART, "text_encoder": networks.T5},
     numbers=lambda vocab_size: {"vocab_size": vocab_size},
     scheduler=networks.PIXART_SCHEDULER,
     index=networks.PIXART_INDEX,
-    # Where sigma / alpha is 14, as at SDXL's end. It is 157 at 999: x_0 would be nothing but error.
-    last_times=(720, 720),
     make_tokenizers=_make_t5_tokenizer,
     tokenize=_t5_ids,
     states=_t5_states,
