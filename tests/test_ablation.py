@@ -112,6 +112,17 @@ def test_hacked_runs_are_as_long_as_the_good_one_beside_them():
     assert good.train.steps == hard.train.steps == free.train.steps == 2 * rows.STEPS
 
 
+def test_losses_are_compared_from_the_teacher_alone_by_their_presets():
+    configs = {row.name: rows.config_of(row, CONFIG, seed=0) for row in rows.rows_of(["distill"])}
+    assert [config.objective.name for config in configs.values()] == ["kl", "kl", "di_star", "sid"]
+    for name, config in configs.items():
+        preset = load_config(CONFIG, name)
+        assert not config.weights.generator and config.reward.pickscore == 0
+        assert config.data.batch_size == preset.data.batch_size == 32
+        assert config.optim == preset.optim and config.assistant == preset.assistant
+        assert list(rows.points_of(config)) == [20, 40, 60, 80, 100, 120]
+
+
 def test_rows_are_asked_for_by_name_and_by_group(workdir):
     conclusive = rows.CONCLUSIVE[-1]
     put(workdir, conclusive, 0)
@@ -220,7 +231,7 @@ def test_a_whole_page_goes_to_out_and_keeps_what_people_wrote(workdir, monkeypat
     assert all(f"`{name}`" in text for name in rows.ROWS)
     for picture in re.findall(r"\]\((\w+\.png)\)", text):
         assert (out / picture).exists()
-    assert len(re.findall(r"^!\[", text, re.MULTILINE)) == 3
+    assert len(re.findall(r"^!\[", text, re.MULTILINE)) == 4
 
 
 @pytest.mark.case("first hour 24")
@@ -395,7 +406,7 @@ def test_columns_have_captions_and_lines_their_own_look(drawn):
 def test_text_is_readable_at_the_width_of_a_page(drawn):
     from matplotlib.text import Text
 
-    for name in ("ablation", "ablation_balance", "ablation_hacking"):
+    for name in ("ablation", "ablation_balance", "ablation_hacking", "ablation_distill"):
         texts = [text for text in drawn[name].findobj(Text) if text.get_text().strip()]
         shown = 830 / 96 / drawn[name].get_figwidth()  # 830 pixels on GitHub
         assert texts and min(text.get_fontsize() * shown for text in texts) >= 8.0, name
@@ -409,6 +420,16 @@ def test_hacking_shows_its_signals_beside_the_teachers(drawn):
         *runs, teacher = axis.lines
         assert len(runs) == 3 and teacher.get_linestyle() == "--"
         assert all(line.get_xdata()[0] == 0 for line in runs)  # the initial generator
+
+
+def test_losses_of_the_first_stage_are_shown_beside_teacher_and_shipped_generator(drawn):
+    above, _ = drawn["ablation_distill"].subfigs
+    signals = [axis for axis in above.axes if axis.get_title()]
+    assert len(signals) == 5
+    for axis in signals:
+        *runs, teacher, shipped = axis.lines
+        assert len(runs) == 4 and [teacher.get_linestyle(), shipped.get_linestyle()] == ["--", ":"]
+        assert all(line.get_xdata()[0] > 0 for line in runs)  # a copied teacher draws nothing
 
 
 @pytest.mark.case("first hour 9", "first hour 10")

@@ -59,7 +59,6 @@ Todo = list[tuple[Row, int]]  # with the seed
 def run_row(
     world: World,
     folder: pathlib.Path,
-    row: Row,
     config,
 ) -> None:
     """Trains one row with one seed and measures it.
@@ -68,10 +67,10 @@ def run_row(
     """
     began = time.time()
     train.run(config, str(folder / "run"))
-    points = range(rows.EVERY, row.length * rows.STEPS + 1, rows.EVERY)
+    warmup = config.assistant.warmup_steps
     with checkpoint.existing(folder / "run") as store:
         like = world.parts.models[DENOISER].params
-        averages = {k: store.restore_item(rows.WARMUP + k, "ema", like) for k in points}
+        averages = {k: store.restore_item(warmup + k, "ema", like) for k in rows.points_of(config)}
     with log.waiting("measuring"):
         result, drawn = measured(world, averages)
     _write(folder, result, drawn, time.time() - began)
@@ -222,7 +221,7 @@ def _run(
         left = _estimate(results_of(workdir), todo[i:])
         go_on = "" if i else "; stopped, the same command goes on"
         log.say(f"{row.name}, seed {seed}: run {i + 1} of {len(todo)}, {left}{go_on}")
-        run_row(world, folder_of(workdir, row.name, seed), row, rows.config_of(row, file, seed))
+        run_row(world, folder_of(workdir, row.name, seed), rows.config_of(row, file, seed))
         write_page(workdir, world.captions, seeds, workdir)
 
 

@@ -46,12 +46,17 @@ train on, for where it falls while the reward still rises, the reward is gamed. 
 colours that leave their value are drawn for the reward and not for the caption. And `diversity`:
 where it falls, what is lost is lost for good, and here it rises, for no two pictures have the same
 faults. Then take an earlier checkpoint, and lower the reward's scale, or set `reward.balance`.""",
+    "distill": """One-step generators from nothing but the teacher, Diff-Instruct++'s first stage, \
+by the presets of these names
+(`configs/shapes.py`) stopped after 120 of their 800 steps of 32 pictures; rates are equal. The
+dotted line is the generator that the package ships, the one that the other rows start from.""",
 }
 _AT_REWARDS = """At equal reward, linear between the two balances next to it, means over seeds:"""
 _FIGURES = {
     "paper": ("ablation.png", "the same captions and noise in every row"),
     "balance": ("ablation_balance.png", "reward against attributes and distance, by method"),
-    "hacking": ("ablation_hacking.png", "three signals over the steps, and the last pictures"),
+    "hacking": ("ablation_hacking.png", "five signals over the steps, and the last pictures"),
+    "distill": ("ablation_distill.png", "scores over the steps by loss, and the last pictures"),
 }
 
 
@@ -105,7 +110,8 @@ def text_of(
 
 {_incomplete(missing(results, seeds))}Every row trains the shapes world's initial one-step \
 generator for {rows.STEPS} steps of {rows.TRAIN_BATCH} pictures, twice as long under
-"{rows.GROUPS["hacking"]}", after {rows.WARMUP} of the assistant alone; made by
+"{rows.GROUPS["hacking"]}", after {rows.WARMUP} of the assistant alone, unless it is \
+"{rows.GROUPS["distill"]}"; made by
 `python -m di_star_jax.studies.ablation --workdir=runs/ablation --out=docs`, {count} runs in \
 {hours:.1f} h on {devices}.
 
@@ -164,7 +170,8 @@ def write_page(
     figures.draw_grid(workdir, results, captions, out / _FIGURES["paper"][0])
     if _has(results, "balance"):
         figures.draw_balance(results, out / _FIGURES["balance"][0])
-    if _has(results, "hacking"):
-        figures.draw_hacking(workdir, results, captions, out / _FIGURES["hacking"][0])
+    for group in ("hacking", "distill"):
+        if _has(results, group):
+            figures.draw_curves(workdir, results, captions, group, out / _FIGURES[group][0])
     page = out / "ablation.md"
     files.write_text(page, text_of(results, len(captions), seeds, conclusion_of(page)))

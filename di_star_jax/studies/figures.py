@@ -40,13 +40,19 @@ SHOWN = (
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "D", "h", "p", "8")
 _INK = ("white", "black", "white", "black", "white", "black")  # readable on these colours
-_HACKING = ("reward", "taste", "saturation", "diversity", "attributes")
+# Measures of a group's curves: five, for the legend is the sixth panel.
+_CURVES = {
+    "hacking": ("reward", "taste", "saturation", "diversity", "attributes"),
+    "distill": ("attributes", "prompt score", "Frechet distance", "saturation", "diversity"),
+}
 _TITLES = {
     "reward": "reward (cosine)",
     "taste": "the true taste",
     "saturation": "saturation",
     "diversity": "diversity",
     "attributes": "attributes right",
+    "prompt score": "prompt score (cosine)",
+    "Frechet distance": "Frechet distance",
 }
 # Of the figure of balances: what is measured, as a number that is better when small; its title.
 _FAULTS = {
@@ -202,22 +208,26 @@ def _draw_reference(
     )
 
 
-def draw_hacking(
+def draw_curves(
     workdir: pathlib.Path,
     results: Results,
     captions: list[str],
+    group: str,
     path: pathlib.Path,
 ) -> None:
-    """Curves of the group "hacking" over its steps, the teacher dashed, and the last pictures."""
+    """Curves of a group over its steps, the teacher dashed, and the last pictures.
+
+    Args: group, a key of rows.GROUPS that has curves.
+    """
     from matplotlib.figure import Figure
 
-    found = {r.name: results[r.name] for r in rows.rows_of(["hacking"]) if r.name in results}
+    found = {r.name: results[r.name] for r in rows.rows_of([group]) if r.name in results}
     shown = found | {name: results[name] for name in (TEACHER,) if name in results}
     figure = Figure(figsize=(WIDTH, 5.4 + 1.16 * len(shown)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[4.5, 0.9 + 1.16 * len(shown)])
     *axes, last = above.subplots(2, 3).flat
-    for axis, measure in zip(axes, _HACKING):
-        _draw_signal(axis, results, found, measure)
+    for axis, measure in zip(axes, _CURVES[group], strict=True):
+        _draw_signal(axis, results, found, measure, group)
     handles, labels = axes[0].get_legend_handles_labels()
     last.axis("off")
     last.legend(handles, labels, loc="center", fontsize=9)
@@ -230,23 +240,28 @@ def _draw_signal(
     results: Results,
     found: Results,
     measure: str,
+    group: str,
 ) -> None:
-    """A measure over the steps of the runs that were found."""
-    start: list[Run] = results.get(INIT, [])[:1]
+    """A measure over the steps of the runs that were found, and of what they are compared with."""
+    # the teacher is what the one group starts from, and the shipped generator what the other does
+    start: list[Run] = [] if group == "distill" else results.get(INIT, [])[:1]
     for i, (name, runs) in enumerate(found.items()):
         steps = [*(0 for _ in start), *curve(runs, "step")]
         values = [*(run.curve[measure][0] for run in start), *curve(runs, measure)]
         axis.plot(
             steps,
             values,
-            color=(COLOURS[0], COLOURS[2], COLOURS[4])[i],
+            color=(COLOURS[0], COLOURS[2], COLOURS[4], COLOURS[5])[i],
             marker=MARKERS[i],
             markersize=4,
             label=label_of(name),
         )
-    for run in results.get(TEACHER, []):
-        value = run.curve[measure][0]
-        axis.axhline(value, color="black", linestyle="--", linewidth=1.2, label=label_of(TEACHER))
+    compared = {TEACHER: "--"} | ({INIT: ":"} if group == "distill" else {})
+    for reference, style in compared.items():
+        for run in results.get(reference, []):
+            value = run.curve[measure][0]
+            label = label_of(reference)
+            axis.axhline(value, color="black", linestyle=style, linewidth=1.2, label=label)
     axis.set_title(_TITLES[measure], fontsize=10)
     axis.set_xlabel("steps", fontsize=9)
     axis.tick_params(labelsize=8)

@@ -21,6 +21,7 @@ GROUPS = {  # the title of its section
     "paper": "Table 2 at the paper's scales",
     "balance": "All methods at equal balance",
     "hacking": "Reward hacking: what to watch for",
+    "distill": "From the teacher alone, by loss",
 }
 
 
@@ -29,7 +30,7 @@ class Row(NamedTuple):
 
     name: its folder, and what --rows takes. label: what the table and figures call it. group: a
     key of GROUPS. preset: of the config. overrides: values by the full names of its fields. length:
-    in STEPS.
+    in STEPS, about, of "distill", which has a batch of its own.
     """
 
     name: str
@@ -92,6 +93,15 @@ _HACKING = (
     Row("no_regulariser", "no regulariser", "hacking", "reward_only", length=2),
 )
 
+# Of the preset's 800: the losses are told apart long before its end.
+_BEGINNING = {"train.steps": 120, "train.save_every": 20}
+_DISTILLED = {  # preset: the loss
+    "distill": "DMD",
+    "distill_diff_instruct": "Diff-Instruct",
+    "distill_sim": "SIM",
+    "distill_sid": "SiD, alpha 1",
+}
+
 
 def balanced_name(method: str, balance: float) -> str:
     """The row of a method at a balance. Args: method, a key of METHODS."""
@@ -112,7 +122,11 @@ def _balanced(name: str, balance: float) -> Row:
 def _rows() -> list[Row]:
     paper = [Row(name, label, "paper", name) for name, label in _PAPER.items()]
     balanced = [_balanced(name, balance) for name in METHODS for balance in BALANCES]
-    return [*paper, *balanced, *_HACKING]
+    distilled = [
+        Row(name, label, "distill", name, _BEGINNING, length=2)
+        for name, label in _DISTILLED.items()
+    ]
+    return [*paper, *balanced, *_HACKING, *distilled]
 
 
 ROWS = {row.name: row for row in _rows()}
@@ -134,16 +148,23 @@ def config_of(
 ) -> Any:
     """The config of a run. Args: file, as --config."""
     config = load_config(file, row.preset)
-    config.update_from_flattened_dict(
-        {
-            "seed": seed,
-            "eval.prompts": "",
-            "train.steps": row.length * STEPS,
-            "train.save_every": EVERY,
-            "train.keep": row.length * STEPS + WARMUP,  # a stop leaves one more
-            "assistant.warmup_steps": WARMUP,
-            "data.batch_size": TRAIN_BATCH,
-        }
-    )
+    config.update_from_flattened_dict({"seed": seed, "eval.prompts": ""})
+    if row.group != "distill":
+        config.update_from_flattened_dict(
+            {
+                "train.steps": row.length * STEPS,
+                "train.save_every": EVERY,
+                "assistant.warmup_steps": WARMUP,
+                "data.batch_size": TRAIN_BATCH,
+            }
+        )
     config.update_from_flattened_dict(dict(row.overrides))
+    # all of them: a stop leaves one more than the points
+    config.train.keep = config.train.steps + config.assistant.warmup_steps
     return config
+
+
+def points_of(config) -> range:
+    """Steps of a run that are measured."""
+    every = config.train.save_every
+    return range(every, config.train.steps + 1, every)
