@@ -792,6 +792,9 @@ MUTANTS = r"""
 + if not form and generator_form(config.generator, form) != form:
 - return known or parts.pipeline.family.one_step
 + return parts.pipeline.family.one_step
+@ assembly.py | test_train.py | no_teacher
+-     check_teacher(config.weights.reference, folder)
++     pass
 @ models/pixart.py | test_pixart.py | rows_and_weights
 - of_row = sharding.split_rows(of_row[None, :, None])
 + of_row = of_row[None, : rows // sharding.size("context"), None]
@@ -960,6 +963,9 @@ MUTANTS = r"""
 + {"reward.pickscore": 15.0},
 - "train.steps": row.length * STEPS,
 + "train.steps": STEPS,
+@ studies/rows.py | test_ablation.py | from_the_teacher_alone
+- if row.group != "distill":
++ if True:
 @ studies/world.py | test_ablation.py | measured_for or curve_has
 - float(np.mean([taste((image + 1.0) / 2.0) for image in flat])),
 + float(np.mean([taste(image) for image in flat])),
@@ -974,8 +980,10 @@ MUTANTS = r"""
 + axis.set_title(textwrap.fill(caption, 19), fontsize=6)
 - COLOURS = ("#0072B2", "#56B4E9",
 + COLOURS = ("#0072B2", "#0072B2",
-- linestyle="--", linewidth=1.2
+- linestyle=style, linewidth=1.2
 + linewidth=1.2
+- [] if group == "distill" else results.get(INIT, [])[:1]
++ results.get(INIT, [])[:1]
 @ preference/loss.py | test_preference.py | pytorch_on_two_devices and 2-1 or closed_form
 - return cross_entropy + jnp.where(label_0 == TIE, math.log(TIE), 0.0)
 + return cross_entropy
