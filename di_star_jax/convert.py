@@ -3,10 +3,12 @@
 
     python -m di_star_jax.convert --to=orbax --input=FOLDER_OR_HUB_NAME --output=DIR
     python -m di_star_jax.convert --to=diffusers --input=WORKDIR --which=ema --output=DIR
+    python -m di_star_jax.convert --to=diffusers --input=FILE.safetensors --output=DIR
 
-The first reads a pipeline or a single model in the layout of diffusers and writes checkpoint 0,
-with one item per model. The second reads a checkpoint of a run, one written by the first
-(--which=denoiser), or the folder of a denoiser (with --reference), and writes a pipeline.
+The first reads a pipeline or a single model in the layout of diffusers, or a FILE.safetensors, and
+writes checkpoint 0, with one item per model. The second reads a checkpoint of a run, one written by
+the first (--which=denoiser), or the folder of a denoiser (with --reference), and writes a pipeline.
+The third makes one of an SDXL or SD 1.5 checkpoint as people download it.
 """
 
 import os
@@ -19,6 +21,7 @@ from absl import flags
 from di_star_jax.command import run
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
+from di_star_jax.pipelines import single
 from di_star_jax.pipelines.card import About
 from di_star_jax.pipelines.export import (
     DTYPES,
@@ -54,11 +57,7 @@ def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
 
     Raises: UserError for an input that cannot be read, or an output that already holds something.
     """
-    checkpoint.check_path(output)
-    if _is_taken(output):
-        raise UserError(
-            f"{output} exists and is not empty, so it is not overwritten; give another output"
-        )
+    _check_checkpoint(output)
     folder = folders.resolve(str(source))
     parts = _model_folders(folder)
     configs = {name: read_config(part) for name, part in parts.items()}
@@ -72,6 +71,33 @@ def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
         metadata["denoiser_config"] = configs[DENOISER]
     with checkpoint.Checkpoints(output, keep=None) as checkpoints:
         checkpoints.save(0, state, metadata)
+
+
+def file_to_orbax(
+    file: str | os.PathLike,
+    output: str | os.PathLike,
+    reference: str | None,
+) -> None:
+    """As `to_orbax`, of one file of the original layout. Args: as of `single.to_params`."""
+    _check_checkpoint(output)
+    configs, state = single.to_params(file, reference)
+    metadata = {
+        "configs": configs,
+        "reference": None,
+        "directory": str(Path.cwd()),
+        "denoiser_config": configs[DENOISER],
+    }
+    with checkpoint.Checkpoints(output, keep=None) as checkpoints:
+        checkpoints.save(0, state, metadata)
+
+
+def _check_checkpoint(output: str | os.PathLike) -> None:
+    """Raises: UserError where no new checkpoint can be written."""
+    checkpoint.check_path(output)
+    if _is_taken(output):
+        raise UserError(
+            f"{output} exists and is not empty, so it is not overwritten; give another output"
+        )
 
 
 def _is_taken(output: str | os.PathLike) -> bool:
@@ -202,7 +228,8 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
     flags.DEFINE_string(
         "input",
         None,
-        "Folder or Hub name (to orbax); workdir or checkpoint (to diffusers); or a gs:// address.",
+        "Folder or Hub name (to orbax); workdir or checkpoint (to diffusers); or a gs:// address; "
+        "or SDXL or SD 1.5 in one FILE.safetensors.",
         required=True,
     )
     flags.DEFINE_string("output", None, "Folder to write, or a gs:// address.", required=True)
@@ -215,30 +242,42 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
     flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest if not given.")
     flags.DEFINE_enum(
         "dtype",
-        "float32",
+        None,
         DTYPES,
-        'Numbers of the export; float16 is diffusers\' variant "fp16".',
+        'Numbers of what is written; float16 is diffusers\' variant "fp16". If not given, float32 '
+        "of a run's networks, and of a single file what each tensor is stored as.",
     )
     flags.DEFINE_string(
         "reference_pipeline",
         None,
-        "Pipeline of the other networks: of a denoiser's folder, or of a run where it has moved.",
+        "Pipeline of the other networks: of a denoiser's folder, or of a run where it has moved; "
+        "of a single file, that of its tokenizers, scheduler and settings.",
     )
     flags.DEFINE_alias("reference", "reference_pipeline")
 
 
 def main() -> None:
     args = flags.FLAGS
+    is_file = single.is_file(args.input)
     if args.to == "orbax":
-        to_orbax(args.input, args.output)
+        if is_file:
+            file_to_orbax(args.input, args.output, args.reference_pipeline)
+        else:
+            to_orbax(args.input, args.output)
         print(f"wrote {args.output}")
+        return
+    if is_file:
+        settings = single.to_folder(
+            args.input, args.output, dtype=args.dtype, reference=args.reference_pipeline
+        )
+        print(f"wrote {args.output}; tokenizers, scheduler and settings are those of {settings}")
         return
     usage = to_diffusers(
         args.input,
         args.which,
         args.output,
         step=args.step,
-        dtype=args.dtype,
+        dtype=args.dtype or "float32",
         reference=args.reference_pipeline,
     )
     print(f"wrote {args.output}; to draw with it:\n{usage}" if usage else f"wrote {args.output}")

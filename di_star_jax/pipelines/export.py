@@ -252,7 +252,7 @@ def export_pipeline(
     names = _copied(reference_folder)
     with folders.new_folder(output, [reference_folder]) as partial:
         for name in names:
-            _copy_component(reference_folder / name, partial / name, dtype)
+            copy_component(reference_folder / name, partial / name, dtype)
         (partial / part.folder).mkdir()
         write_model(
             partial / part.folder,
@@ -297,7 +297,7 @@ def _small_files(source: Path) -> list[Path]:
     return [source / name for name in _FILES if (source / name).is_file()]
 
 
-def _copy_component(
+def copy_component(
     source: Path,
     target: Path,
     dtype: str,

@@ -6,7 +6,7 @@ sizes to models/published.py, a line to families.py, and a config.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +67,8 @@ class Family:
       pixels, for estimates.
     rows: of a denoiser's config.json, how many rows of latents stay on one device.
     fits: of config.json by component, the fields by which the parts go together.
+    original: of the layout in one file (storage/original.py), what stands before the names of each
+      component's tensors, and its network there; empty where there is no such layout.
     keeps_offset: whether diffusers' pipeline draws with the scheduler's `steps_offset`, and does
       not put another in its place.
     call: an argument that a call of diffusers' pipeline needs to draw as we do, or "".
@@ -84,6 +86,7 @@ class Family:
     width: Callable[[dict], float]
     rows: Callable[[dict], int]
     fits: Callable[[dict[str, dict]], list[Fit]]
+    original: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     keeps_offset: bool = True
     call: str = ""
 

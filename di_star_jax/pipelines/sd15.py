@@ -13,6 +13,7 @@ from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.models.vae import VAEConfig
 from di_star_jax.pipelines.family import DENOISER, Family, Fit, Guided, Part
 from di_star_jax.pipelines.sdxl import rows, width
+from di_star_jax.storage import original
 
 
 def encode_text(
@@ -85,5 +86,10 @@ SD15 = Family(
     width=width,
     rows=rows,
     fits=fits,
+    original={
+        DENOISER: ("model.diffusion_model.", original.UNET),
+        "vae": ("first_stage_model.", original.VAE),
+        "text_encoder": ("cond_stage_model.transformer.", original.CLIP),
+    },
     keeps_offset=False,  # StableDiffusionPipeline sets it to 1
 )

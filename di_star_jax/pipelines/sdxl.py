@@ -13,6 +13,7 @@ from di_star_jax.models.config import Fields
 from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.models.vae import VAEConfig
 from di_star_jax.pipelines.family import DENOISER, Family, Fit, Guided, Part
+from di_star_jax.storage import original
 
 
 def encode_text(
@@ -115,4 +116,10 @@ SDXL = Family(
     width=width,
     rows=rows,
     fits=fits,
+    original={
+        DENOISER: ("model.diffusion_model.", original.UNET),
+        "vae": ("first_stage_model.", original.VAE),
+        "text_encoder": ("conditioner.embedders.0.transformer.", original.CLIP),
+        "text_encoder_2": ("conditioner.embedders.1.model.", original.OPEN_CLIP),
+    },
 )

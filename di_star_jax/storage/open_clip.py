@@ -8,7 +8,7 @@ import numpy as np
 from di_star_jax.storage.weights import Stored
 
 # What open_clip calls a module, and what transformers does.
-_TOWERS = {
+TOWERS = {
     "visual.conv1": "vision_model.embeddings.patch_embedding",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -22,7 +22,7 @@ _TOWERS = {
     "ln_final": "text_model.final_layer_norm",
     "text_projection": "text_projection.weight",
 }
-_BLOCK = {
+BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "attn.out_proj": "self_attn.out_proj",
@@ -32,12 +32,12 @@ _BLOCK = {
 
 
 def _rename(name: str) -> str:
-    for old, new in _TOWERS.items():
+    for old, new in TOWERS.items():
         if name == old or name.startswith(old + "."):
             name = new + name[len(old) :]
             break
     layer = re.fullmatch(r"(\w+\.encoder\.layers\.\d+\.)(.*)\.(weight|bias)", name)
-    return f"{layer[1]}{_BLOCK[layer[2]]}.{layer[3]}" if layer and layer[2] in _BLOCK else name
+    return f"{layer[1]}{BLOCK[layer[2]]}.{layer[3]}" if layer and layer[2] in BLOCK else name
 
 
 def _part(tensor: Stored, index: int) -> Stored:

@@ -6,6 +6,8 @@ Files are read and written one tensor at a time.
 
 import contextlib
 import functools
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +30,7 @@ _IN_FIRST = {"relative_attention_bias": "block.0.layer.0.SelfAttention.relative_
 MAX_SHARD = 5 * 10**9  # bytes; the hub's own limit for one file of weights
 # Ours in PyTorch's order: [O, I], [O, I, kh, kw].
 _AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}
+_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in safetensors
 _INTEGERS = ("I64", "I32")  # of position_ids, which old files carry
 # VAE files of SD 1.5.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -241,9 +244,33 @@ def load(
     Returns: tree of `jax.Array`.
     Raises: UserError for a folder, file or tensor that cannot be used.
     """
-    where, path = str(folder), Path(folder)
+    with opened(folder) as stored:
+        return from_stored(str(folder), abstract_params, arrange(stored))
+
+
+def from_stored(
+    where: str,
+    abstract_params: Any,
+    stored: Mapping[str, Stored],
+) -> Any:
+    """As `load`, of tensors in files that are open. Args: where they are from, for errors."""
     leaves, treedef = _leaves(abstract_params)
+    found = matched(where, abstract_params, stored)
     params = []
+    for rows, leaf in leaves:
+        array = _read_leaf(where, rows, leaf, lambda key: found[key].read())
+        # Waiting keeps one leaf on the host at a time.
+        params.append(jax.block_until_ready(_place(array, leaf.sharding)))
+    return treedef.unflatten(params)
+
+
+@contextlib.contextmanager
+def opened(folder: str | os.PathLike) -> Iterator[dict[str, Stored]]:
+    """The tensors of a model's folder, or of one file, by the names there; closed at the end.
+
+    Raises: UserError for a folder or file that cannot be used.
+    """
+    path = Path(folder)
     with contextlib.ExitStack() as stack:
         stored = {}
         files, index = ([path], None) if path.is_file() else folders.weight_files(path)
@@ -256,13 +283,26 @@ def load(
                 for key, tensor in tensors.items()
                 if file_of.get(key, file.name) == file.name
             }
-        found = _matched(where, leaves, arrange(stored))
-        _check_floats(where, found)
-        for rows, leaf in leaves:
-            array = _read_leaf(where, rows, leaf, lambda key: found[key].read())
-            # Waiting keeps one leaf on the host at a time.
-            params.append(jax.block_until_ready(_place(array, leaf.sharding)))
-    return treedef.unflatten(params)
+        yield stored
+
+
+def shapes(abstract_params: Any) -> dict[str, tuple[int, ...]]:
+    """A model's tensors in PyTorch's names and layout. Args: tree of `jax.ShapeDtypeStruct`."""
+    return {key: rows.shape for rows, _ in _leaves(abstract_params)[0] for key in rows.keys}
+
+
+def matched(
+    where: str,
+    abstract_params: Any,
+    stored: Mapping[str, Stored],
+) -> dict[str, Stored]:
+    """A model's stored tensors by its own names. Args: where they are from, for errors.
+
+    Raises: UserError for tensors that are missing, extra, of the wrong shape or quantised.
+    """
+    found = _matched(where, _leaves(abstract_params)[0], stored)
+    _check_floats(where, found)
+    return found
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -406,6 +446,44 @@ def write_tensors(
     folders.write_object(
         folder / index, {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
+
+
+def write_file(
+    path: Path,
+    tensors: Mapping[str, Stored],
+    dtype: Any,
+) -> None:
+    """Writes one safetensors file of any size; host memory holds one tensor.
+
+    Args:
+      path: of a file that is not there yet.
+      tensors: by name.
+      dtype: of all floats; whole numbers stay as they are.
+    Raises: UserError for values that are not finite in `dtype`.
+    """
+    dtype = np.dtype(dtype)
+    as_stored = {name: t.dtype in _INTEGERS for name, t in tensors.items()}
+    sizes = {"I64": 8, "I32": 4}
+    # Larger numbers first, so that each lies at a multiple of its size.
+    names = sorted(tensors, key=lambda name: (not as_stored[name], name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        tensor = tensors[name]
+        kind = tensor.dtype if as_stored[name] else _NAMES[dtype.name]
+        size = sizes[kind] if as_stored[name] else dtype.itemsize
+        begin, end = end, end + size * math.prod(tensor.shape)
+        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            array = tensors[name].read()
+            if not as_stored[name]:
+                with np.errstate(over="ignore"):  # reported by the next line
+                    array = array.astype(dtype, copy=False)
+                _check_finite("cannot write the weights", name, array)
+            file.write(np.ascontiguousarray(array).tobytes())
 
 
 def _packed(

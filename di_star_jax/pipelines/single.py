@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole pipeline in one file of the original layout: read into a folder, and written from one.
+
+Such a file holds the networks alone. Their settings, the tokenizers and the scheduler are a
+reference's, as in diffusers' `from_single_file`: the published pipeline of the family, unless the
+user names a folder.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from di_star_jax.errors import UserError
+from di_star_jax.models import published
+from di_star_jax.pipelines.export import copy_component, weights_name
+from di_star_jax.pipelines.families import FAMILIES
+from di_star_jax.pipelines.family import Family
+from di_star_jax.pipelines.folder import abstract_model, check_pipeline, read_config
+from di_star_jax.pipelines.scheduler import SchedulerFile
+from di_star_jax.storage import folders, original, weights
+from di_star_jax.storage.files import expand
+from di_star_jax.storage.weights import Stored
+
+# open_clip's temperature, at which its training holds it: exp of it is 100. No picture depends on
+# it, but files have it.
+_LOGIT_SCALE = np.log(100.0)
+
+
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether a user's input is one file on this machine."""
+    return "://" not in str(path) and expand(path).is_file()
+
+
+# In.
+
+
+class Source(NamedTuple):
+    """A single file that was looked at.
+
+    tensors: by component and diffusers' name. stored: all, by the names in the file.
+    """
+
+    family: Family
+    tensors: dict[str, dict[str, Stored]]
+    stored: Mapping[str, Stored]
+
+    def dtype(self, component: str) -> str:
+        """The widest of a component's numbers, as a name of NumPy's."""
+        found = {tensor.dtype for tensor in self.tensors[component].values()}
+        names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+        return next(name for kind, name in names.items() if kind in found)
+
+
+def hub_name(family: Family) -> str:
+    """The published pipeline of a family."""
+    return next(name for name, (cls, _) in published.PIPELINES.items() if FAMILIES[cls] is family)
+
+
+def _family(file: str, stored: Mapping[str, Stored]) -> Family:
+    name = original.family_name(file, stored)
+    return next(family for family in FAMILIES.values() if family.name == name)
+
+
+def _looked_at(
+    file: str,
+    family: Family,
+    configs: Mapping[str, dict],
+    stored: Mapping[str, Stored],
+) -> Source:
+    """All networks of a file, none of whose weights are read yet.
+
+    Args: configs, config.json by component. Raises: UserError for what does not fit them.
+    """
+    stored = _current_names(family, stored)
+    shapes = {name: weights.shapes(abstract_model(configs[name]).params) for name in family.parts}
+    expected, tensors = {}, {}
+    for name, (start, network) in family.original.items():
+        for key, shape in original.original_shapes(network, shapes[name]).items():
+            expected[start + key] = shape
+    original.check_whole(file, family.name, expected, stored)
+    for name, (start, network) in family.original.items():
+        of_network = {k.removeprefix(start): t for k, t in stored.items() if k.startswith(start)}
+        tensors[name] = original.to_diffusers(network, shapes[name], of_network)
+    return Source(family, tensors, stored)
+
+
+def _current_names(family: Family, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Old files of SD 1.5 lack a part of their text encoder's names."""
+    start, _ = family.original["text_encoder"]
+    parts = ("embeddings.", "encoder.", "final_layer_norm.")
+    old = tuple(start + part for part in parts)
+    return {
+        name.replace(start, f"{start}text_model.") if name.startswith(old) else name: tensor
+        for name, tensor in stored.items()
+    }
+
+
+def to_folder(
+    file: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    reference: str | None = None,
+) -> str:
+    """Writes a single file as a pipeline's folder.
+
+    Args:
+      file: SDXL or SD 1.5 in the original layout.
+      output: replaced as a whole if it is an earlier export.
+      dtype: of all weights, one of export.DTYPES; None leaves each tensor as it is stored.
+      reference: folder or Hub name of the pipeline whose tokenizers, scheduler and settings count;
+        its weights are not looked at. None for the published one.
+    Returns: what the reference was.
+    Raises: UserError for a file that is something else, or does not fit, before anything is
+      written.
+    """
+    file = expand(file)
+    folders.check_output(output, [file])
+    with weights.opened(file) as stored:
+        family = _family(str(file), stored)
+        name = reference or hub_name(family)
+        folder = _settings(file, name, given=reference is not None)
+        scheduler = _checked(file, family, name, folder)
+        configs = _configs(folder, family)
+        source = _looked_at(str(file), family, configs, stored)
+        with folders.new_folder(output, [folder, file]) as partial:
+            for part in family.parts:
+                _write_part(partial / family.parts[part].folder, part, source, configs[part], dtype)
+            for tokenizer in family.tokenizers:
+                folders.check_inside(folder, folder / tokenizer)
+                copy_component(folder / tokenizer, partial / tokenizer, "float32")
+            (partial / folders.SCHEDULER[0]).mkdir()
+            folders.write_object(partial.joinpath(*folders.SCHEDULER), scheduler.config)
+            folders.write_object(partial / "model_index.json", _index(folder, family))
+    return name
+
+
+def _settings(file: Path, name: str, *, given: bool) -> Path:
+    """The folder of what a single file does not hold."""
+    try:
+        return folders.resolve_tokenizer(name)
+    except UserError as error:
+        if given:
+            raise
+        raise UserError(
+            f"{file} holds no tokenizers and no scheduler, and {error}; or give "
+            "--reference=FOLDER of any pipeline of its kind"
+        ) from None
+
+
+def _checked(
+    file: Path,
+    family: Family,
+    name: str,
+    folder: Path,
+) -> SchedulerFile:
+    """The scheduler of a reference of the file's family. Raises: UserError for another."""
+    found, scheduler = check_pipeline(folder)
+    if found is not family:
+        raise UserError(
+            f"{file} is an {family.name} checkpoint, but {name} is of {found.name}; give the "
+            f"folder of an {family.name} pipeline as --reference"
+        )
+    return scheduler
+
+
+def _configs(folder: Path, family: Family) -> dict[str, dict]:
+    """config.json by component."""
+    return {name: read_config(folder, part.folder) for name, part in family.parts.items()}
+
+
+def _index(folder: Path, family: Family) -> dict:
+    """model_index.json without the components that a single file does not have."""
+    parts = {part.folder for part in family.parts.values()}
+    kept = {*parts, *family.tokenizers, folders.SCHEDULER[0]}
+    index = folders.read_config(folder, name="model_index.json")
+    index |= dict.fromkeys({*folders.components(folder)} - kept, [None, None])
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False  # else diffusers warns of its absence
+    return index
+
+
+def _write_part(
+    folder: Path,
+    component: str,
+    source: Source,
+    config: dict,
+    dtype: str | None,
+) -> None:
+    folder.mkdir()
+    stored_as = dtype or source.dtype(component)
+    # transformers takes the dtype that the config names before that of the weights.
+    config = config | {name: stored_as for name in ("dtype", "torch_dtype") if name in config}
+    folders.write_object(folder / "config.json", config)
+    stem = folders.DIFFUSERS if "_class_name" in config else folders.TRANSFORMERS
+    tensors = ((key, tensor.read()) for key, tensor in source.tensors[component].items())
+    file_name = weights_name(stem, dtype or "")
+    weights.write_tensors(folder, tensors, file_name, dtype and jnp.dtype(dtype))
+
+
+def to_params(
+    file: str | os.PathLike,
+    reference: str | None = None,
+) -> tuple[dict[str, dict], dict[str, Any]]:
+    """config.json and the float32 parameters of each component of a single file.
+
+    Args, Raises: as of `to_folder`.
+    """
+    file = expand(file)
+    with weights.opened(file) as stored:
+        family = _family(str(file), stored)
+        configs = published.PIPELINES[hub_name(family)][1]
+        if reference is not None:
+            folder = _settings(file, reference, given=True)
+            _checked(file, family, reference, folder)
+            configs = _configs(folder, family)
+        source = _looked_at(str(file), family, configs, stored)
+        params = {
+            name: weights.from_stored(
+                f"{file}, {name}", abstract_model(configs[name]).params, tensors
+            )
+            for name, tensors in source.tensors.items()
+        }
+    return {name: configs[name] for name in params}, params

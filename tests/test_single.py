@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints in one file of the original layout, beside diffusers' `from_single_file`.
+
+The files are written by names and shapes alone (original_layout.py), and the folders with their
+settings hold no weights.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import original_layout
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+
+from di_star_jax import convert
+from di_star_jax.errors import UserError
+from di_star_jax.models import published
+from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines import single
+from di_star_jax.storage import checkpoint, folders, weights
+
+_VAE = original_layout.Vae(8, (1, 2, 2, 4))
+_CLIP = original_layout.Text(16, 2, 32, vocab=54)
+LAYOUTS = {
+    "sdxl": original_layout.Checkpoint(
+        original_layout.UNet(32, (1, 2, 4), (1, 2), (0, 2, 3), 48, adm_in_channels=80),
+        _VAE,
+        _CLIP,
+        original_layout.Text(32, 12, 64, vocab=54),
+    ),
+    "sd15": original_layout.Checkpoint(
+        original_layout.UNet(
+            32, (1, 2, 4), (0, 1), (1, 1, 1), 16, num_res_blocks=1, use_linear=False
+        ),
+        _VAE,
+        _CLIP,
+    ),
+}
+_VAE_CONFIG = {"block_out_channels": [8, 16, 16, 32], "norm_num_groups": 4}
+_TEXT_CONFIG = {
+    "vocab_size": 54,
+    "bos_token_id": 52,
+    "eos_token_id": 53,
+    "pad_token_id": 53,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 16,
+}
+CONFIGS = {
+    "sdxl": {
+        "unet": published.UNET_SDXL
+        | {
+            "block_out_channels": [32, 64, 128],
+            "norm_num_groups": 8,
+            "transformer_layers_per_block": [1, 2, 3],
+            "attention_head_dim": [2, 4, 8],
+            "cross_attention_dim": 48,
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 80,
+        },
+        "vae": published.VAE_SDXL | _VAE_CONFIG,
+        "text_encoder": published.CLIP_L_TEXT | _TEXT_CONFIG,
+        "text_encoder_2": published.CLIP_BIGG_TEXT
+        | _TEXT_CONFIG
+        | {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 12,
+            "projection_dim": 32,
+        },
+    },
+    "sd15": {
+        "unet": published.UNET_SD15
+        | {
+            "block_out_channels": [32, 64, 128],
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 16,
+        },
+        "vae": published.VAE_SD15 | _VAE_CONFIG,
+        "text_encoder": published.CLIP_L_TEXT | _TEXT_CONFIG,
+    },
+}
+PIPELINES = {
+    "sdxl": diffusers.StableDiffusionXLPipeline,
+    "sd15": diffusers.StableDiffusionPipeline,
+}
+# Of the published sd_xl_base_1.0.safetensors: md5 of its sorted names and "name:shape", with a
+# comma between each two, by which DiffSynth-Studio's configs/model_config.py knows the file.
+PUBLISHED_SDXL = "4cf64a799d04260df438c6f33c9a047e"
+
+
+def _settings(folder: Path, kind: str) -> Path:
+    """A pipeline's folder without weights."""
+    folder.mkdir()
+    words = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz")]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+    )
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+    index = {
+        "_class_name": PIPELINES[kind].__name__,
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    }
+    names = {"tokenizer": "CLIPTokenizer"}
+    if kind == "sdxl":
+        index["force_zeros_for_empty_prompt"] = True
+        names["tokenizer_2"] = "CLIPTokenizer"
+    else:
+        index |= {
+            "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+            "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        }
+    for name in names:
+        tokenizer.save_pretrained(folder / name)
+        index[name] = ["transformers", names[name]]
+    scheduler.save_pretrained(folder / "scheduler")
+    for name, config in CONFIGS[kind].items():
+        (folder / name).mkdir()
+        folders.write_object(folder / name / "config.json", config)
+        library = "diffusers" if "_class_name" in config else "transformers"
+        index[name] = [library, config.get("_class_name") or config["architectures"][0]]
+    folders.write_object(folder / "model_index.json", index)
+    return folder
+
+
+def _tensors(kind: str, dtype=torch.float16) -> dict[str, torch.Tensor]:
+    """A whole file's, random."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, shape in original_layout.shapes(LAYOUTS[kind]).items():
+        if name.endswith("position_ids"):
+            found[name] = torch.arange(77)[None]
+        else:
+            found[name] = (0.05 * torch.randn(shape, generator=generator)).to(dtype)
+    return found
+
+
+def _file(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    safetensors.torch.save_file(tensors, path)
+    return path
+
+
+def _plain_names(state: dict) -> dict:
+    """Of a text encoder, whose prefix transformers has dropped."""
+    return {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+
+
+def _run(*options):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "di_star_jax.convert", *options]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def _error(call, *args, **kw) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **kw)
+    assert "\n" not in str(caught.value), "one line"
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd15"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def settings(kind, tmp_path_factory):
+    return _settings(tmp_path_factory.mktemp("settings") / kind, kind)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return _settings(tmp_path_factory.mktemp("settings") / "sdxl", "sdxl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def abstract():
+    """Networks without weights are the same in all tests: seconds, each time."""
+    found = {}
+
+    def once(config):
+        key = json.dumps(config, sort_keys=True)
+        found.setdefault(key, []) or found[key].append(pipeline.abstract_model(config))
+        return found[key][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(single, "abstract_model", once)
+        yield
+
+
+# In.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_folder_of_a_single_file_has_diffusers_weights_byte_for_byte(
+    kind, settings, tmp_path, dtype
+):
+    file = _file(tmp_path / "all.safetensors", _tensors(kind, dtype))
+    theirs = PIPELINES[kind].from_single_file(
+        str(file), config=str(settings), torch_dtype=dtype, local_files_only=True
+    )
+    single.to_folder(file, tmp_path / "out", reference=str(settings))
+    for name in CONFIGS[kind]:
+        expected = _plain_names(getattr(theirs, name).state_dict())
+        with weights.opened(tmp_path / "out" / name) as stored:
+            ours = _plain_names(stored)
+            assert set(ours) == set(expected) - {"embeddings.position_ids"}
+            for key, tensor in ours.items():
+                assert tensor.dtype == weights._NAMES[str(dtype).removeprefix("torch.")]
+                bits = expected[key].contiguous().view(torch.uint8).numpy().tobytes()
+                assert tensor.read().tobytes() == bits, (name, key)
+
+
+def test_the_folder_is_a_pipeline_that_diffusers_loads(kind, settings, tmp_path):
+    file = _file(tmp_path / "all.safetensors", _tensors(kind))
+    done = _run(
+        "--to=diffusers",
+        f"--input={file}",
+        f"--output={tmp_path / 'out'}",
+        f"--reference={settings}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"those of {settings}" in done.stdout
+    pipe = PIPELINES[kind].from_pretrained(tmp_path / "out", torch_dtype=torch.float16)
+    theirs = PIPELINES[kind].from_single_file(
+        str(file), config=str(settings), torch_dtype=torch.float16, local_files_only=True
+    )
+    for name in CONFIGS[kind]:
+        expected = getattr(theirs, name).state_dict()
+        for key, tensor in getattr(pipe, name).state_dict().items():
+            assert torch.equal(tensor, expected[key]), (name, key)
+    assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
+    assert pipe.tokenizer("a b").input_ids == theirs.tokenizer("a b").input_ids
+    pipeline.check_pipeline(tmp_path / "out")
+
+
+def test_a_single_file_becomes_a_checkpoint_of_the_same_numbers(kind, settings, tmp_path):
+    tensors = _tensors(kind)
+    file = _file(tmp_path / "all.safetensors", tensors)
+    convert.file_to_orbax(file, tmp_path / "orbax", str(settings))
+    with checkpoint.existing(tmp_path / "orbax") as store:
+        metadata = store.metadata(0)
+        assert set(metadata["configs"]) == {"denoiser", *CONFIGS[kind]} - {"unet"}
+        abstract = single.abstract_model(CONFIGS[kind]["unet"]).params
+        unet = weights.tensors_from_params(store.restore_item(0, "denoiser", abstract))
+    prefix = "model.diffusion_model."
+    assert (unet["conv_in.weight"] == tensors[f"{prefix}input_blocks.0.0.weight"].numpy()).all()
+    assert (unet["conv_out.bias"] == tensors[f"{prefix}out.2.bias"].numpy()).all()
+
+
+def test_dtype_casts_and_names_the_variant(sdxl, tmp_path):
+    file = _file(tmp_path / "all.safetensors", _tensors("sdxl", torch.float32))
+    single.to_folder(file, tmp_path / "out", dtype="float16", reference=str(sdxl))
+    names = {path.name for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert names == {"diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "out", torch_dtype=torch.float16, variant="fp16"
+    )
+    assert pipe.text_encoder.dtype == torch.float16
+
+
+def test_what_old_and_full_files_hold_besides_is_left_out(sdxl, tmp_path):
+    tensors = _tensors("sdxl")
+    more = {
+        "conditioner.embedders.0.transformer.text_projection.weight": torch.ones(16, 16),
+        "conditioner.embedders.0.logit_scale": torch.ones(()),
+        "denoiser.sigmas": torch.ones(1000),
+        "model_ema.num_updates": torch.ones((), dtype=torch.int32),
+        "first_stage_model.loss.logvar": torch.ones(()),
+    }
+    attention = "first_stage_model.decoder.mid.attn_1.q.weight"
+    more[attention] = tensors[attention][:, :, 0, 0].contiguous()  # a matrix, as some tools write
+    single.to_folder(
+        _file(tmp_path / "all.safetensors", tensors | more), tmp_path / "out", reference=str(sdxl)
+    )
+    with weights.opened(tmp_path / "out" / "vae") as stored:
+        found = stored["decoder.mid_block.attentions.0.to_q.weight"].read()
+    assert (found == more[attention].numpy()).all()
+
+
+def test_an_old_text_encoders_shorter_names_are_known(tmp_path):
+    settings = _settings(tmp_path / "settings", "sd15")
+    old = {name.replace(".text_model.", "."): t for name, t in _tensors("sd15").items()}
+    single.to_folder(
+        _file(tmp_path / "all.safetensors", old), tmp_path / "out", reference=str(settings)
+    )
+    with weights.opened(tmp_path / "out" / "text_encoder") as stored:
+        found = stored["text_model.final_layer_norm.bias"].read()
+    assert (found == old["cond_stage_model.transformer.final_layer_norm.bias"].numpy()).all()
+
+
+# Other files.
+
+_UNET = "model.diffusion_model."
+_CONV_IN = _UNET + "input_blocks.0.0.weight"
+
+
+def _like(change: dict) -> dict:
+    return _tensors("sdxl") | change
+
+
+def _bytes(*names: str) -> dict:
+    return {name: torch.ones(8, dtype=torch.uint8) for name in names}
+
+
+# Names of a file's tensors, and what it is said to be.
+_BY_NAME = {
+    "conditioner.embedders.0.model.ln_final.bias": "is an SDXL refiner checkpoint",
+    "cond_stage_model.model.ln_final.bias": "is an SD 2 checkpoint",
+    "model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight": "is an SD3 checkpoint",
+    "double_blocks.0.img_attn.qkv.weight": "is a FLUX checkpoint",
+    "lora_unet_input_blocks_4_1_proj_in.lora_down.weight": "is a LoRA file",
+    "unet.down_blocks.1.attentions.0.to_q.lora_A.weight": "is a LoRA file",
+    "control_model.input_hint_block.0.bias": "is a ControlNet",
+    "down_blocks.0.resnets.0.conv1.bias": "is one network of a pipeline",
+    "first_stage_model.encoder.conv_in.bias": "has no UNet",
+    _CONV_IN: "has no text encoders",
+    "thing": "it holds thing",
+}
+_CHANGED = {
+    "an inpainting checkpoint of 9 input channels": lambda: {_CONV_IN: torch.ones(32, 9, 3, 3)},
+    "an InstructPix2Pix checkpoint": lambda: {_CONV_IN: torch.ones(32, 8, 3, 3)},
+    "an SDXL checkpoint quantised to fp8": lambda: {
+        _CONV_IN: torch.ones(32, 4, 3, 3).to(torch.float8_e4m3fn)
+    },
+    "an SDXL checkpoint quantised to nf4": lambda: _bytes(
+        _UNET + "out.2.weight", _UNET + "out.2.weight.quant_state.bitsandbytes__nf4"
+    ),
+    "out.2.bias is [5], expected [4]": lambda: {_UNET + "out.2.bias": torch.ones(5)},
+    "extra model.diffusion_model.strange": lambda: {_UNET + "strange": torch.ones(5)},
+}
+
+
+@pytest.mark.parametrize("name, said", _BY_NAME.items())
+def test_another_file_is_named(sdxl, tmp_path, name, said):
+    file = _file(tmp_path / "it.safetensors", {name: torch.ones(32, 4, 3, 3)})
+    assert said in _error(single.to_folder, file, tmp_path / "out", reference=str(sdxl))
+    assert os.listdir(tmp_path) == ["it.safetensors"]
+
+
+@pytest.mark.parametrize("said", _CHANGED)
+def test_a_changed_file_is_named_and_nothing_is_written(sdxl, tmp_path, said):
+    file = _file(tmp_path / "it.safetensors", _like(_CHANGED[said]()))
+    assert said in _error(single.to_folder, file, tmp_path / "out", reference=str(sdxl))
+    assert os.listdir(tmp_path) == ["it.safetensors"]
+
+
+def test_a_file_without_vae_is_said_to_lack_it(sdxl, tmp_path):
+    tensors = {k: t for k, t in _tensors("sdxl").items() if "first_stage" not in k}
+    file = _file(tmp_path / "it.safetensors", tensors)
+    message = _error(single.to_folder, file, tmp_path / "out", reference=str(sdxl))
+    assert "missing first_stage_model." in message
+
+
+def test_a_truncated_file_is_named_by_the_command(sdxl, tmp_path):
+    file = _file(tmp_path / "it.safetensors", _tensors("sdxl"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    done = _run(
+        "--to=diffusers", f"--input={file}", f"--output={tmp_path / 'out'}", f"--reference={sdxl}"
+    )
+    assert done.returncode == 2 and "download it again" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and str(file) in done.stderr
+    assert os.listdir(tmp_path) == ["it.safetensors"]
+
+
+def test_a_weight_that_is_not_finite_leaves_nothing_behind(sdxl, tmp_path):
+    tensors = _like({_UNET + "out.2.bias": torch.full((4,), float("nan"))})
+    file = _file(tmp_path / "it.safetensors", tensors)
+    message = _error(single.to_folder, file, tmp_path / "out", reference=str(sdxl))
+    assert "not finite" in message and os.listdir(tmp_path) == ["it.safetensors"]
+
+
+def test_the_reference_is_of_the_files_family(sdxl, tmp_path):
+    file = _file(tmp_path / "it.safetensors", _tensors("sd15"))
+    message = _error(single.to_folder, file, tmp_path / "out", reference=str(sdxl))
+    assert f"{file} is an SD 1.5 checkpoint, but {sdxl} is of SDXL" in message
+
+
+def test_without_network_and_reference_the_missing_parts_are_named(tmp_path, monkeypatch):
+    file = _file(tmp_path / "it.safetensors", _tensors("sdxl"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    message = _error(single.to_folder, file, tmp_path / "out")
+    assert "holds no tokenizers" in message and "stable-diffusion-xl-base-1.0" in message
+    assert "--reference=FOLDER" in message
+
+
+# Names and shapes at full size.
+
+
+def test_names_and_shapes_are_the_published_files():
+    """Guards original_layout.py, by which all here is written, with a digest of the real file."""
+    found = original_layout.shapes(original_layout.SDXL)
+    lines = [*found, *(f"{name}:{'_'.join(map(str, shape))}" for name, shape in found.items())]
+    assert len(found) == 2515
+    assert hashlib.md5(",".join(sorted(lines)).encode()).hexdigest() == PUBLISHED_SDXL
