@@ -4,11 +4,12 @@
     python -m di_star_jax.convert --to=orbax --input=FOLDER_OR_HUB_NAME --output=DIR
     python -m di_star_jax.convert --to=diffusers --input=WORKDIR --which=ema --output=DIR
     python -m di_star_jax.convert --to=diffusers --input=FILE.safetensors --output=DIR
+    python -m di_star_jax.convert --to=single --input=DIR --output=FILE.safetensors
 
 The first reads a pipeline or a single model in the layout of diffusers, or a FILE.safetensors, and
 writes checkpoint 0, with one item per model. The second reads a checkpoint of a run, one written by
 the first (--which=denoiser), or the folder of a denoiser (with --reference), and writes a pipeline.
-The third makes one of an SDXL or SD 1.5 checkpoint as people download it.
+The third makes one of an SDXL or SD 1.5 checkpoint as people download it, the fourth the reverse.
 """
 
 import os
@@ -35,6 +36,7 @@ from di_star_jax.pipelines.families import family_at, is_denoiser
 from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.pipelines.folder import (
     abstract_model,
+    check_pipeline,
     class_name,
     load_denoiser,
     read_config,
@@ -149,8 +151,8 @@ def _read_denoiser(folder: os.PathLike, reference: str | None) -> _Source:
             f"{folder} holds a single model; say with --reference=FOLDER which pipeline its text "
             "encoders and VAE are from"
         )
-    family = family_at(folders.resolve(reference))
-    denoiser = load_denoiser(folders.resolve(str(folder)), family)
+    family, scheduler = check_pipeline(folders.resolve(reference))
+    denoiser = load_denoiser(folders.resolve(str(folder)), family, scheduler)
     metadata = {"denoiser_config": denoiser.config, "reference": reference}
     return _Source(metadata, folder.resolve().name, denoiser.params)
 
@@ -223,8 +225,22 @@ def _form(metadata: dict, reference: Path) -> FewStep:
     return family_at(reference).one_step
 
 
+def _to_single(folder: str, file: str, dtype: str) -> str:
+    """What is said of the file that was written."""
+    if single.is_file(folder):
+        raise UserError(
+            f"{folder} is a file already; give the folder of a pipeline, or the workdir of a run"
+        )
+    written = single.from_folder(folder, file, dtype=dtype)
+    times = "" if written.form is None else ", ".join(map(str, written.form.timesteps))
+    elsewhere = f"; in other programs: LCM sampler, times {times}, guidance 1" if times else ""
+    return f"wrote {file}{elsewhere}; to draw with it in diffusers:\n{written.usage}"
+
+
 def _define_flags() -> None:  # not at import: other commands have flags of the same names
-    flags.DEFINE_enum("to", None, ["orbax", "diffusers"], "What to convert to.", required=True)
+    flags.DEFINE_enum(
+        "to", None, ["orbax", "diffusers", "single"], "What to convert to.", required=True
+    )
     flags.DEFINE_string(
         "input",
         None,
@@ -232,7 +248,9 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
         "or SDXL or SD 1.5 in one FILE.safetensors.",
         required=True,
     )
-    flags.DEFINE_string("output", None, "Folder to write, or a gs:// address.", required=True)
+    flags.DEFINE_string(
+        "output", None, "Folder or file to write, or a gs:// address.", required=True
+    )
     flags.DEFINE_enum(
         "which",
         "ema",
@@ -245,7 +263,7 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
         None,
         DTYPES,
         'Numbers of what is written; float16 is diffusers\' variant "fp16". If not given, float32 '
-        "of a run's networks, and of a single file what each tensor is stored as.",
+        "of a run's networks, float16 in a single file, and of one what each tensor is stored as.",
     )
     flags.DEFINE_string(
         "reference_pipeline",
@@ -253,12 +271,21 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
         "Pipeline of the other networks: of a denoiser's folder, or of a run where it has moved; "
         "of a single file, that of its tokenizers, scheduler and settings.",
     )
+    flags.DEFINE_enum(
+        "prediction_type",
+        None,
+        single.PREDICTION_TYPES,
+        "What the denoiser of a single file predicts; if not given, what the file says.",
+    )
     flags.DEFINE_alias("reference", "reference_pipeline")
 
 
 def main() -> None:
     args = flags.FLAGS
     is_file = single.is_file(args.input)
+    if args.to == "single":
+        print(_to_single(args.input, args.output, args.dtype or "float16"))
+        return
     if args.to == "orbax":
         if is_file:
             file_to_orbax(args.input, args.output, args.reference_pipeline)
@@ -268,7 +295,11 @@ def main() -> None:
         return
     if is_file:
         settings = single.to_folder(
-            args.input, args.output, dtype=args.dtype, reference=args.reference_pipeline
+            args.input,
+            args.output,
+            dtype=args.dtype,
+            reference=args.reference_pipeline,
+            prediction_type=args.prediction_type,
         )
         print(f"wrote {args.output}; tokenizers, scheduler and settings are those of {settings}")
         return

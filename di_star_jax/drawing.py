@@ -300,7 +300,9 @@ def _load_denoiser(
             "its text encoders and VAE are from"
         )
     loaded = load_pipeline(folders.resolve(reference), options)
-    models = loaded.models | {DENOISER: load_denoiser(folder, loaded.family, options)}
+    models = loaded.models | {
+        DENOISER: load_denoiser(folder, loaded.family, loaded.scheduler, options)
+    }
     return loaded._replace(models=models, form=loaded.family.one_step)
 
 

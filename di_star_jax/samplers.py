@@ -105,11 +105,8 @@ def _levels(times: np.ndarray, schedule: Schedule) -> tuple[jax.Array, jax.Array
         at = np.maximum(times, 0)
         alpha = jnp.where(clean, 1.0, schedule.alpha[at])
         return alpha, jnp.where(clean, 0.0, schedule.sigma[at])
-    steps = jnp.arange(len(schedule.alpha), dtype=schedule.alpha.dtype)
-    ratio = jnp.interp(jnp.asarray(times), steps, schedule.sigma / schedule.alpha)
-    ratio = jnp.where(times < 0, 0.0, ratio)
-    alpha = 1.0 / jnp.sqrt(1.0 + ratio**2)
-    return alpha, ratio * alpha
+    alpha, sigma = schedule.at(jnp.asarray(times))
+    return jnp.where(times < 0, 1.0, alpha), jnp.where(times < 0, 0.0, sigma)
 
 
 def _steps(

@@ -408,7 +408,7 @@ def test_what_a_sampler_does_not_follow_is_refused_by_those_that_diffusers_has_i
 @pytest.mark.parametrize(
     "change",
     [
-        {"prediction_type": "v_prediction"},
+        {"prediction_type": "sample"},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"rescale_betas_zero_snr": True},
         {"trained_betas": [0.1, 0.2]},

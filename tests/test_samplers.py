@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from di_star_jax import diffusion, samplers
+from di_star_jax.pipelines import scheduler
 
 SDXL = {
     "num_train_timesteps": 1000,
@@ -179,3 +180,38 @@ def test_half_the_step_divides_the_error_by_two_to_the_order(sampler, order):
             for stride in (16, 8, 4)
         ]
     np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), order, atol=0.15)
+
+
+# Networks that predict v.
+
+ZERO_SNR = {**SDXL, "rescale_betas_zero_snr": True}
+
+
+def eps_of_v(schedule):
+    """eps_fn as the prediction of v, which becomes eps as in the network."""
+    return lambda x, t: diffusion.v_to_eps(x, eps_fn(x, t), *schedule.at(t))
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 30])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("betas", [SDXL, ZERO_SNR])
+def test_v_prediction_equals_diffusers_euler(betas, spacing, num_steps):
+    from diffusers import EulerDiscreteScheduler
+
+    config = {**betas, "timestep_spacing": spacing, "prediction_type": "v_prediction"}
+    theirs = diffusers_sample(EulerDiscreteScheduler(**config), num_steps=num_steps)
+    schedule = scheduler.schedule_from_json(config)
+    file = scheduler.SchedulerFile({"_class_name": "EulerDiscreteScheduler", **config})
+    times, settings = scheduler.spacing(file, "euler", num_steps)
+    ours = samplers.euler(eps_of_v(schedule), jnp.array(Z), times, schedule, **settings)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_one_step_of_v_prediction_equals_diffusers_euler_at_399():
+    from diffusers import EulerDiscreteScheduler
+
+    config = {**ZERO_SNR, "timestep_spacing": "leading", "prediction_type": "v_prediction"}
+    theirs = diffusers_sample(EulerDiscreteScheduler(**config, steps_offset=399), num_steps=1)
+    schedule = scheduler.schedule_from_json(config)
+    ours = samplers.one_step(eps_of_v(schedule), jnp.array(Z), np.array([399]), schedule)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

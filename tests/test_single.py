@@ -5,14 +5,17 @@ The files are written by names and shapes alone (original_layout.py), and the fo
 settings hold no weights.
 """
 
+import filecmp
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import original_layout
 import pytest
 import safetensors
@@ -20,12 +23,18 @@ import safetensors.torch
 import torch
 import transformers
 
-from di_star_jax import convert
+from di_star_jax import convert, drawing
+from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines import single
-from di_star_jax.storage import checkpoint, folders, weights
+from di_star_jax.pipelines.export import generator_scheduler
+from di_star_jax.pipelines.scheduler import SchedulerFile
+from di_star_jax.pipelines.sd15 import SD15
+from di_star_jax.pipelines.sdxl import SDXL
+from di_star_jax.storage import checkpoint, folders, original, weights
+from di_star_jax.storage.weights import Stored
 
 _VAE = original_layout.Vae(8, (1, 2, 2, 4))
 _CLIP = original_layout.Text(16, 2, 32, vocab=54)
@@ -129,10 +138,7 @@ def _settings(folder: Path, kind: str) -> Path:
         index["force_zeros_for_empty_prompt"] = True
         names["tokenizer_2"] = "CLIPTokenizer"
     else:
-        index |= {
-            "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-            "feature_extractor": ["transformers", "CLIPImageProcessor"],
-        }
+        index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     for name in names:
         tokenizer.save_pretrained(folder / name)
         index[name] = ["transformers", names[name]]
@@ -154,7 +160,9 @@ def _tensors(kind: str, dtype=torch.float16) -> dict[str, torch.Tensor]:
         if name.endswith("position_ids"):
             found[name] = torch.arange(77)[None]
         else:
-            found[name] = (0.05 * torch.randn(shape, generator=generator)).to(dtype)
+            is_norm = len(shape) == 1 and name.endswith("weight")
+            tensor = 0.05 * torch.randn(shape, generator=generator) + is_norm
+            found[name] = tensor.to(dtype)
     return found
 
 
@@ -417,3 +425,176 @@ def test_names_and_shapes_are_the_published_files():
     lines = [*found, *(f"{name}:{'_'.join(map(str, shape))}" for name, shape in found.items())]
     assert len(found) == 2515
     assert hashlib.md5(",".join(sorted(lines)).encode()).hexdigest() == PUBLISHED_SDXL
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+def test_diffusers_networks_at_full_size_have_the_published_names_and_shapes(kind):
+    layout = {"sdxl": original_layout.SDXL, "sd15": original_layout.SD15}[kind]
+    family = {"sdxl": SDXL, "sd15": SD15}[kind]
+    configs = published.PIPELINES[single.hub_name(family)][1]
+    found = {}
+    for name, (start, network) in family.original.items():
+        config = configs[name]
+        with torch.device("meta"):
+            if "_class_name" in config:
+                model = getattr(diffusers, config["_class_name"]).from_config(config)
+            else:
+                cls = getattr(transformers, config["architectures"][0])
+                model = cls(transformers.CLIPTextConfig(**config))
+        shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        if "_class_name" not in config:  # transformers has dropped a part of the names
+            shapes = {
+                key if key.startswith("text_") else f"text_model.{key}": shape
+                for key, shape in shapes.items()
+                if not key.endswith("position_ids")
+            }
+        for key, shape in original.original_shapes(network, shapes).items():
+            found[start + key] = shape
+    tables = {name: Stored(shape, "F32", None) for name, shape in found.items()}
+    found |= {name: tensor.shape for name, tensor in single._fixed(family, tables).items()}
+    assert found == original_layout.shapes(layout)
+
+
+# Out.
+
+
+def test_a_folder_becomes_a_file_that_diffusers_loads_and_back_byte_for_byte(
+    kind, settings, tmp_path
+):
+    tensors = _tensors(kind)
+    for name in tensors:
+        if name.endswith("logit_scale"):
+            tensors[name] = torch.tensor(np.log(100.0), dtype=torch.float16)
+    file = _file(tmp_path / "all.safetensors", tensors)
+    single.to_folder(file, tmp_path / "folder", reference=str(settings))
+    again = tmp_path / "again" / "all.safetensors"
+    written = single.from_folder(tmp_path / "folder", again)
+    with safetensors.safe_open(again, framework="pt") as found:
+        assert set(found.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(found.get_tensor(name), tensor), name
+            assert found.get_tensor(name).dtype == tensor.dtype
+    pipe = PIPELINES[kind].from_single_file(
+        str(again),
+        config=str(tmp_path / "folder"),
+        torch_dtype=torch.float16,
+        local_files_only=True,
+    )
+    first = tensors["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(pipe.unet.state_dict()["conv_in.weight"], first)
+    assert written.form is None and PIPELINES[kind].__name__ in written.usage
+    single.to_folder(again, tmp_path / "back", reference=str(settings))
+    names = [str(p.relative_to(tmp_path / "folder")) for p in (tmp_path / "folder").rglob("*.*")]
+    assert len(names) > 10
+    _, changed, missing = filecmp.cmpfiles(
+        tmp_path / "folder", tmp_path / "back", names, shallow=False
+    )
+    assert not changed and not missing
+
+
+def test_a_file_has_the_dtype_that_is_asked_for_and_the_call_of_a_generator(sdxl, tmp_path):
+    file = _file(tmp_path / "all.safetensors", _tensors("sdxl", torch.float32))
+    single.to_folder(file, tmp_path / "folder", reference=str(sdxl))
+    scheduler = generator_scheduler(sdxl, FewStep((399,)))
+    folders.write_object(tmp_path / "folder" / "scheduler" / "scheduler_config.json", scheduler)
+    said = convert._to_single(str(tmp_path / "folder"), str(tmp_path / "b.safetensors"), "bfloat16")
+    with weights.opened(tmp_path / "b.safetensors") as stored:
+        assert {t.dtype for t in stored.values()} == {"BF16", "I64"}
+    assert "LCM sampler, times 399" in said and "num_inference_steps=1, guidance_scale=0" in said
+    pipe = PIPELINES["sdxl"].from_single_file(
+        str(tmp_path / "b.safetensors"), config=str(tmp_path / "folder"), local_files_only=True
+    )
+    pipe.scheduler.set_timesteps(1)
+    assert pipe.scheduler.timesteps.tolist() == [399]
+
+
+def test_what_cannot_be_a_file_is_refused_before_it_is_read(sdxl, tmp_path):
+    there = tmp_path / "there.safetensors"
+    there.write_text("mine")
+    assert "is not overwritten" in _error(single.from_folder, sdxl, there)
+    assert there.read_text() == "mine"
+    assert ".safetensors" in _error(single.from_folder, sdxl, tmp_path / "folder")
+    folder = tmp_path / "pixart"
+    shutil.copytree(sdxl, folder)
+    assert "no weights" in _error(single.from_folder, folder, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_number_too_large_for_float16_leaves_no_file(sdxl, tmp_path):
+    tensors = _tensors("sdxl", torch.float32)
+    tensors[_UNET + "out.2.bias"][0] = 1e6
+    file = _file(tmp_path / "it.safetensors", tensors)
+    single.to_folder(file, tmp_path / "folder", reference=str(sdxl))
+    message = _error(single.from_folder, tmp_path / "folder", tmp_path / "out.safetensors")
+    assert "out.2.bias" in message and "not finite in float16" in message
+    assert sorted(os.listdir(tmp_path)) == ["folder", "it.safetensors"]
+
+
+# Networks that predict v.
+
+
+def test_the_empty_tensors_of_a_v_prediction_file_reach_the_scheduler_and_back(sdxl, tmp_path):
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    file = _file(tmp_path / "v.safetensors", _tensors("sdxl") | marks)
+    single.to_folder(file, tmp_path / "folder", reference=str(sdxl))
+    scheduler = folders.read_config(tmp_path / "folder", *folders.SCHEDULER)
+    before = folders.read_config(sdxl, *folders.SCHEDULER)
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert scheduler == before | said
+    single.from_folder(tmp_path / "folder", tmp_path / "back.safetensors")
+    with weights.opened(tmp_path / "back.safetensors") as stored:
+        assert {name: stored[name].shape for name in marks} == {"v_pred": (0,), "ztsnr": (0,)}
+    assert "--to=diffusers" in _error(convert.file_to_orbax, file, tmp_path / "o", str(sdxl))
+
+
+@pytest.mark.parametrize(
+    "marks, asked, predicted, zero_snr",
+    [
+        ((), None, "epsilon", False),
+        ((), "v_prediction", "v_prediction", False),
+        (("v_pred",), None, "v_prediction", False),
+        (("v_pred", "ztsnr"), None, "v_prediction", True),
+        (("v_pred", "ztsnr"), "epsilon", "epsilon", False),
+        (("ztsnr",), None, "epsilon", False),
+        (("ztsnr",), "v_prediction", "v_prediction", True),
+    ],
+)
+def test_what_a_denoiser_predicts_is_the_files_word_unless_the_user_says(
+    marks, asked, predicted, zero_snr
+):
+    reference = SchedulerFile({"_class_name": "PNDMScheduler", "prediction_type": "epsilon"})
+    found = single._scheduler(reference, dict.fromkeys(marks), asked)
+    assert found["prediction_type"] == predicted
+    assert bool(found.get("rescale_betas_zero_snr")) is zero_snr
+    name = "EulerDiscreteScheduler" if zero_snr else "PNDMScheduler"
+    assert found["_class_name"] == name, "PNDM knows no zero-terminal SNR"
+
+
+@pytest.mark.slow
+def test_a_v_prediction_file_is_drawn_as_diffusers_draws_it(tmp_path):
+    """Zero terminal SNR, from pure noise on, with guidance."""
+    settings = _settings(tmp_path / "settings", "sd15")
+    scheduler = folders.read_config(settings, *folders.SCHEDULER)
+    scheduler |= {"timestep_spacing": "trailing", "_class_name": "EulerDiscreteScheduler"}
+    folders.write_object(settings.joinpath(*folders.SCHEDULER), scheduler)
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    file = _file(tmp_path / "v.safetensors", _tensors("sd15", torch.float32) | marks)
+    single.to_folder(file, tmp_path / "out", reference=str(settings))
+    loaded = drawing.load(str(tmp_path / "out"), "ema")
+    sampling = drawing.sampling_of(drawing.Asked(None, 4, 3.0, (), 64), loaded)
+    assert sampling.sampler == "euler" and sampling.timesteps[0] == 999
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    ours = drawing.draw_prompts(loaded, sampling)(["a b"], noise.numpy().transpose(0, 2, 3, 1))
+    pipe = PIPELINES["sd15"].from_pretrained(tmp_path / "out", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a b",
+        latents=noise,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        height=64,
+        width=64,
+        output_type="np",
+    ).images
+    assert theirs.std() > 0.02, "not a flat image"
+    np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-3)

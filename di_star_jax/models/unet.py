@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax import sharding
+from di_star_jax.diffusion import Betas, v_to_eps
 from di_star_jax.errors import UserError
 from di_star_jax.models import layers
 from di_star_jax.models.config import Fields, check_class, from_json, shown
@@ -35,6 +36,10 @@ class Condition(NamedTuple):
     mask: jax.Array | None = None
 
 
+# Where config.json says that the network predicts v, with the fields of `Betas`: what the scheduler
+# of its pipeline says is kept here once it is read, for the network goes places without it.
+# diffusers passes over what begins with an underscore, and keeps it.
+V_PREDICTION = "_v_prediction"
 # What is made of the fields of config.json that `UNetConfig` does not have.
 FIELDS = Fields(
     fixed={
@@ -104,6 +109,8 @@ class UNetConfig:
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
+    # Of a network that predicts v, by which schedule; it stands under V_PREDICTION.
+    v_prediction: Betas | None = None
 
     @classmethod
     def from_json(cls, config: dict, file: str | None = None) -> "UNetConfig":
@@ -123,9 +130,18 @@ class UNetConfig:
             "transformer_layers_per_block": _per_block(depths, count),
         }
         built = from_json(cls, config | per_block, FIELDS, file)
+        if V_PREDICTION in config:
+            built = dataclasses.replace(built, v_prediction=_betas(config[V_PREDICTION], file))
         _check_blocks(built, file)
         _check_widths(built, file)
         return built
+
+
+def _betas(note: Any, file: str) -> Betas:
+    """What stands under V_PREDICTION. Raises: UserError for what no schedule is made of."""
+    if not isinstance(note, dict):
+        raise UserError(f"{file} has {V_PREDICTION}={shown(note)}, expected an object; remove it")
+    return from_json(Betas, note, Fields({}, frozenset(), f"{file}: {V_PREDICTION}"))
 
 
 def _per_block(value: Any, count: int) -> Any:
@@ -389,6 +405,8 @@ class UpBlock2D(nnx.Module):
 class UNet2DConditionModel(nnx.Module):
     """eps(x_t, t | condition). Source: diffusers `UNet2DConditionModel`.
 
+    Of a network that predicts v, this is the one place where that becomes eps: all else knows eps.
+
     Args:
       config: from the folder's config.json.
       rngs: for the initial parameters, which are float32.
@@ -480,4 +498,8 @@ class UNet2DConditionModel(nnx.Module):
             skips = skips[:-count]
             x = block(x, used, temb, context, skips[-1].shape[1:3] if skips else None)
         x = self.conv_out(nnx.silu(self.conv_norm_out(x)))
-        return sharding.join_rows(x.astype(jnp.float32))
+        predicted = sharding.join_rows(x.astype(jnp.float32))
+        if self.config.v_prediction is None:
+            return predicted
+        levels = self.config.v_prediction.schedule().at(t)
+        return v_to_eps(x_t.astype(jnp.float32), predicted, *levels)

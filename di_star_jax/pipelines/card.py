@@ -72,6 +72,26 @@ def usage(folder: str, call: Call) -> str:
     )
 
 
+def usage_of_file(
+    pipeline: str,
+    file: str,
+    folder: str,
+    call: Call,
+) -> str:
+    """As `usage`, of one file. Args: class of the pipeline; folder, of settings and scheduler."""
+    dtype = "" if call.dtype == "float32" else f", torch_dtype=torch.{call.dtype}"
+    return "\n".join(
+        [
+            *(["import torch"] if dtype else []),
+            f"from diffusers import {pipeline}",
+            f'pipe = {pipeline}.from_single_file("{file}", config="{folder}"{dtype})',
+            *(["# the steps and guidance that it was trained for"] if call.steps else []),
+            f"image = pipe({', '.join([_PROMPT, *_arguments(call)])}).images[0]",
+            'image.save("image.png")',
+        ]
+    )
+
+
 def _arguments(call: Call) -> list[str]:
     """Of the call, beside the prompt."""
     more = [call.more] if call.more else []

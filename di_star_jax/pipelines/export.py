@@ -87,7 +87,7 @@ def generator_scheduler(
     reference = folders.read_config(reference_folder, *folders.SCHEDULER)
     common = {
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
-        "prediction_type": "epsilon",
+        "prediction_type": reference.get("prediction_type", "epsilon"),
         "timestep_spacing": "trailing" if form.input == "scaled" else "leading",
         TIMESTEPS: list(timesteps),
         INPUT: form.input,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from di_star_jax import models, sharding
-from di_star_jax.diffusion import FewStep, Schedule
+from di_star_jax.diffusion import Betas, FewStep, Schedule
 from di_star_jax.errors import UserError
 from di_star_jax.models.clip import (
     CLIPConfig,
@@ -26,12 +26,23 @@ from di_star_jax.models.clip import (
 from di_star_jax.models.config import check_others, shown
 from di_star_jax.models.pixart import PixArtConfig, PixArtTransformer2DModel
 from di_star_jax.models.t5 import T5Config, T5EncoderModel
-from di_star_jax.models.unet import Condition, UNet2DConditionModel, UNetConfig
+from di_star_jax.models.unet import (
+    V_PREDICTION,
+    Condition,
+    UNet2DConditionModel,
+    UNetConfig,
+)
 from di_star_jax.models.vae import AutoencoderKL, VAEConfig
 from di_star_jax.pipelines.export import form_of
-from di_star_jax.pipelines.families import family_of
+from di_star_jax.pipelines.families import family_of, is_denoiser
 from di_star_jax.pipelines.family import DENOISER, TEXT, Family, conditions
-from di_star_jax.pipelines.scheduler import SchedulerFile, schedule_from_json
+from di_star_jax.pipelines.scheduler import (
+    NUM_TRAIN_TIMESTEPS,
+    SchedulerFile,
+    betas_of,
+    predicts_v,
+    schedule_from_json,
+)
 from di_star_jax.prompts.t5 import T5Tokenizer
 from di_star_jax.prompts.tokens import Tokenizer, token_batch
 from di_star_jax.storage import folders, weights
@@ -231,29 +242,51 @@ def load_model(
     return model._replace(params=weights.load(folder, model.params, arrange=arrange))
 
 
+def with_prediction(config: dict, scheduler: SchedulerFile) -> dict:
+    """A denoiser's config.json that says of it what its pipeline's scheduler says."""
+    config = {name: value for name, value in config.items() if name != V_PREDICTION}
+    if not predicts_v(scheduler):
+        return config
+    betas = Betas(NUM_TRAIN_TIMESTEPS, **betas_of(*scheduler))
+    return config | {V_PREDICTION: dataclasses.asdict(betas)}
+
+
 def load_denoiser(
     folder: Path,
     family: Family,
+    scheduler: SchedulerFile,
     options: Options = PLAIN,
 ) -> Model:
-    """As `load_model`. Raises: UserError for a network that is not the family's denoiser, too."""
+    """As `load_model`, of a network that is to run in a pipeline.
+
+    Args: the pipeline's family and scheduler.
+    Raises: UserError for a network that is not the family's denoiser, too.
+    """
     classes = family.parts[DENOISER].classes
     if class_name(read_config(folder)) not in classes:
         raise UserError(
             f"{folder} holds no denoiser of {family.name}; give the folder of a {classes[0]}"
         )
-    return load_model(folder, options)
+    return load_model(folder, options, config=with_prediction(read_config(folder), scheduler))
 
 
 def check_like(folder: Path, config: dict) -> None:
     """Looks whether a folder's weights may be run as a network of another folder.
+
+    Whether it predicts eps or v, the pipeline around it says; alone, it is taken for the other's.
 
     Args: the folder, which may lack config.json; the config.json of the network.
     Raises: UserError where its settings are others, which shapes of weights need not show.
     """
     if not (folder / "config.json").is_file():
         return
-    _, found = model_class(read_config(folder))
+    own = read_config(folder)
+    around = folder.parent
+    if not folders.is_pipeline(around):
+        own |= {name: config[name] for name in (V_PREDICTION,) if name in config}
+    elif is_denoiser(class_name(own)):
+        own = with_prediction(own, check_pipeline(around)[1])
+    _, found = model_class(own)
     _, expected = model_class(config)
     if type(found) is not type(expected):
         raise UserError(
@@ -284,8 +317,10 @@ def load_pipeline(
     """
     family, scheduler = check_pipeline(folder)
     left_out = () if of_empty is None else family.tokenizers.values()
+    configs = {name: read_config(folder, part.folder) for name, part in family.parts.items()}
+    configs[DENOISER] = with_prediction(configs[DENOISER], scheduler)
     models = {
-        name: load_model(folder / part.folder, options.get(name, default))
+        name: load_model(folder / part.folder, options.get(name, default), config=configs[name])
         for name, part in family.parts.items()
         if name not in left_out
     }
@@ -338,6 +373,11 @@ def check_pipeline(folder: Path) -> tuple[Family, SchedulerFile]:
     scheduler = folders.read_config(folder, *folders.SCHEDULER)
     scheduler_file = SchedulerFile(scheduler, str(folder.joinpath(*folders.SCHEDULER)))
     schedule_from_json(*scheduler_file)
+    if predicts_v(scheduler_file) and class_name(configs[DENOISER]) != "UNet2DConditionModel":
+        raise UserError(
+            f"{scheduler_file.file} has prediction_type='v_prediction', which the port has for the "
+            f"UNets of SDXL and SD 1.5, not for {family.name}; give a pipeline that predicts eps"
+        )
     return family, scheduler_file
 
 

@@ -80,9 +80,8 @@ _OF_SAMPLERS = frozenset(
 # What the noise schedule and the meaning of the denoiser's output depend on.
 FIELDS = Fields(
     fixed={
-        "prediction_type": ("epsilon",),
+        "prediction_type": ("epsilon", "v_prediction"),
         "num_train_timesteps": (NUM_TRAIN_TIMESTEPS,),
-        "rescale_betas_zero_snr": (False, None),
         "timestep_type": ("discrete",),
         "trained_betas": (None,),
         "use_dynamic_shifting": (False, None),
@@ -107,6 +106,12 @@ class _Betas:
     beta_start: float = 0.0001
     beta_end: float = 0.02
     beta_schedule: str = "linear"
+    rescale_betas_zero_snr: bool | None = False
+
+
+def predicts_v(scheduler: SchedulerFile) -> bool:
+    """Whether a pipeline's denoiser predicts v, and not eps."""
+    return scheduler.config.get("prediction_type") == "v_prediction"
 
 
 def guidance_scale_of(scheduler: SchedulerFile, default: float) -> float:
@@ -133,7 +138,8 @@ def schedule_from_json(config: Mapping[str, Any], file: str | None = None) -> Sc
 
 
 def betas_of(config: Mapping[str, Any], file: str | None = None) -> dict[str, Any]:
-    """beta_start, beta_end and beta_schedule, with the defaults of the class that is named.
+    """beta_start, beta_end and beta_schedule, with the defaults of the class that is named; and
+    rescale_betas_zero_snr where it is on.
 
     Args, Raises: as of `schedule_from_json`.
     """
@@ -151,7 +157,15 @@ def betas_of(config: Mapping[str, Any], file: str | None = None) -> dict[str, An
             f"{file} has beta_schedule={built.beta_schedule!r}, the port implements "
             "'scaled_linear' and 'linear' only"
         )
-    return dataclasses.asdict(built)
+    zero_snr = bool(built.rescale_betas_zero_snr)
+    if zero_snr and config.get("prediction_type") != "v_prediction":
+        raise UserError(
+            f"{file} has rescale_betas_zero_snr=True without prediction_type='v_prediction', but a "
+            "noise prediction says nothing of an image at pure noise; change one of them"
+        )
+    found = dataclasses.asdict(built)
+    del found["rescale_betas_zero_snr"]
+    return found | ({"rescale_betas_zero_snr": True} if zero_snr else {})
 
 
 # What each sampler's class follows, with diffusers' defaults.

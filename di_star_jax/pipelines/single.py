@@ -6,6 +6,7 @@ reference's, as in diffusers' `from_single_file`: the published pipeline of the 
 user names a folder.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,20 +15,41 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
-from di_star_jax.pipelines.export import copy_component, weights_name
+from di_star_jax.pipelines import card
+from di_star_jax.pipelines.export import (
+    calls_by_timesteps,
+    copy_component,
+    form_of,
+    in_workdir,
+    weights_name,
+)
 from di_star_jax.pipelines.families import FAMILIES
 from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.folder import abstract_model, check_pipeline, read_config
-from di_star_jax.pipelines.scheduler import SchedulerFile
+from di_star_jax.pipelines.scheduler import SchedulerFile, predicts_v
 from di_star_jax.storage import folders, original, weights
-from di_star_jax.storage.files import expand
+from di_star_jax.storage.files import expand, whole
 from di_star_jax.storage.weights import Stored
 
 # open_clip's temperature, at which its training holds it: exp of it is 100. No picture depends on
 # it, but files have it.
 _LOGIT_SCALE = np.log(100.0)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+# diffusers' schedulers that read rescale_betas_zero_snr.
+_KNOW_ZERO_SNR = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 def is_file(path: str | os.PathLike) -> bool:
@@ -105,6 +127,7 @@ def to_folder(
     *,
     dtype: str | None = None,
     reference: str | None = None,
+    prediction_type: str | None = None,
 ) -> str:
     """Writes a single file as a pipeline's folder.
 
@@ -114,6 +137,8 @@ def to_folder(
       dtype: of all weights, one of export.DTYPES; None leaves each tensor as it is stored.
       reference: folder or Hub name of the pipeline whose tokenizers, scheduler and settings count;
         its weights are not looked at. None for the published one.
+      prediction_type: what the denoiser predicts, one of PREDICTION_TYPES; None for what the file
+        says, by an empty tensor, else the reference.
     Returns: what the reference was.
     Raises: UserError for a file that is something else, or does not fit, before anything is
       written.
@@ -124,7 +149,7 @@ def to_folder(
         family = _family(str(file), stored)
         name = reference or hub_name(family)
         folder = _settings(file, name, given=reference is not None)
-        scheduler = _checked(file, family, name, folder)
+        scheduler = _scheduler(_checked(file, family, name, folder), stored, prediction_type)
         configs = _configs(folder, family)
         source = _looked_at(str(file), family, configs, stored)
         with folders.new_folder(output, [folder, file]) as partial:
@@ -134,9 +159,32 @@ def to_folder(
                 folders.check_inside(folder, folder / tokenizer)
                 copy_component(folder / tokenizer, partial / tokenizer, "float32")
             (partial / folders.SCHEDULER[0]).mkdir()
-            folders.write_object(partial.joinpath(*folders.SCHEDULER), scheduler.config)
-            folders.write_object(partial / "model_index.json", _index(folder, family))
+            folders.write_object(partial.joinpath(*folders.SCHEDULER), scheduler)
+            index = _index(folder, family) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+            folders.write_object(partial / "model_index.json", index)
     return name
+
+
+def _scheduler(
+    reference: SchedulerFile,
+    stored: Mapping[str, Stored],
+    prediction_type: str | None,
+) -> dict:
+    """Content of scheduler_config.json: the reference's, with what a file says of its denoiser."""
+    said = {}
+    if original.V_PREDICTION in stored:
+        said["prediction_type"] = "v_prediction"
+    if prediction_type is not None:
+        said["prediction_type"] = prediction_type
+    predicted = (reference.config | said).get("prediction_type")
+    if predicted == "v_prediction" and original.ZERO_SNR in stored:
+        said["rescale_betas_zero_snr"] = True
+    elif predicted != "v_prediction" and reference.config.get("rescale_betas_zero_snr"):
+        said["rescale_betas_zero_snr"] = False
+    name = reference.config.get("_class_name")
+    if said.get("rescale_betas_zero_snr") and name not in _KNOW_ZERO_SNR:
+        said["_class_name"] = "EulerDiscreteScheduler"
+    return reference.config | said
 
 
 def _settings(file: Path, name: str, *, given: bool) -> Path:
@@ -213,6 +261,11 @@ def to_params(
     file = expand(file)
     with weights.opened(file) as stored:
         family = _family(str(file), stored)
+        if original.V_PREDICTION in stored:
+            raise UserError(
+                f"{file} predicts v, which a checkpoint of single networks does not say; give "
+                "--to=diffusers, whose scheduler does"
+            )
         configs = published.PIPELINES[hub_name(family)][1]
         if reference is not None:
             folder = _settings(file, reference, given=True)
@@ -226,3 +279,96 @@ def to_params(
             for name, tensors in source.tensors.items()
         }
     return {name: configs[name] for name in params}, params
+
+
+# Out.
+
+
+class Written(NamedTuple):
+    """A single file that was written. usage: lines of Python that draw with it in diffusers.
+
+    form: of a few-step generator, whose times no file holds; None for another network.
+    """
+
+    usage: str
+    form: FewStep | None
+
+
+def from_folder(
+    folder: str | os.PathLike,
+    file: str | os.PathLike,
+    *,
+    dtype: str = "float16",
+) -> Written:
+    """Writes a pipeline as one file of the original layout.
+
+    Args:
+      folder: of a pipeline of SDXL or SD 1.5, or a run's workdir, whose export is taken; a Hub name
+        or an address, too.
+      file: of which there is none yet.
+      dtype: of all weights, one of export.DTYPES.
+    Raises: UserError for a folder of another kind, or a file that cannot be written.
+    """
+    file = expand(file)
+    _check_new(file)
+    source = in_workdir(folders.resolve(str(folder)))
+    family, scheduler = check_pipeline(source)
+    if not family.original:
+        raise UserError(
+            f"{folder} is of {family.name}, which has no layout in one file that others read; "
+            "expected SDXL or SD 1.5"
+        )
+    with contextlib.ExitStack() as stack:
+        tensors = {}
+        for name, (start, network) in family.original.items():
+            part = source / family.parts[name].folder
+            stored = stack.enter_context(weights.opened(part))
+            abstract = abstract_model(read_config(part)).params
+            found = original.from_diffusers(network, weights.matched(str(part), abstract, stored))
+            tensors |= {start + key: tensor for key, tensor in found.items()}
+        tensors |= _fixed(family, tensors) | _markers(scheduler)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole(file) as partial:
+                weights.write_file(partial, tensors, jnp.dtype(dtype))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {file} ({error.strerror}); give an output on a disk with room"
+            ) from None
+    form = form_of(scheduler.config, family.one_step)
+    steps = 0 if form is None else len(form.timesteps)
+    named = form.timesteps if form and calls_by_timesteps(scheduler.config) else ()
+    call = card.Call(dtype, steps, named, family.call)
+    usage = card.usage_of_file(family.index.fixed["_class_name"][0], str(file), str(source), call)
+    return Written(usage, form)
+
+
+def _check_new(file: Path) -> None:
+    """Raises: UserError for a name that is taken, or none of a safetensors file."""
+    if file.suffix != ".safetensors":
+        raise UserError(f"--output={file}, expected a name that ends in .safetensors; give one")
+    if file.exists():
+        raise UserError(f"{file} is there, so it is not overwritten; give another output")
+
+
+def _markers(scheduler: SchedulerFile) -> dict[str, Stored]:
+    """What a file says of its denoiser, as ComfyUI writes and reads it: empty tensors."""
+    if not predicts_v(scheduler):
+        return {}
+    zero_snr = scheduler.config.get("rescale_betas_zero_snr")
+    names = [original.V_PREDICTION, *([original.ZERO_SNR] if zero_snr else [])]
+    return {name: Stored((0,), "F32", lambda: np.zeros(0, np.float32)) for name in names}
+
+
+def _fixed(family: Family, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """What published files hold besides, which is the same in all."""
+    found = {}
+    for start, network in family.original.values():
+        if network == original.CLIP:
+            table = tensors[f"{start}text_model.embeddings.position_embedding.weight"]
+            ids = np.arange(table.shape[0])[None]
+            name = f"{start}text_model.embeddings.position_ids"
+            found[name] = Stored(ids.shape, "I64", lambda ids=ids: ids)
+        elif network == original.OPEN_CLIP:
+            found[f"{start}logit_scale"] = Stored((), "F32", lambda: np.float32(_LOGIT_SCALE))
+    return found
