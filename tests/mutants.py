@@ -899,6 +899,48 @@ MUTANTS = r"""
 - if disk.total and disk.free < need:  # some network drives know neither
 + if disk.total and not disk.free:  # some network drives know neither
 
+@ storage/original.py | test_single.py | full_size and sdxl
+- number += of_block - 1 if kind == "upsamplers" else 0
++ number += of_block if kind == "upsamplers" else 0
+- place = 2 if int(block) in blocks.attentive else 1
++ place = 1
+- other = f"up.{blocks.levels - 1 - int(level[1])}."
++ other = f"up.{level[1]}."
+- lies = "convolution" if is_matrix else "same"
++ lies = "same"
+@ storage/original.py | test_single.py | byte_for_byte and sdxl and back
+- array = array[place.third * rows : (place.third + 1) * rows]
++ array = array[:rows]
+- arrays = [tensor.read() for _, tensor in parts]
++ arrays = [tensor.read() for _, tensor in reversed(parts)]
+@ storage/original.py | test_single.py | another_file or changed_file or lack
+- (r"^cond_stage_model\.model\.", "an SD 2 checkpoint"),
++ (r"^cond_stage_model\.model$", "an SD 2 checkpoint"),
+- _CHANNELS = {8: "an InstructPix2Pix", 9: "an inpainting"}
++ _CHANNELS = {8: "an InstructPix2Pix"}
+- if tensor.dtype in (*_FLOATS, *_COUNTS):
++ if True:
+- if name in stored and not _fits(stored[name].shape, shape)
++ if False
+- if missing or wrong or extra:
++ if wrong or extra:
+@ pipelines/single.py | test_single.py | the_files_word or reach_the_scheduler
+- if predicted == "v_prediction" and original.ZERO_SNR in stored:
++ if original.ZERO_SNR in stored:
+- if prediction_type is not None:
++ if prediction_type == "v_prediction":
+- if said.get("rescale_betas_zero_snr") and name not in _KNOW_ZERO_SNR:
++ if said.get("rescale_betas_zero_snr"):
+- if not predicts_v(scheduler):
++ if True:
+@ diffusion.py | test_diffusion.py | zero_terminal or made_of or between
+- return per_sample(alpha_t, x_t) * v + per_sample(sigma_t, x_t) * x_t
++ return per_sample(sigma_t, x_t) * v + per_sample(alpha_t, x_t) * x_t
+- alpha_bar[-1] = LAST_ALPHA**2
++ alpha_bar[-1] = LAST_ALPHA
+- alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
++ alpha_bar = (alpha - alpha[-1]) ** 2
+
 @ storage/weights.py | test_weights.py | rows or inverse or finite or shards or newer or named
 - _AXES = {("kernel", 2): (1, 0), ("kernel", 4): (3, 2, 0, 1)}
 + _AXES = {("kernel", 4): (3, 2, 0, 1)}
