@@ -33,7 +33,7 @@ from di_star_jax.command import run as run_command
 from di_star_jax.errors import UserError
 from di_star_jax.hosts import connect
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines import text_cache
+from di_star_jax.pipelines import single, text_cache
 from di_star_jax.pipelines.family import TEXT
 from di_star_jax.pipelines.folder import check_pipeline, load_model, load_tokenizers
 from di_star_jax.pipelines.text_cache import ARRAYS, FILE, INDEX, SHARD, Arrays, named, shard_name
@@ -51,6 +51,7 @@ def main() -> None:
         raise UserError("no --out; give a folder for the cache, e.g. --out=cache/pixart")
     connect(os.environ)
     with processes.one_for_all():
+        single.with_folders(config)
         write(config, out)
 
 

@@ -19,7 +19,7 @@ from di_star_jax import samplers, sharding
 from di_star_jax.diffusion import FewStep, guide
 from di_star_jax.errors import UserError
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines import scheduler
+from di_star_jax.pipelines import scheduler, single
 from di_star_jax.pipelines.export import denoiser_in, form_of_run
 from di_star_jax.pipelines.family import DENOISER, Family
 from di_star_jax.pipelines.folder import (
@@ -233,7 +233,8 @@ def load(
     """A pipeline, or the reference's with a denoiser of a run's newest checkpoint, or with another.
 
     Args:
-      source: pipeline folder, workdir, folder of a single denoiser, address of one, or Hub name.
+      source: pipeline folder, workdir, folder of a single denoiser, address of one, Hub name, or a
+        file of the original layout, whose tokenizers and settings are then the reference's.
       which: item of the checkpoint: "ema", "generator" or "assistant"; or "initial", the generator
         before the run. Of what has one network, "ema".
       mesh: of devices that share the parameters; None for one device.
@@ -241,6 +242,8 @@ def load(
       reference: pipeline folder or Hub name of what a denoiser lacks; None for the one of the run.
     Raises: UserError for what is not there or does not go together.
     """
+    if single.is_file(source):
+        source, reference = single.as_folder(source, reference), None
     shardings = None if mesh is None else functools.partial(sharding.params_sharding, mesh)
     options = Options(dtype=dtype, param_dtype=dtype, shardings=shardings)
     if is_run(source):

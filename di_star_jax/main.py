@@ -21,6 +21,7 @@ from di_star_jax.command import run as run_command
 from di_star_jax.cost import plan, slices
 from di_star_jax.errors import UserError
 from di_star_jax.hosts import connect, keep_compiled
+from di_star_jax.pipelines.single import with_folders
 from di_star_jax.processes import one_for_all
 from di_star_jax.sharding import check_slices, mesh_shape
 from di_star_jax.storage.buckets import is_remote
@@ -49,6 +50,7 @@ def main() -> None:
             "--config=reward is for di-star reward, and see configs/sdxl.py"
         )
     if config.dry_run:
+        with_folders(config)
         print("\n".join(planned(config)))
         return
     for flag in (_CHIPS, _TOPOLOGY):
@@ -61,6 +63,7 @@ def main() -> None:
     check_workdir(workdir)
     connect(os.environ)
     with one_for_all():
+        with_folders(config)
         check(config, jax.device_count())
     if jax.process_count() > 1 or is_remote(workdir):  # only the first writes, all see the workdir
         keep_compiled(f"{workdir}/compiled")

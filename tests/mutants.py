@@ -899,7 +899,7 @@ MUTANTS = r"""
 - if disk.total and disk.free < need:  # some network drives know neither
 + if disk.total and not disk.free:  # some network drives know neither
 
-@ storage/original.py | test_single.py | full_size and sdxl
+@ pipelines/original.py | test_single.py | full_size and sdxl
 - number += of_block - 1 if kind == "upsamplers" else 0
 + number += of_block if kind == "upsamplers" else 0
 - place = 2 if int(block) in blocks.attentive else 1
@@ -908,12 +908,12 @@ MUTANTS = r"""
 + other = f"up.{level[1]}."
 - lies = "convolution" if is_matrix else "same"
 + lies = "same"
-@ storage/original.py | test_single.py | byte_for_byte and sdxl and back
+@ pipelines/original.py | test_single.py | byte_for_byte and sdxl and back
 - array = array[place.third * rows : (place.third + 1) * rows]
 + array = array[:rows]
 - arrays = [tensor.read() for _, tensor in parts]
 + arrays = [tensor.read() for _, tensor in reversed(parts)]
-@ storage/original.py | test_single.py | another_file or changed_file or lack
+@ pipelines/original.py | test_single.py | another_file or changed_file or lack
 - (r"^cond_stage_model\.model\.", "an SD 2 checkpoint"),
 + (r"^cond_stage_model\.model$", "an SD 2 checkpoint"),
 - _CHANNELS = {8: "an InstructPix2Pix", 9: "an inpainting"}

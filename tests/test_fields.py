@@ -282,6 +282,8 @@ def test_what_diffusers_leaves_at_its_defaults_is_built_alike(cls):
     ours, _ = KNOWN[cls]
     theirs = fields_of(cls)
     for name, value in dataclasses.asdict(ours()).items():
+        if name == "v_prediction":  # the scheduler's to say in diffusers
+            continue
         expected = theirs[name]
         count = len(theirs["block_out_channels"])
         assert value == expected or value == (expected,) * count, name

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import ml_collections
 import numpy as np
 import original_layout
 import pytest
@@ -28,12 +29,12 @@ from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines import single
+from di_star_jax.pipelines import original, single
 from di_star_jax.pipelines.export import generator_scheduler
 from di_star_jax.pipelines.scheduler import SchedulerFile
 from di_star_jax.pipelines.sd15 import SD15
 from di_star_jax.pipelines.sdxl import SDXL
-from di_star_jax.storage import checkpoint, folders, original, weights
+from di_star_jax.storage import checkpoint, folders, weights
 from di_star_jax.storage.weights import Stored
 
 _VAE = original_layout.Vae(8, (1, 2, 2, 4))
@@ -107,9 +108,13 @@ PIPELINES = {
     "sdxl": diffusers.StableDiffusionXLPipeline,
     "sd15": diffusers.StableDiffusionPipeline,
 }
-# Of the published sd_xl_base_1.0.safetensors: md5 of its sorted names and "name:shape", with a
-# comma between each two, by which DiffSynth-Studio's configs/model_config.py knows the file.
-PUBLISHED_SDXL = "4cf64a799d04260df438c6f33c9a047e"
+# Of the published sd_xl_base_1.0.safetensors and v1-5-pruned-emaonly.safetensors: md5 of the sorted
+# names and "name:shape", with a comma between each two, by which DiffSynth-Studio's
+# configs/model_config.py knows the files.
+PUBLISHED = {
+    "sdxl": (original_layout.SDXL, 2515, "4cf64a799d04260df438c6f33c9a047e"),
+    "sd15": (original_layout.SD15, 1131, "03343c606f16d834d6411d0902b53636"),
+}
 
 
 def _settings(folder: Path, kind: str) -> Path:
@@ -419,12 +424,13 @@ def test_without_network_and_reference_the_missing_parts_are_named(tmp_path, mon
 # Names and shapes at full size.
 
 
-def test_names_and_shapes_are_the_published_files():
-    """Guards original_layout.py, by which all here is written, with a digest of the real file."""
-    found = original_layout.shapes(original_layout.SDXL)
+@pytest.mark.parametrize("layout, count, digest", PUBLISHED.values(), ids=PUBLISHED)
+def test_names_and_shapes_are_the_published_files(layout, count, digest):
+    """Guards original_layout.py, by which all here is written, with digests of the real files."""
+    found = original_layout.shapes(layout)
     lines = [*found, *(f"{name}:{'_'.join(map(str, shape))}" for name, shape in found.items())]
-    assert len(found) == 2515
-    assert hashlib.md5(",".join(sorted(lines)).encode()).hexdigest() == PUBLISHED_SDXL
+    assert len(found) == count
+    assert hashlib.md5(",".join(sorted(lines)).encode()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
@@ -598,3 +604,44 @@ def test_a_v_prediction_file_is_drawn_as_diffusers_draws_it(tmp_path):
     ).images
     assert theirs.std() > 0.02, "not a flat image"
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs, atol=1e-3)
+
+
+# In the place of folders.
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "di_star_jax" / "single"
+
+
+def test_a_file_is_converted_once_and_known_by_its_content(sdxl, cache, tmp_path, capsys):
+    tensors = _tensors("sdxl")
+    file = _file(tmp_path / "a.safetensors", tensors)
+    folder = single.as_folder(str(file), str(sdxl))
+    assert pipeline.check_pipeline(Path(folder))[0] is SDXL and Path(folder).parent == cache
+    assert f"{file}: converting it once, into {folder}" in capsys.readouterr().out
+    file.rename(tmp_path / "b.safetensors")
+    assert single.as_folder(str(tmp_path / "b.safetensors"), str(sdxl)) == folder
+    assert "it was converted" in capsys.readouterr().out
+    tensors[_UNET + "out.2.bias"][0] += 1  # of the same size
+    assert single.as_folder(str(_file(file, tensors)), str(sdxl)) != folder
+    assert len(os.listdir(cache)) == 2
+    assert single.as_folder("owner/name") == "owner/name"
+    assert single.as_folder("") == ""
+
+
+def test_a_configs_files_become_folders_with_the_references_settings(sdxl, cache, tmp_path):
+    file = _file(tmp_path / "a.safetensors", _tensors("sdxl"))
+    given = {"reference": str(sdxl), "generator": str(file), "assistant": "", "pickscore": "x"}
+    config = ml_collections.ConfigDict({"weights": given})
+    single.with_folders(config)
+    assert config.weights.reference == str(sdxl) and config.weights.assistant == ""
+    assert Path(config.weights.generator).parent == cache
+    assert config.weights.pickscore == "x"
+
+
+def test_a_file_that_is_none_leaves_no_folder_in_the_cache(sdxl, cache, tmp_path):
+    file = _file(tmp_path / "a.safetensors", {"lora_unet_x.lora_up.weight": torch.ones(1)})
+    assert "is a LoRA file" in _error(single.as_folder, str(file), str(sdxl))
+    assert not cache.exists() or not os.listdir(cache)

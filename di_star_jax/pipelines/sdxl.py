@@ -12,8 +12,8 @@ from di_star_jax.models.clip import CLIPTextConfig
 from di_star_jax.models.config import Fields
 from di_star_jax.models.unet import Condition, UNetConfig
 from di_star_jax.models.vae import VAEConfig
+from di_star_jax.pipelines import original
 from di_star_jax.pipelines.family import DENOISER, Family, Fit, Guided, Part
-from di_star_jax.storage import original
 
 
 def encode_text(

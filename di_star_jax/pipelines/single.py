@@ -7,6 +7,7 @@ user names a folder.
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from di_star_jax import log
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
-from di_star_jax.pipelines import card
+from di_star_jax.pipelines import card, original
 from di_star_jax.pipelines.export import (
     calls_by_timesteps,
     copy_component,
@@ -30,8 +32,8 @@ from di_star_jax.pipelines.families import FAMILIES
 from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.folder import abstract_model, check_pipeline, read_config
 from di_star_jax.pipelines.scheduler import SchedulerFile, predicts_v
-from di_star_jax.storage import folders, original, weights
-from di_star_jax.storage.files import expand, whole
+from di_star_jax.storage import folders, weights
+from di_star_jax.storage.files import expand, user_cache, whole
 from di_star_jax.storage.weights import Stored
 
 # open_clip's temperature, at which its training holds it: exp of it is 100. No picture depends on
@@ -163,6 +165,42 @@ def to_folder(
             index = _index(folder, family) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
             folders.write_object(partial / "model_index.json", index)
     return name
+
+
+def as_folder(source: str, reference: str | None = None) -> str:
+    """The folder of a single file, for all that takes folders; another source is itself.
+
+    A file is converted once into the user's cache, where its content is what it is known by.
+
+    Args: reference, as of `to_folder`. Raises: as there.
+    """
+    if not is_file(source):
+        return source
+    with expand(source).open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256")
+    digest.update((reference or "").encode())
+    folder = user_cache() / "single" / digest.hexdigest()
+    if not folders.is_pipeline(folder):
+        log.say(f"{source}: converting it once, into {folder}")
+        to_folder(source, folder, reference=reference)
+    else:
+        log.say(f"{source}: it was converted into {folder}")
+    return str(folder)
+
+
+def with_folders(config) -> None:
+    """Puts folders in the place of the single files that a config's weights are.
+
+    The reference's settings count for generator and assistant. What is missing or no text is left
+    for the config's own check.
+    """
+    reference = None
+    for name in ("reference", "generator", "assistant"):
+        given = config.get("weights", {}).get(name)
+        if isinstance(given, str):
+            config.weights[name] = as_folder(given, reference)
+        if name == "reference":
+            reference = config.get("weights", {}).get(name)
 
 
 def _scheduler(

@@ -165,7 +165,7 @@ def _is_folder(name: str) -> bool:
     if expand(name).exists():
         raise UserError(
             f"{name} is a file, expected a folder in the layout of diffusers; "
-            "give the folder around it"
+            "give the folder around it, or make one of it with `di-star convert --to=diffusers`"
         )
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(
