@@ -67,7 +67,7 @@ class Family:
       pixels, for estimates.
     rows: of a denoiser's config.json, how many rows of latents stay on one device.
     fits: of config.json by component, the fields by which the parts go together.
-    original: of the layout in one file (pipelines/original.py), what stands before the names of each
+    original: of the layout in one file (original.py), what stands before the names of each
       component's tensors, and its network there; empty where there is no such layout.
     keeps_offset: whether diffusers' pipeline draws with the scheduler's `steps_offset`, and does
       not put another in its place.
