@@ -248,6 +248,21 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     # of the assistant alone first: at the start it is the reference, not the generator
     config.assistant.warmup_steps = 200
 
+    # Adapters in place of whole networks: see configs/sdxl_lora.py.
+    config.lora = ml_collections.ConfigDict()
+    # of the adapters beside frozen matrices, which alone learn then; 64 is usual. 0: the whole
+    # networks learn
+    config.lora.rank = 0
+    # alpha / rank scales what adapters add
+    config.lora.alpha = 64.0
+    # which matrices: "attention", "feed_forward", "projections" (into and out of transformers) and
+    # "convolutions"
+    config.lora.targets = ("attention", "feed_forward", "projections")
+    # whether of the generator only adapters learn, on the frozen weights.generator
+    config.lora.generator = True
+    # whether of the assistant, on the reference, which both then share
+    config.lora.assistant = True
+
     config.optim = ml_collections.ConfigDict()
     # AdamW rate of the generator; DMD2's
     config.optim.generator_lr = 5e-7

@@ -17,6 +17,8 @@ from di_star_jax import objectives, sharding, step
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.gradients import Method, Settings
+from di_star_jax.models import lora
+from di_star_jax.models.lora import Lora
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import text_cache
 from di_star_jax.pipelines.export import denoiser_in, form_of, in_workdir
@@ -26,6 +28,7 @@ from di_star_jax.pipelines.folder import (
     Options,
     Pipeline,
     abstract_model,
+    check_like,
     check_pipeline,
     load_pipeline,
     model_class,
@@ -36,7 +39,7 @@ from di_star_jax.rewards import REWARDS, load_rewards, load_tokenizers, rewards_
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.rewards.views import VIEWS, in_slices
 from di_star_jax.samplers import generator_form
-from di_star_jax.storage import folders
+from di_star_jax.storage import folders, weights
 
 
 class Start(NamedTuple):
@@ -50,12 +53,14 @@ class Parts(NamedTuple):
     """The models of a run, whose parameters may be abstract: the reference's, and its rewards.
 
     cache: of prompts, in place of the text encoders. start: of the generator, where it is known.
+    base: frozen, of a generator whose adapters learn, where it is not the reference's.
     """
 
     pipeline: Pipeline
     rewards: dict[str, Reward]
     cache: TextCache | None = None
     start: Start | None = None
+    base: Any = None
 
     @property
     def models(self) -> dict[str, Model]:
@@ -75,10 +80,13 @@ class Parts(NamedTuple):
     def frozen(self) -> dict:
         """Parameters that a run never changes.
 
-        Those of the reference, the VAE, the text encoders and, by name, the rewards.
+        Those of the reference, the VAE, the text encoders and, by name, the rewards; and the
+        generator's base, where it has its own.
         """
         params = {name: model.params for name, model in self.models.items()}
         params["reference"] = params.pop(DENOISER)
+        if self.base is not None:
+            params["generator"] = self.base
         return params | {"rewards": {name: r.params for name, r in self.rewards.items()}}
 
     def tokenize(self, prompts: list[str]) -> dict[str, Any]:
@@ -108,7 +116,48 @@ def load_parts(
     reference = load_pipeline(folder, options["text"], options, of_empty)
     tokenizer = config.weights.reward_tokenizer
     rewards = load_rewards(reward_sources(config), tokenizer, options["reward"])
-    return Parts(reference, rewards, cache, start_of(config, reference))
+    start = start_of(config, reference)
+    return with_adapters(config, Parts(reference, rewards, cache, start), options[DENOISER])
+
+
+def with_adapters(
+    config,
+    parts: Parts,
+    options: Options,
+) -> Parts:
+    """The parts of a run whose adapters learn, with the generator's base; any other's as they are.
+
+    Args: options, of the denoiser. Raises: UserError for a rank or targets that do not fit it, and
+      a base of another kind.
+    """
+    low_rank = lora_of(config)
+    if low_rank is None:
+        return parts
+    denoiser = parts.models[DENOISER]._replace(lora=low_rank)
+    lora.abstract(denoiser.params, low_rank)
+    pipeline = parts.pipeline._replace(models=parts.models | {DENOISER: denoiser})
+    base = None
+    if has_own_base(config):
+        options = dataclasses.replace(options, param_dtype=jnp.dtype(config.compute.dtype))
+        base = abstract_model(denoiser.config, options).params
+        if parts.start is not None:
+            check_like(parts.start.folder, denoiser.config)
+            base = weights.load(parts.start.folder, base)
+    return parts._replace(pipeline=pipeline, base=base)
+
+
+def lora_of(config) -> Lora | None:
+    """What learns in place of whole networks; None where these do."""
+    given = config.lora
+    if not given.rank:
+        return None
+    return Lora(given.rank, given.alpha, tuple(given.targets), given.generator, given.assistant)
+
+
+def has_own_base(config) -> bool:
+    """Whether a generator's adapters are learnt to another network than the reference."""
+    own = config.weights.generator not in ("", config.weights.reference)
+    return bool(config.lora.rank and config.lora.generator and own)
 
 
 def check_teacher(name: str, folder: Path) -> None:
@@ -227,13 +276,23 @@ def method_of(config, parts: Parts) -> Method:
     """The step's networks and settings."""
     resolution = config.data.resolution
     return Method(
-        denoiser=functools.partial(nnx.merge, parts.graphdefs[DENOISER]),
+        denoiser=parts.models[DENOISER].network,
         encode_text=text_encoder(parts, resolution),
         reward=reward_of_latents(config, parts),
         schedule=parts.pipeline.schedule,
         settings=settings_of(config, parts.latent_shape(resolution), one_step_of(parts)),
         score_denoiser=score_denoiser(config, parts),
+        bases=functools.partial(bases_of, parts.models[DENOISER].lora),
     )
+
+
+def bases_of(low_rank: Lora | None, frozen: dict) -> tuple[Any, Any]:
+    """`Method.bases`: the assistant's is the reference, and so is a generator's without its own."""
+    if low_rank is None:
+        return None, None
+    reference = frozen["reference"]
+    own = frozen.get("generator", reference)
+    return own if low_rank.generator else None, reference if low_rank.assistant else None
 
 
 def one_step_of(parts: Parts) -> FewStep:
@@ -249,10 +308,11 @@ def score_denoiser(config, parts: Parts) -> Callable | None:
         return None
     kernel = kernel_of(config, jax.default_backend())
     options = Options(dtype=dtype, remat=config.compute.remat_denoiser, kernel=kernel)
-    graphdef = abstract_model(parts.models[DENOISER].config, options).graphdef
+    denoiser = parts.models[DENOISER]
+    model = abstract_model(denoiser.config, options)._replace(lora=denoiser.lora)
 
     def bind(params: Any) -> Callable[..., jax.Array]:
-        network = nnx.merge(graphdef, params)
+        network = model.network(params)
 
         def predict(x_t, t, condition) -> jax.Array:
             # Three passes of bfloat16 on a TPU, whose products of float32 are else of one.
@@ -358,9 +418,19 @@ def abstract_state(
     mesh: Mesh,
 ) -> step.TrainState:
     """The state's shapes and shardings. Args: denoiser, the generator's model."""
-    params = sharding.abstract(denoiser.params, dtype=jnp.float32)
-    state = jax.eval_shape(lambda g, a: step.init_state(g, a, optimizers), params, params)
+    params = [learnt_of(denoiser, name) for name in ("generator", "assistant")]
+    state = jax.eval_shape(lambda g, a: step.init_state(g, a, optimizers), *params)
     return sharding.abstract(state, sharding.params_sharding(mesh, state))
+
+
+def learnt_of(denoiser: Model, name: str) -> Any:
+    """Shapes of what a network learns, float32: its adapters, or all of it.
+
+    Args: name, generator or assistant.
+    """
+    if denoiser.lora is not None and denoiser.lora.adapts(name):
+        return lora.abstract(denoiser.params, denoiser.lora)
+    return sharding.abstract(denoiser.params, dtype=jnp.float32)
 
 
 def jit_step(

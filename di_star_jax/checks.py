@@ -15,6 +15,7 @@ import jax
 from di_star_jax.config import fields
 from di_star_jax.diffusion import INPUTS, FewStep
 from di_star_jax.errors import UserError, suggest
+from di_star_jax.models.lora import TARGETS
 from di_star_jax.objectives import DISTANCES, OBJECTIVES, OUTSIDE, WEIGHTINGS
 from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, add, listed, rewards_used, scales_of
@@ -51,6 +52,7 @@ _POSITIVE = (
     "optim.eps",
     "optim.clip_norm",
     "ema.half_life_samples",
+    "lora.alpha",
     "compute.microbatches",
     "train.steps",
     "train.log_every",
@@ -70,6 +72,7 @@ _NOT_NEGATIVE = (
     "optim.lr_warmup_steps",
     "optim.weight_decay",
     "decode.slice",
+    "lora.rank",
 )
 _NEW = (
     "data.prompts_file",
@@ -82,6 +85,11 @@ _NEW = (
     "assistant.first",
     "generator.input",
     "objective.power",
+    "lora.rank",
+    "lora.alpha",
+    "lora.targets",
+    "lora.generator",
+    "lora.assistant",
 )  # copied configs may lack them
 _ANY = FewStep((0,))  # a family's, of which nothing is checked
 _FOLDER = (
@@ -129,6 +137,7 @@ def check(config, device_count: int) -> None:
     _check_environment()
     _check_values(config)
     _check_sharing(config)
+    _check_lora(config)
     _check_pixels(config)
     _check_times(config)
     _check_rewards(config)
@@ -227,6 +236,32 @@ def _check_sharing(config) -> None:
         raise UserError(
             "compute.loop_networks=True with assistant.sharing='x_t', which has no loop; set "
             "compute.loop_networks=False or assistant.sharing='x0'"
+        )
+
+
+def _check_lora(config) -> None:
+    given = config.lora
+    if type(given.rank) is not int:
+        raise UserError(f"lora.rank={given.rank!r}, expected a whole number; 64 is usual, 0 is off")
+    if not given.rank:
+        return
+    for target in given.targets:
+        one_of("lora.targets", target, TARGETS)
+    if not (given.generator or given.assistant):
+        raise UserError(
+            f"lora.rank={given.rank} with lora.generator=False and lora.assistant=False, in which "
+            "no network has adapters; set one of the two to True, or lora.rank=0"
+        )
+    if given.generator != given.assistant and config.compute.loop_networks:
+        raise UserError(
+            f"compute.loop_networks=True with lora.generator={given.generator} and "
+            f"lora.assistant={given.assistant}, which are no networks of one form to loop over; "
+            "set compute.loop_networks=False"
+        )
+    if given.assistant and config.weights.assistant:
+        raise UserError(
+            f"weights.assistant={config.weights.assistant} with lora.assistant=True, whose base is "
+            "the reference; leave weights.assistant empty, or set lora.assistant=False"
         )
 
 

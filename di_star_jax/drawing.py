@@ -19,7 +19,7 @@ from di_star_jax import samplers, sharding
 from di_star_jax.diffusion import FewStep, guide
 from di_star_jax.errors import UserError
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines import scheduler, single
+from di_star_jax.pipelines import scheduler, single, trained
 from di_star_jax.pipelines.export import denoiser_in, form_of_run
 from di_star_jax.pipelines.family import DENOISER, Family
 from di_star_jax.pipelines.folder import (
@@ -122,7 +122,8 @@ class Drawer:
         graphdefs = {name: model.graphdef for name, model in self.pipeline.models.items()}
         resolution = z.shape[-2] * self.pipeline.vae_scale
         conditions = self.pipeline.encode_text(params, token_ids, resolution)
-        eps_fn = self.eps_fn(nnx.merge(graphdefs[DENOISER], params[DENOISER]), conditions)
+        denoiser = self.pipeline.models[DENOISER].network(params[DENOISER])
+        eps_fn = self.eps_fn(denoiser, conditions)
         sampler = samplers.SAMPLERS[self.sampling.sampler]
         x0 = sampler(
             eps_fn, z, self.sampling.timesteps, self.pipeline.schedule, **self.sampling.settings
@@ -280,12 +281,13 @@ def _load_run(
 ) -> Pipeline:
     with checkpoint.existing(source) as checkpoints:
         metadata = checkpoint.located(checkpoints.metadata(checkpoints.latest_step()))
-        loaded = load_pipeline(checkpoint.reference_of(metadata, reference), options)
+        step, folder = checkpoints.latest_step(), checkpoint.reference_of(metadata, reference)
+        loaded = load_pipeline(folder, options)
         denoiser = abstract_model(metadata["denoiser_config"], options)
         if which == "initial":
             params = _initial(source, metadata, loaded.family, denoiser)
         else:
-            params = checkpoints.restore_item(checkpoints.latest_step(), which, denoiser.params)
+            params = trained.restored(checkpoints, step, which, metadata, folder, options)
     models = loaded.models | {DENOISER: denoiser._replace(params=params)}
     form = None if which == "assistant" else form_of_run(metadata)
     return loaded._replace(models=models, form=form)

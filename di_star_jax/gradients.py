@@ -61,6 +61,28 @@ class Settings:
     microbatches: int = 1  # parts that a device's images are taken in, one after the other
 
 
+class Network(NamedTuple):
+    """A denoiser that learns: `learnt` does, on top of a frozen base; None where it is all."""
+
+    learnt: Params
+    base: Params | None = None
+
+    def having(self, learnt: Params) -> Params:
+        """All parameters, with others that are learnt; the base gets no gradient."""
+        return learnt if self.base is None else self.base | learnt
+
+    @property
+    def params(self) -> Params:
+        """All parameters."""
+        return self.having(self.learnt)
+
+
+def _without_bases(frozen: dict) -> tuple[None, None]:
+    """Generator and assistant learn as a whole."""
+    del frozen
+    return None, None
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What a step is made of, bound once.
@@ -72,6 +94,7 @@ class Method:
       rewards [b], each reward by name [b]), through the VAE decoder. Only the sum is
       differentiated.
     score_denoiser: as denoiser, in the precision of the scores; None is the same.
+    bases: frozen parameters -> those that generator and assistant learn adapters to; see `Network`.
     """
 
     denoiser: Callable[[Params], Callable[..., jax.Array]]
@@ -80,6 +103,12 @@ class Method:
     schedule: Schedule
     settings: Settings
     score_denoiser: Callable[[Params], Callable[..., jax.Array]] | None = None
+    bases: Callable[[dict], tuple[Params | None, Params | None]] = _without_bases
+
+    def networks(self, trained: Trained, frozen: dict) -> tuple[Network, Network]:
+        """Generator and assistant."""
+        generator, assistant = self.bases(frozen)
+        return Network(trained[0], generator), Network(trained[1], assistant)
 
     def score(self, params: Params) -> Callable[..., jax.Array]:
         """A score network of the generator's loss, assistant or reference."""
@@ -238,17 +267,17 @@ def x0_of(
 
 def generate(
     method: Method,
-    generator: Params,
+    generator: Network,
     draws: Draws,
     condition: Condition,
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[Params]]]:
-    """x_0 [b, h, w, 4] of the step that learns, and from its cotangent to (the parameters',)."""
-    z, t = simulate(method, generator, draws, condition)
+    """x_0 [b, h, w, 4] of the step that learns, and from its cotangent to (what is learnt's,)."""
+    z, t = simulate(method, generator.params, draws, condition)
 
-    def x0_by(params) -> jax.Array:
-        return x0_of(method, z, t, method.denoiser(params)(z, t, condition))
+    def x0_by(learnt) -> jax.Array:
+        return x0_of(method, z, t, method.denoiser(generator.having(learnt))(z, t, condition))
 
-    return jax.vjp(x0_by, generator)
+    return jax.vjp(x0_by, generator.learnt)
 
 
 def score_networks(
@@ -391,19 +420,19 @@ def gap_of(scores: Scores, like: jax.Array) -> jax.Array:
 
 def assistant_gradient(
     method: Method,
-    assistant: Params,
+    assistant: Network,
     point: Point,
     t: jax.Array,
     condition: Condition,
 ) -> tuple[Params, jax.Array]:
     """The gradient of denoising score matching at x_t (Eq. 2.2), and its loss [b] per element."""
 
-    def mean_loss(assistant):
-        eps_psi = method.denoiser(assistant)(point.x_t, t, condition)
+    def mean_loss(learnt):
+        eps_psi = method.denoiser(assistant.having(learnt))(point.x_t, t, condition)
         loss = objectives.denoising_score_matching(eps_psi, point.eps)
         return mean_share(loss), loss
 
-    (_, loss), grads = jax.value_and_grad(mean_loss, has_aux=True)(assistant)
+    (_, loss), grads = jax.value_and_grad(mean_loss, has_aux=True)(assistant.learnt)
     return grads, loss / point.x0[0].size
 
 
@@ -442,10 +471,10 @@ def separate(
 
     Args: scale, of the reward.
     """
-    generator, assistant = trained
+    generator, assistant = method.networks(trained, frozen)
     conditions = method.encode_text(frozen, token_ids)
     x0, pull_back = generate(method, generator, draws, conditions[0])
-    networks = score_networks(method, assistant, frozen["reference"], conditions)
+    networks = score_networks(method, assistant.params, frozen["reference"], conditions)
     predict = functools.partial(evaluate, method.objective, networks, draws.t)
     scored = jax.vjp(predict, method.noise(x0, draws.t, draws.eps).x_t)
     of_x0, figures = gradient_at_x0(method, x0, scored, (frozen, token_ids, draws), scale)
@@ -464,10 +493,10 @@ def of_generator(
     scale: jax.Array,
 ) -> tuple[Params, Figures]:
     """As `separate`, of the generator alone, against an assistant that has learnt already."""
-    generator, assistant = trained
+    generator, assistant = method.networks(trained, frozen)
     conditions = method.encode_text(frozen, token_ids)
     x0, pull_back = generate(method, generator, draws, conditions[0])
-    networks = score_networks(method, assistant, frozen["reference"], conditions)
+    networks = score_networks(method, assistant.params, frozen["reference"], conditions)
     predict = functools.partial(evaluate, method.objective, networks, draws.t)
     scored = jax.vjp(predict, method.noise(x0, draws.t, draws.eps).x_t)
     of_x0, figures = gradient_at_x0(method, x0, scored, (frozen, token_ids, draws), scale)
@@ -491,12 +520,13 @@ def of_assistant(
 ) -> tuple[Params, jax.Array]:
     """`assistant_gradient` on samples of the generator, which has no gradient.
 
-    Args: networks, of assistant and generator, and the frozen parameters.
+    Args: networks, what is learnt of assistant and generator, and the frozen parameters.
     """
     assistant, generator, frozen = networks
+    generator, assistant = method.networks((generator, assistant), frozen)
     condition = method.encode_text(frozen, token_ids)[0]
-    x_t, t = simulate(method, generator, draws, condition)
-    x0 = x0_of(method, x_t, t, method.denoiser(generator)(x_t, t, condition))
+    x_t, t = simulate(method, generator.params, draws, condition)
+    x0 = x0_of(method, x_t, t, method.denoiser(generator.params)(x_t, t, condition))
     return assistant_gradient(
         method, assistant, *noised_for_assistant(method, x0, draws), condition
     )

@@ -28,6 +28,7 @@ from di_star_jax.gradients import (
     simulate,
     x0_of,
 )
+from di_star_jax.models import lora
 from di_star_jax.models.unet import Condition
 from di_star_jax.objectives import Scores
 
@@ -45,14 +46,16 @@ def shared(
     The assistant learns at the generator's times, then, not at its own. The pass is linearised once
     and pulled back twice: to its input for the generator, to its parameters for itself.
     """
-    generator, assistant = trained
+    generator, assistant = method.networks(trained, frozen)
     conditions = method.encode_text(frozen, token_ids)
     x0, pull_back = generate(method, generator, draws, conditions[0])
     x_t = method.noise(x0, draws.t, draws.eps).x_t
     eps_psi, of_assistant = jax.vjp(
-        lambda params, x_t: method.score(params)(x_t, draws.t, conditions[0]), assistant, x_t
+        lambda learnt, x_t: method.score(assistant.having(learnt))(x_t, draws.t, conditions[0]),
+        assistant.learnt,
+        x_t,
     )
-    _, reference = score_networks(method, assistant, frozen["reference"], conditions)
+    _, reference = score_networks(method, assistant.params, frozen["reference"], conditions)
     networks = (lambda x_t, t: eps_psi, reference)
     scores, of_reference = jax.vjp(
         functools.partial(evaluate, method.objective, networks, draws.t), x_t
@@ -95,21 +98,22 @@ def looped(
     others evaluate theirs one by one), once as a loop over the two that learn. The generator's
     forward pass is made twice.
     """
-    generator, assistant = trained
+    generator, assistant = method.networks(trained, frozen)
     conditions = method.encode_text(frozen, token_ids)
-    z, t_z = simulate(method, generator, draws, conditions[0])
-    eps_z = method.denoiser(generator)(z, t_z, conditions[0])
+    z, t_z = simulate(method, generator.params, draws, conditions[0])
+    eps_z = method.denoiser(generator.params)(z, t_z, conditions[0])
     x0, to_eps_z = jax.vjp(functools.partial(x0_of, method, z, t_z), eps_z)
     predict = functools.partial(
         evaluate,
         method.objective,
-        score_networks(method, assistant, frozen["reference"], conditions),
+        score_networks(method, assistant.params, frozen["reference"], conditions),
     )
     both = ("psi", "guided")
     if method.objective.scores == both and method.objective.through in (both, ()):
-        predict = functools.partial(
-            scanned_scores, method, assistant, frozen["reference"], conditions
-        )
+        reference = frozen["reference"]
+        if assistant.base is not None:  # it is the reference, and adapters
+            reference = lora.silenced(reference, assistant.learnt)
+        predict = functools.partial(scanned_scores, method, assistant.params, reference, conditions)
     scores, to_x_t = jax.vjp(
         functools.partial(predict, draws.t), method.noise(x0, draws.t, draws.eps).x_t
     )
@@ -119,9 +123,10 @@ def looped(
 
     def learn(_, turn):
         first, x_t, t = turn
+        network = select(first, generator, assistant)
         eps, pull_back = jax.vjp(
-            lambda params: method.denoiser(params)(x_t, t, conditions[0]),
-            select(first, generator, assistant),
+            lambda learnt: method.denoiser(network.having(learnt))(x_t, t, conditions[0]),
+            network.learnt,
         )
         of_loss, loss = denoising_gradient(eps, noised.eps)
         (grads,) = pull_back(jnp.where(first, of_eps_z, of_loss))
@@ -167,10 +172,13 @@ def select(
 ) -> Params:
     """`a` where `first`, else `b`.
 
-    Large leaves are in b's dtype, small ones (norms) in the wider of both.
+    Large leaves are in b's dtype, small ones (norms) in the wider of both. What both share is not
+    picked, and so not copied.
     """
 
     def leaf(a, b):
+        if a is b:
+            return a
         dtype = b.dtype if a.size >= sharding.SMALL else jnp.promote_types(a.dtype, b.dtype)
         return jnp.where(first, a.astype(dtype), b.astype(dtype))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from di_star_jax import (
@@ -29,8 +30,9 @@ from di_star_jax.cost import flops, plan
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import held_out
 from di_star_jax.evaluation.held_out import HeldOut
-from di_star_jax.gradients import Method, Settings
-from di_star_jax.models import attention
+from di_star_jax.gradients import Method, Network, Settings
+from di_star_jax.models import attention, lora
+from di_star_jax.pipelines import trained
 from di_star_jax.pipelines.card import PICTURE, About
 from di_star_jax.pipelines.export import (
     FOLDER,
@@ -54,6 +56,7 @@ from di_star_jax.storage.checkpoint import Checkpoints
 from di_star_jax.storage.workdir import Workdir
 
 COMPILING = "a minute for the shapes world, many for SDXL"
+_DENOISERS = ("reference", "generator")  # of `Parts.frozen`
 WARMUP, TRAINING = "warm-up step", "training step"
 
 
@@ -634,7 +637,11 @@ def is_scored(folder: Path, settings: dict[str, Any] | None) -> bool:
 def score_initial(loaded: Loaded, state: step.TrainState) -> held_out.Measured:
     """Scores of the generator before training, also where the run has gone on since."""
     generator, scorer = state.generator, loaded.scorer
-    if int(state.step):
+    low_rank = loaded.parts.models[DENOISER].lora
+    if int(state.step) and low_rank and low_rank.generator:
+        log.say("the initial generator's scores are not there; its base is scored anew")
+        generator = jax.tree.map(jnp.zeros_like, generator)
+    elif int(state.step):
         log.say("the initial generator's scores are not there; it is loaded and scored anew")
         abstract = sharding.abstract(generator, jax.tree.map(lambda x: x.sharding, generator))
         generator = weights.load(loaded.parts.start.folder, abstract)
@@ -670,16 +677,34 @@ def load_state(
     if config.weights.assistant:
         of_assistant = folders.resolve(config.weights.assistant)
     of_generator = parts.start.folder
-    for folder in (of_generator, of_assistant):
-        check_like(folder, parts.models[DENOISER].config)
-    generator = weights.load(of_generator, abstract.generator)
-    assistant = weights.load(of_assistant, abstract.assistant)
+    generator = first_of(parts, "generator", of_generator, abstract.generator, config.seed)
+    assistant = first_of(parts, "assistant", of_assistant, abstract.assistant, config.seed)
     init = jax.jit(
         lambda g, a: step.init_state(g, a, optimizers),
         out_shardings=shardings,
         donate_argnums=(0, 1),
     )
     return init(generator, assistant)
+
+
+def first_of(
+    parts: Parts,
+    name: str,
+    folder: Path,
+    abstract: Any,
+    seed: int,
+) -> Any:
+    """What a network learns, before its first step: weights of a folder, or new adapters.
+
+    Args: name, generator or assistant; abstract, its shapes and shardings.
+    """
+    denoiser = parts.models[DENOISER]
+    if denoiser.lora is None or not denoiser.lora.adapts(name):
+        check_like(folder, denoiser.config)
+        return weights.load(folder, abstract)
+    key = jax.random.fold_in(jax.random.key(seed), ("generator", "assistant").index(name))
+    places = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(lambda key: lora.init(key, abstract), out_shardings=places)(key)
 
 
 def metadata_of(
@@ -698,6 +723,7 @@ def metadata_of(
         "trained_on": {name: scale for name, scale in scales_of(config.reward).items() if scale},
         "weights": dict(config.weights.items()),
         "directory": str(Path.cwd()),  # where relative folders are found
+        **trained.metadata_of(parts.models[DENOISER].lora, parts.start.folder),
     } | folders.identity(parts.pipeline.folder)
 
 
@@ -762,10 +788,12 @@ def scorer_of(
     drawer = drawing.Drawer(parts.pipeline, sampling)
     compiled = drawing.make_scored_draw(drawer, parts.rewards, mesh)
     frozen = parts.frozen()
-    del frozen["reference"]
+    base, _ = assembly.bases_of(parts.models[DENOISER].lora, frozen)
+    frozen = {name: params for name, params in frozen.items() if name not in _DENOISERS}
 
     def draw(generator, token_ids, z):
-        return compiled(frozen | {DENOISER: generator}, token_ids, z)
+        params = Network(generator, base).params
+        return compiled(frozen | {DENOISER: params}, token_ids, z)
 
     return HeldOut(
         draw=draw,
@@ -806,8 +834,11 @@ def export(
     Args: metadata, of `metadata_of`. workdir, whose samples the model card shows.
     """
     output, picture = workdir.folder / FOLDER, workdir.folder / PICTURE
+    config, low_rank = metadata["denoiser_config"], parts.models[DENOISER].lora
+    if low_rank is not None and low_rank.generator:
+        generator = trained.merged_on_host(parts.start.folder, config, generator, low_rank)
     usage = export_pipeline(
-        Denoiser(generator, metadata["denoiser_config"], form_of_run(metadata)),
+        Denoiser(generator, config, form_of_run(metadata)),
         About.of_run(metadata, f"ema, step {step_number}", picture if picture.exists() else None),
         reference_folder=parts.pipeline.folder,
         output=output,

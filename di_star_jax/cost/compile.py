@@ -106,7 +106,8 @@ def _parts(config, mesh: Mesh) -> Parts:
     }
     ones = jnp.ones(1000)  # only its shape counts here
     pipeline = Pipeline(Path(), known.family, models, tokenizers, Schedule(ones, ones))
-    return Parts(_without_encoders(pipeline) if config.data.cache else pipeline, rewards)
+    pipeline = _without_encoders(pipeline) if config.data.cache else pipeline
+    return assembly.with_adapters(config, Parts(pipeline, rewards), options[DENOISER])
 
 
 def _without_encoders(pipeline: Pipeline) -> Pipeline:
@@ -194,7 +195,8 @@ def denoiser_work(config, mesh: Mesh) -> Work:
     parts, batch = _parts(config, mesh), config.data.batch_size
     method = assembly.method_of(config, parts)
     optimizers = assembly.optimizers_of(config)
-    params = assembly.abstract_state(parts.models[DENOISER], optimizers, mesh).generator
+    whole = parts.models[DENOISER]._replace(lora=None)
+    params = assembly.abstract_state(whole, optimizers, mesh).generator
     specs = sharding.params_spec(mesh, params)
     local = sharding.abstract((parts.frozen(), _token_ids(config, parts, mesh)))
     condition, _ = jax.eval_shape(method.encode_text, *local)

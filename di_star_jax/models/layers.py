@@ -10,6 +10,7 @@ this device's part of the rows (sharding.size).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -72,13 +73,44 @@ def scan_blocks(
     return jax.lax.scan(body, x, params)[0]
 
 
+class Adapter(nnx.Module):
+    """A low-rank map beside a frozen one, scale * (x A) B; see lora.py for shapes and scale."""
+
+    def __init__(
+        self,
+        a: jax.Array,
+        b: jax.Array,
+        rank: int,
+        scale: float,
+    ):
+        self.a = nnx.Param(a)
+        self.b = nnx.Param(b)
+        self.rank = rank
+        self.scale = scale
+
+    def down(self, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+        """A [*shape, r]. Args: shape, of the frozen kernel without its outputs."""
+        return sharding.gather_param(self.a[...], (*shape, self.rank), dtype)
+
+    def up(self, h: jax.Array, c_out: int) -> jax.Array:
+        """[..., r] -> [..., c_out]."""
+        b = sharding.gather_param(self.b[...], (self.rank, c_out), h.dtype)
+        return (self.scale * h) @ b
+
+
 class Linear(nnx.Linear):
-    """`nnx.Linear` whose weights may be split over devices."""
+    """`nnx.Linear` whose weights may be split over devices, with an adapter or without."""
+
+    adapter: Adapter | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(self.dtype) @ sharding.gather_param(
+        x = x.astype(self.dtype)
+        y = x @ sharding.gather_param(
             self.kernel[...], (self.in_features, self.out_features), self.dtype
         )
+        if self.adapter is not None:
+            h = x @ self.adapter.down((self.in_features,), self.dtype)
+            y = y + self.adapter.up(h, self.out_features)
         return (
             y
             if self.bias is None
@@ -87,7 +119,12 @@ class Linear(nnx.Linear):
 
 
 class Conv(nnx.Conv):
-    """`nnx.Conv` of [B, H, W, C]; its weights and the image's rows may be split over devices."""
+    """`nnx.Conv` of [B, H, W, C]; its weights and the image's rows may be split over devices.
+
+    With an adapter or without.
+    """
+
+    adapter: Adapter | None = None
 
     def __init__(
         self,
@@ -114,13 +151,16 @@ class Conv(nnx.Conv):
         if above + below and sharding.size("context") > 1:
             x = sharding.with_halo(x, above, max(self.kernel_shape[0] - self.stride - above, 0))
             rows = (0, 0)
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            (rows, across),
+        convolve = functools.partial(
+            jax.lax.conv_general_dilated,
+            window_strides=(self.stride, self.stride),
+            padding=(rows, across),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        y = convolve(x, kernel)
+        if self.adapter is not None:
+            h = convolve(x, self.adapter.down(self.kernel_shape[:3], self.dtype))
+            y = y + self.adapter.up(h, self.out_features)
         return (
             y
             if self.bias is None

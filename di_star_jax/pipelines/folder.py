@@ -24,6 +24,7 @@ from di_star_jax.models.clip import (
     CLIPVisionModelWithProjection,
 )
 from di_star_jax.models.config import check_others, shown
+from di_star_jax.models.lora import Lora, bind
 from di_star_jax.models.pixart import PixArtConfig, PixArtTransformer2DModel
 from di_star_jax.models.t5 import T5Config, T5EncoderModel
 from di_star_jax.models.unet import (
@@ -105,11 +106,19 @@ PLAIN = Options()
 
 
 class Model(NamedTuple):
-    """One network: `nnx.merge(graphdef, params)` runs it; `config` is its folder's config.json."""
+    """One network: `nnx.merge(graphdef, params)` runs it; `config` is its folder's config.json.
+
+    lora: of a denoiser whose adapters learn, which params has none of; else None.
+    """
 
     graphdef: nnx.GraphDef
     params: Any
     config: dict
+    lora: Lora | None = None
+
+    def network(self, params: Any) -> nnx.Module:
+        """The network of other parameters, which may have adapters."""
+        return bind(self.graphdef, self.lora, params)
 
 
 class Pipeline(NamedTuple):
