@@ -319,7 +319,7 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.train.steps = 2000
     # steps between scalars
     config.train.log_every = 10
-    # steps between checkpoints, 72 GB each
+    # steps between checkpoints, 51 GB each
     config.train.save_every = 200
     # newest checkpoints that stay
     config.train.keep = 3

@@ -58,6 +58,15 @@ _DISTIL = {
 }
 PRESETS |= {name: row | _DISTIL for name, row in _sdxl.distil(_sdxl.RECIPES, "dmd").items()}
 
+# Adapters of half the width, on frozen networks.
+PRESETS["lora"] = {
+    "lora.rank": 16,
+    "lora.alpha": 16.0,
+    # adapters begin at zero, and a step of Adam's moves their product by less than a whole matrix
+    "optim.generator_lr": 1e-3,
+    "optim.assistant_lr": 2e-3,
+}
+
 # What the small world changes; every other field is as in configs/sdxl.py.
 SMALL = {
     "weights.reference": _CHECKPOINT,

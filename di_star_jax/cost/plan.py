@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
-from di_star_jax.assembly import reference_dtype, reward_sources
+from di_star_jax.assembly import has_own_base, lora_of, reference_dtype, reward_sources
 from di_star_jax.cost.chips import CHIPS, chip_of
 from di_star_jax.errors import UserError
-from di_star_jax.models import published
+from di_star_jax.models import lora, published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.families import FAMILIES, family_at
 from di_star_jax.pipelines.family import DENOISER, Family
@@ -58,6 +58,7 @@ class Plan:
       unknown: the config's fields that name models of unknown sizes.
       state: bytes on a chip by purpose; {} where the denoiser is unknown.
       image_bytes: on a chip for each image of its part of the batch, an estimate.
+      checkpoint_bytes: of one checkpoint; 0 where the denoiser is unknown.
     """
 
     config: object
@@ -68,6 +69,7 @@ class Plan:
     unknown: list[str]
     state: dict[str, float]
     image_bytes: float
+    checkpoint_bytes: int = 0
 
     @property
     def devices(self) -> int:
@@ -115,13 +117,28 @@ def make(
     known = known_models(config)
     trees = abstract_params(_held(config, known))
     counts = {name: parameters(tree) for name, tree in trees.items()}
-    state, image_bytes = {}, 0.0
+    state, image_bytes, on_disk = {}, 0.0, 0
     if DENOISER in trees:
         _check_rows(config, known, mesh["context"])
         sharding.params_sharding(AbstractMesh(sizes, sharding.AXES), trees[DENOISER])
-        state = memory_per_chip(config, counts, mesh["fsdp"] * mesh["context"])
+        learnt = learnt_counts(config, trees[DENOISER])
+        shards = mesh["fsdp"] * mesh["context"]
+        state = memory_per_chip(config, counts, shards, learnt)
+        if config.lora.rank:
+            counts["adapters"] = max(learnt.generator, learnt.assistant)
         image_bytes = activation_bytes(config, *widths(known))
-    return Plan(config, mesh, device_count, device_kind, counts, known.unknown, state, image_bytes)
+        on_disk = checkpoint_bytes(config, learnt)
+    return Plan(
+        config,
+        mesh,
+        device_count,
+        device_kind,
+        counts,
+        known.unknown,
+        state,
+        image_bytes,
+        on_disk,
+    )
 
 
 def _check_rows(
@@ -259,36 +276,69 @@ def activation_bytes(
     return 1e9 * (scale * width * keep + max(width * scores, scale * vae_width * vae))
 
 
+class Learnt(NamedTuple):
+    """How many numbers each network learns: all of its own, or its adapters'."""
+
+    generator: int
+    assistant: int
+
+
+def learnt_counts(config, denoiser) -> Learnt:
+    """Args: denoiser, shapes of its parameters.
+
+    Raises: UserError for a rank or targets that do not fit it.
+    """
+    whole = parameters(denoiser)
+    low_rank = lora_of(config)
+    if low_rank is None:
+        return Learnt(whole, whole)
+    adapters = parameters(lora.abstract(denoiser, low_rank))
+    return Learnt(*(adapters if low_rank.adapts(name) else whole for name in Learnt._fields))
+
+
 def memory_per_chip(
     config,
     counts: dict[str, int],
     shards: int,
+    learnt: Learnt | None = None,
 ) -> dict[str, float]:
     """Bytes of state on one chip, by purpose.
 
-    Args: counts, parameters by component; shards, chips that share one copy.
+    Args: counts, parameters by component; shards, chips that share one copy; learnt, None where
+      whole networks learn.
     """
     compute = jnp.dtype(config.compute.dtype).itemsize
     scores = reference_dtype(config)
     denoiser = counts[DENOISER] / shards
     others = sum(counts.values()) / shards - denoiser
     moments = 2 if config.optim.b1 else 1  # at b1 = 0 the first is the gradient
+    generator, assistant = learnt or Learnt(counts[DENOISER], counts[DENOISER])
+    both = (generator + assistant) / shards
+    what = "adapters of " if config.lora.rank else ""
     state = {
-        "generator and assistant, float32": 2 * denoiser * 4,
-        "Adam's moments of both": 2 * moments * denoiser * 4,
-        "average of the generator (EMA)": denoiser * 4,
-        "gradients of both": 2 * denoiser * 4,
+        f"{what}generator and assistant, float32": both * 4,
+        "Adam's moments of both": moments * both * 4,
+        "average of the generator (EMA)": generator / shards * 4,
+        "gradients of both": both * 4,
         f"reference, {scores}": denoiser * scores.itemsize,
         f"other frozen networks, {config.compute.dtype}": others * compute,
     }
+    if has_own_base(config):
+        state[f"base of the generator, {config.compute.dtype}"] = denoiser * compute
     if config.compute.microbatches > 1:
         state["their sums over microbatches"] = state["gradients of both"]
-    if config.compute.loop_networks:
+    if config.compute.loop_networks and (has_own_base(config) or not config.lora.rank):
         state["networks picked in loops"] = denoiser * scores.itemsize
     # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of
     # the UNet.
     state["gathered weights"] = counts[DENOISER] / 30 * scores.itemsize if shards > 1 else 0.0
     return state
+
+
+def checkpoint_bytes(config, learnt: Learnt) -> int:
+    """What one checkpoint holds: all that learns, its moments, and the generator's average."""
+    moments = 2 if config.optim.b1 else 1
+    return 4 * ((1 + moments) * sum(learnt) + learnt.generator)
 
 
 def out_of_memory(
@@ -390,6 +440,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     return [
         *(f"memory per chip: {size / 1e9:7.2f} GB {name}" for name, size in sizes.items()),
         f"images per chip that fit: {images}",
+        f"checkpoint: {plan.checkpoint_bytes / 1e9:.2f} GB",
         *_verdict(plan),
     ]
 

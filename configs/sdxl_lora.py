@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DI* on SDXL by low-rank adapters, for one GPU or one TPU chip.
+
+    di-star cache_text --config=sdxl_lora
+    di-star train --config=sdxl_lora --workdir=runs/sdxl_lora
+    di-star train --config=sdxl_lora --config.dry_run=True  # no weights
+
+Two frozen networks in bfloat16, SDXL as reference and under the assistant, and the generator's own,
+carry adapters of rank 64: MEMORY
+"""
+
+import importlib.util
+import os
+
+import ml_collections
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_spec = importlib.util.spec_from_file_location("sdxl", os.path.join(_HERE, "sdxl.py"))
+_sdxl = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_sdxl)
+PRESETS, override = _sdxl.PRESETS, _sdxl.override
+
+# What differs; every other field is as in configs/sdxl.py.
+CHANGES = {
+    "lora.rank": 64,
+    # SDXL's prompts, encoded once: without it the text encoders stay loaded, 1.6 GB
+    "data.cache": "./text_cache",
+    "data.batch_size": 1,
+    "mesh.fsdp": 1,
+    # adapters move in larger steps than whole matrices; ours, not tuned
+    "optim.generator_lr": 1e-5,
+    "optim.assistant_lr": 1e-5,
+    # a loop over both networks would copy the one that it picks, 5.1 GB
+    "compute.loop_networks": False,
+    "train.steps": 20_000,
+    "train.save_every": 1000,
+    "eval_every": 1000,
+    "eval.batch_size": 1,
+    "assistant.warmup_steps": 1000,
+}
+
+
+def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
+    """Args: preset, a key of PRESETS, given as --config=configs/sdxl_lora.py:PRESET."""
+    config = _sdxl.get_config()
+    config.update_from_flattened_dict(CHANGES)
+    return override(config, preset, PRESETS)
