@@ -58,7 +58,7 @@ _DISTIL = {
 }
 PRESETS |= {name: row | _DISTIL for name, row in _sdxl.distil(_sdxl.RECIPES, "dmd").items()}
 
-# Adapters of half the width, on frozen networks.
+# Adapters with a tenth of the networks' numbers, on frozen ones.
 PRESETS["lora"] = {
     "lora.rank": 16,
     "lora.alpha": 16.0,

@@ -192,8 +192,8 @@ MUTANTS = r"""
 - return jnp.sum(per_sample_loss) / (per_sample_loss.shape[0] * sharding.size(*sharding.BATCH))
 + return jnp.sum(per_sample_loss)
 # the assistant
-- eps_psi = method.denoiser(assistant)(point.x_t, t, condition)
-+ eps_psi = method.denoiser(assistant)(point.x0, t, condition)
+- eps_psi = method.denoiser(assistant.having(learnt))(point.x_t, t, condition)
++ eps_psi = method.denoiser(assistant.having(learnt))(point.x0, t, condition)
 - loss = objectives.denoising_score_matching(eps_psi, point.eps)
 + loss = objectives.denoising_score_matching(eps_psi, point.x0)
 - method, assistant, *noised_for_assistant(method, x0, draws), conditions[0]
@@ -213,11 +213,35 @@ MUTANTS = r"""
 + norms = [_norm(gradient) for gradient in (of_regulariser, of_reward)]
 - norms = [batch * _norm(gradient) for gradient in (of_regulariser, of_reward)]
 + norms = [batch * _norm(gradient) for gradient in (of_reward, of_regulariser)]
+@ gradients.py | test_lora.py | objectives and di_star-separate or alone
+- return learnt if self.base is None else self.base | learnt
++ return learnt
+- return Network(trained[0], generator), Network(trained[1], assistant)
++ return Network(trained[0], assistant), Network(trained[1], assistant)
+@ models/lora.py | test_lora.py | full_rank or sdxl_are
+- return self.alpha / self.rank
++ return self.alpha
+- of_stack = lead if len(lead) == 1 else []
++ of_stack = lead
+@ models/lora.py | test_lora.py | new_adapters and sdxl
+- values[path] = jnp.zeros(leaf.shape)
++ values[path] = jnp.ones(leaf.shape)
+- whole = kernel.astype(a.dtype) + lora.scale * (a @ b)
++ whole = kernel.astype(a.dtype) + a @ b
+@ models/lora.py | test_lora.py | rank_above
+- if lora.rank > most:
++ if lora.rank > c_out:
+@ models/layers.py | test_lora.py | new_adapters and sdxl
+- return (self.scale * h) @ b
++ return h @ b
+@ cost/plan.py | test_lora.py | plan_of_sdxl
+- if has_own_base(config):
++ if config.lora.rank:
 @ gradients.py | test_by_hand.py | assistants_own
-- x0 = x0_of(method, x_t, t, method.denoiser(generator)(x_t, t, condition))
-+ x0 = x0_of(method, x_t, t, method.denoiser(assistant)(x_t, t, condition))
-- x_t, t = simulate(method, generator, draws, condition)
-+ x_t, t = simulate(method, assistant, draws, condition)
+- x0 = x0_of(method, x_t, t, method.denoiser(generator.params)(x_t, t, condition))
++ x0 = x0_of(method, x_t, t, method.denoiser(assistant.params)(x_t, t, condition))
+- x_t, t = simulate(method, generator.params, draws, condition)
++ x_t, t = simulate(method, assistant.params, draws, condition)
 - condition = method.encode_text(frozen, token_ids)[0]
 + condition = method.encode_text(frozen, token_ids)[1]
 @ gradients.py | test_by_hand.py | draws
@@ -685,8 +709,8 @@ MUTANTS = r"""
 - guided = objective.omega != 1.0 and objective.name not in objectives.OUTSIDE
 + guided = objective.omega != 1.0
 @ assembly.py | test_assembly.py | what_learns
-- params = sharding.abstract(denoiser.params, dtype=jnp.float32)
-+ params = sharding.abstract(denoiser.params)
+- return sharding.abstract(denoiser.params, dtype=jnp.float32)
++ return sharding.abstract(denoiser.params)
 @ assembly.py | test_clip_rewards.py | add_up or resized or scale_zero
 - total += scale * each[name]
 + total += each[name]
