@@ -2,6 +2,7 @@
 """DI* on the shapes world that the package ships: the same code as SDXL, for two CPU cores.
 
     di-star train --config=shapes --workdir=runs/shapes
+    di-star train --config=shapes:lora --workdir=runs/shapes_lora  # adapters alone learn
 
 To resume, run the same command again.
 """

@@ -92,8 +92,8 @@ def abstract(params: dict, lora: Lora) -> dict:
         most = min(_fan_in(kernel), c_out)
         if lora.rank > most:
             raise UserError(
-                f"lora.rank={lora.rank} is more than the {_fan_in(kernel)} x {c_out} of "
-                f"{'.'.join(map(str, path))} has; use {most} or less, or other lora.targets"
+                f"lora.rank={lora.rank} is more than {'.'.join(map(str, path))}, a matrix of "
+                f"{_fan_in(kernel)} x {c_out}, can have; use {most} or less, or other lora.targets"
             )
         of_stack = lead if len(lead) == 1 else []
         found[(*path, "a")] = (*lead, c_in, lora.rank)
