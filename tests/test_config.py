@@ -23,7 +23,7 @@ from di_star_jax.studies import fields as studies_fields
 ROOT = Path(__file__).parent.parent
 
 
-CONFIGS = ("sdxl", "shapes", "sd15", "pixart", "shapes_pixart")
+CONFIGS = ("sdxl", "sdxl_lora", "shapes", "sd15", "pixart", "shapes_pixart")
 
 
 def load(name, *preset):
