@@ -713,6 +713,8 @@ def metadata_of(
     settings: Settings,
 ) -> dict[str, Any]:
     """What convert, sample and evaluate need to know of a run; each checkpoint holds it."""
+    low_rank = parts.models[DENOISER].lora
+    adapters = trained.metadata_of(low_rank, parts.start.folder) if low_rank else {}
     return {
         "denoiser_config": parts.models[DENOISER].config,
         "reference": config.weights.reference,
@@ -723,7 +725,7 @@ def metadata_of(
         "trained_on": {name: scale for name, scale in scales_of(config.reward).items() if scale},
         "weights": dict(config.weights.items()),
         "directory": str(Path.cwd()),  # where relative folders are found
-        **trained.metadata_of(parts.models[DENOISER].lora, parts.start.folder),
+        **adapters,
     } | folders.identity(parts.pipeline.folder)
 
 

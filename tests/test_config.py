@@ -59,7 +59,7 @@ def test_every_preset_passes_the_checks(name):
     for preset in presets(name):
         config = load(name, preset)
         config.dry_run = True
-        check(config, 16 if name == "sdxl" else 4)
+        check(config, {"sdxl": 16, "sdxl_lora": 1}.get(name, 4))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def command(monkeypatch, capsys):
         ([SDXL + ":di_str", DRY], "unknown preset 'di_str', did you mean di_star or di_star_l2"),
         (
             ["--config=shpes"],
-            "one of pixart, reward, sd15, sdxl, shapes, shapes_pixart (--config=pixart works from",
+            "one of pixart, reward, sd15, sdxl, sdxl_lora, shapes, shapes_pixart (--config=pixart",
         ),
         ([SDXL, "--workdir"], "--workdir without a value; write --name=value"),
         (
@@ -168,7 +168,7 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
         (
             ["--chips=128"],
             "mesh: data=8 x fsdp=16 x context=1 over 128 devices (of any kind)\n",
-            "A100 16, H100 16, H200 30\n",
+            "A100 16, H100 16, H200 30\ncheckpoint: 51.35 GB\n",
         ),
     ],
 )

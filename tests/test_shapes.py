@@ -409,9 +409,10 @@ def test_data_of_another_command_or_damaged_data_is_not_trained_on(tmp_path):
     (tmp_path / "images.npy").write_bytes(b"half")
     with pytest.raises(UserError, match=r"images.npy is missing or damaged; delete .*made again"):
         datasets.render_dataset(tmp_path, 5)
-    (tmp_path / "captions.json").write_text('["a')
+    datasets.render_dataset(tmp_path / "other", 3)
+    (tmp_path / "other" / "captions.json").write_text('["a')
     with pytest.raises(UserError, match=r"captions.json is damaged; delete it"):
-        datasets.render_dataset(tmp_path, 5)
+        datasets.render_dataset(tmp_path / "other", 3)
 
 
 @pytest.mark.case("first hour 24")

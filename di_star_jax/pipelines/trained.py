@@ -20,10 +20,8 @@ from di_star_jax.storage.checkpoint import Checkpoints
 LORA = "lora"  # of a run's metadata
 
 
-def metadata_of(low_rank: Lora | None, base: Path) -> dict:
-    """What a checkpoint says of the adapters in it; {} without. Args: base, of the generator."""
-    if low_rank is None:
-        return {}
+def metadata_of(low_rank: Lora, base: Path) -> dict:
+    """What a checkpoint says of the adapters in it. Args: base, the generator's folder."""
     return {LORA: low_rank._asdict() | {"base": folders.digest(base)}}
 
 
