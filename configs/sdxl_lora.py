@@ -8,11 +8,10 @@
 Two networks are frozen in bfloat16, 5.1 GB each: SDXL, which is the reference and what the
 assistant's adapters are added to, and the one-step generator. Only adapters of rank 64 learn, 170 M
 numbers for each. By the dry run that is 21.9 GB at 1024 pixels and one image, and a checkpoint is
-3.4 GB; an estimate from sizes, which no compiler and no card has confirmed yet. A sample is ten
-forward passes of the UNet for a whole run's twelve, with decoder and reward about 89 TFLOP: at 40 %
-of an H100's 989 TFLOP/s, and nothing recomputed, 20,000 images would take 1.3 hours, computed, not
-measured. Rates are ours and not tuned. weights.generator="" learns on SDXL itself, and holds one
-network less. To resume, run the same command again.
+3.4 GB; an estimate from sizes, which no compiler and no card has confirmed yet. A sample is 10.9
+forward passes of the UNet, 74 TFLOP, for a whole run's twelve, and decoder and reward as there.
+Rates are ours and not tuned. weights.generator="" learns on SDXL itself, and holds one network
+less. To resume, run the same command again.
 """
 
 import importlib.util
