@@ -274,7 +274,7 @@ def flops_of_sdxl(rank):
     return whole / 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sample_of_sdxl_takes_ten_forward_passes_and_what_adapters_add():
     forward = 6.761e12
     at_64, at_128 = flops_of_sdxl(64), flops_of_sdxl(128)
