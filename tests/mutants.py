@@ -1041,7 +1041,7 @@ MUTANTS = r"""
 + each = features.reshape(PER_CAPTION, count, -1).swapaxes(0, 1)
 - count = len(world.captions) if is_last else CURVE_CAPTIONS
 + count = CURVE_CAPTIONS
-@ studies/figures.py | test_ablation.py | readable or own_look or beside_the
+@ studies/figures.py | test_ablation.py | readable or own_look or beside_the or beside_teacher
 - axis.set_title(textwrap.fill(caption, 19), fontsize=8)
 + axis.set_title(textwrap.fill(caption, 19), fontsize=6)
 - COLOURS = ("#0072B2", "#56B4E9",
