@@ -262,6 +262,9 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.lora.generator = True
     # whether of the assistant, on the reference, which both then share
     config.lora.assistant = True
+    # the matrices of these two frozen networks in 8 bits, with a scale for each output channel:
+    # half of their memory
+    config.lora.int8 = False
 
     config.optim = ml_collections.ConfigDict()
     # AdamW rate of the generator; DMD2's

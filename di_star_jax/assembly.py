@@ -17,7 +17,7 @@ from di_star_jax import objectives, sharding, step
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.gradients import Method, Settings
-from di_star_jax.models import lora
+from di_star_jax.models import int8, lora
 from di_star_jax.models.lora import Lora
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import text_cache
@@ -135,6 +135,8 @@ def with_adapters(
         return parts
     denoiser = parts.models[DENOISER]._replace(lora=low_rank)
     lora.abstract(denoiser.params, low_rank)
+    if low_rank.int8:
+        denoiser = denoiser._replace(params=int8.rounded(denoiser.params))
     pipeline = parts.pipeline._replace(models=parts.models | {DENOISER: denoiser})
     base = None
     if has_own_base(config):
@@ -143,6 +145,7 @@ def with_adapters(
         if parts.start is not None:
             check_like(parts.start.folder, denoiser.config)
             base = weights.load(parts.start.folder, base)
+        base = int8.rounded(base) if low_rank.int8 else base
     return parts._replace(pipeline=pipeline, base=base)
 
 
@@ -151,7 +154,7 @@ def lora_of(config) -> Lora | None:
     given = config.lora
     if not given.rank:
         return None
-    return Lora(given.rank, given.alpha, tuple(given.targets), given.generator, given.assistant)
+    return Lora(**given.to_dict() | {"targets": tuple(given.targets)})
 
 
 def has_own_base(config) -> bool:

@@ -90,6 +90,7 @@ _NEW = (
     "lora.targets",
     "lora.generator",
     "lora.assistant",
+    "lora.int8",
 )  # copied configs may lack them
 _ANY = FewStep((0,))  # a family's, of which nothing is checked
 _FOLDER = (
@@ -243,6 +244,12 @@ def _check_lora(config) -> None:
     given = config.lora
     if type(given.rank) is not int:
         raise UserError(f"lora.rank={given.rank!r}, expected a whole number; 64 is usual, 0 is off")
+    if given.int8 and not (given.rank and given.generator and given.assistant):
+        raise UserError(
+            f"lora.int8=True with lora.rank={given.rank}, lora.generator={given.generator} and "
+            f"lora.assistant={given.assistant}: only what is frozen can be held in 8 bits; set a "
+            "rank and both to True, or lora.int8=False"
+        )
     if not given.rank:
         return
     for target in given.targets:

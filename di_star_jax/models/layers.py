@@ -98,16 +98,33 @@ class Adapter(nnx.Module):
         return (self.scale * h) @ b
 
 
+def whole_kernel(layer: nnx.Module, shape: tuple[int, ...]) -> jax.Array:
+    """A layer's kernel in its compute dtype; of one in 8 bits, see int8.py, without its scale."""
+    stored = layer.kernel[...]
+    if layer.kernel_scale is None:
+        return sharding.gather_param(stored, shape, layer.dtype)
+    return sharding.gather_param(stored, shape, stored.dtype).astype(layer.dtype)
+
+
+def scaled(layer: nnx.Module, y: jax.Array) -> jax.Array:
+    """What a kernel in 8 bits gave, times its scale."""
+    if layer.kernel_scale is None:
+        return y
+    return (y * layer.kernel_scale[...]).astype(y.dtype)
+
+
 class Linear(nnx.Linear):
-    """`nnx.Linear` whose weights may be split over devices, with an adapter or without."""
+    """`nnx.Linear` whose weights may be split over devices, with an adapter or without.
+
+    kernel_scale: [C_out] float32, of a kernel in 8 bits.
+    """
 
     adapter: Adapter | None = None
+    kernel_scale: nnx.Param | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
-        y = x @ sharding.gather_param(
-            self.kernel[...], (self.in_features, self.out_features), self.dtype
-        )
+        y = scaled(self, x @ whole_kernel(self, (self.in_features, self.out_features)))
         if self.adapter is not None:
             h = x @ self.adapter.down((self.in_features,), self.dtype)
             y = y + self.adapter.up(h, self.out_features)
@@ -121,10 +138,11 @@ class Linear(nnx.Linear):
 class Conv(nnx.Conv):
     """`nnx.Conv` of [B, H, W, C]; its weights and the image's rows may be split over devices.
 
-    With an adapter or without.
+    With an adapter or without; kernel_scale as of `Linear`.
     """
 
     adapter: Adapter | None = None
+    kernel_scale: nnx.Param | None = None
 
     def __init__(
         self,
@@ -145,7 +163,7 @@ class Conv(nnx.Conv):
         self.pad = padding or ((0, 0), (0, 0))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = sharding.gather_param(self.kernel[...], self.kernel_shape, self.dtype)
+        kernel = whole_kernel(self, self.kernel_shape)
         (above, below), across = self.pad
         x, rows = x.astype(self.dtype), self.pad[0]
         if above + below and sharding.size("context") > 1:
@@ -157,7 +175,7 @@ class Conv(nnx.Conv):
             padding=(rows, across),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        y = convolve(x, kernel)
+        y = scaled(self, convolve(x, kernel))
         if self.adapter is not None:
             h = convolve(x, self.adapter.down(self.kernel_shape[:3], self.dtype))
             y = y + self.adapter.up(h, self.out_features)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from di_star_jax.errors import UserError
+from di_star_jax.models import int8
 from di_star_jax.models.layers import Adapter
 
 ADAPTERS = "lora"  # of a tree of parameters, beside its modules
@@ -26,6 +27,7 @@ class Lora(NamedTuple):
     """What learns in place of whole networks.
 
     targets: keys of TARGETS. generator, assistant: whether of these only adapters learn.
+    int8: whether the matrices beside them are held in 8 bits.
     """
 
     rank: int
@@ -33,6 +35,7 @@ class Lora(NamedTuple):
     targets: tuple[str, ...]
     generator: bool = True
     assistant: bool = True
+    int8: bool = False
 
     @property
     def scale(self) -> float:
@@ -128,11 +131,13 @@ def bind(
     lora: Lora | None,
     params: dict,
 ) -> nnx.Module:
-    """The network of these parameters, with adapters where they have any."""
+    """The network of these parameters, with adapters and scales of int8.py where they have any."""
     adapters = params[ADAPTERS] if lora and ADAPTERS in params else {}
-    base = {name: part for name, part in params.items() if name != ADAPTERS}
+    beside = (ADAPTERS, int8.SCALES)
+    base = {name: part for name, part in params.items() if name not in beside}
     network = nnx.merge(graphdef, base)
     _attach(network, adapters, lora)
+    int8.attach(network, params.get(int8.SCALES, {}))
     return network
 
 

@@ -29,7 +29,7 @@ def lora_in(metadata: dict) -> Lora | None:
     """The reverse of `metadata_of`."""
     if LORA not in metadata:
         return None
-    fields = {name: metadata[LORA][name] for name in Lora._fields}
+    fields = {name: metadata[LORA][name] for name in Lora._fields if name in metadata[LORA]}
     return Lora(**fields | {"targets": tuple(fields["targets"])})
 
 

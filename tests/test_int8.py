@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen matrices in 8 bits: their rounding, their networks, and a step on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from test_config import load
+from test_lora import ALL, FAMILIES, denoiser, inputs, moved, random_adapters, tiny_step
+from test_step import assert_close
+
+from di_star_jax import checks, sharding
+from di_star_jax.cost import plan
+from di_star_jax.errors import UserError
+from di_star_jax.models import int8, published
+from di_star_jax.models.lora import Lora
+from di_star_jax.pipelines import folder as pipeline
+
+SOME = ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd15"))]
+LOW_RANK = Lora(4, 4.0, ALL, int8=True)
+
+
+def widened(rounded):
+    """The float32 parameters that rounded ones stand for, by NumPy."""
+    flat = traverse_util.flatten_dict({k: v for k, v in rounded.items() if k != int8.SCALES})
+    for path, scale in traverse_util.flatten_dict(rounded[int8.SCALES]).items():
+        kernel, scale = np.asarray(flat[(*path, "kernel")], np.float64), np.asarray(scale)
+        stacked = kernel.ndim == 3
+        flat[(*path, "kernel")] = jnp.float32(kernel * (scale[:, None] if stacked else scale))
+    return traverse_util.unflatten_dict(flat)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_each_number_is_off_by_half_a_step_at_most_and_all_else_stays(family):
+    params = denoiser(FAMILIES[family]).params
+    plain = traverse_util.flatten_dict(params)
+    found = int8.rounded(params)
+    scales = traverse_util.flatten_dict(found[int8.SCALES])
+    back = traverse_util.flatten_dict(widened(found))
+    assert back.keys() == plain.keys()
+    for path, leaf in plain.items():
+        if path[:-1] in scales and path[-1] == "kernel":
+            scale = np.asarray(scales[path[:-1]], np.float64)
+            step = scale[:, None] if leaf.ndim == 3 else scale
+            assert np.all(np.abs(np.asarray(back[path]) - leaf) <= step / 2 * 1.0001)
+            axes = tuple(range(leaf.ndim - 1))[leaf.ndim == 3 :]
+            np.testing.assert_allclose(np.abs(leaf).max(axes), 127 * scale, rtol=1e-6)
+        else:
+            assert back[path] is leaf
+    matrices = [path for path in plain if path[-1] == "kernel" and len(path) > 3]
+    assert {path[:-1] for path in matrices} <= scales.keys()
+    assert not any(path[0] in ("conv_in", "conv_out") for path in scales)
+
+
+def test_a_channel_of_zeros_stays_zero():
+    kernel = jnp.zeros((3, 2)).at[:, 0].set(jnp.array([1.0, -0.5, 0.25]))
+    found = int8.rounded({"time_embedding": {"linear_1": {"kernel": kernel}}})
+    np.testing.assert_allclose(
+        widened(found)["time_embedding"]["linear_1"]["kernel"], kernel, atol=1 / 254
+    )
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_the_network_and_its_gradients_are_those_of_the_numbers_that_it_stands_for(family):
+    model = denoiser(FAMILIES[family], LOW_RANK)
+    rounded = int8.rounded(model.params)
+    learnt = random_adapters(model.params, LOW_RANK)
+    x_t, *given = inputs(model.config)
+
+    @jax.jit
+    def both(base, x_t, learnt):
+        def loss(x_t, learnt):
+            return jnp.sum(jnp.sin(model.network(base | learnt)(x_t, *given)))
+
+        return model.network(base)(x_t, *given), jax.grad(loss, (0, 1))(x_t, learnt)
+
+    ours, expected = (both(base, x_t, learnt) for base in (rounded, widened(rounded)))
+    assert_close(ours, expected, rtol=1e-4)
+
+
+def test_sdxl_in_8_bits_is_half_as_large():
+    params = pipeline.abstract_model(published.UNET_SDXL).params
+    rounded = int8.rounded(sharding.abstract(params, dtype=jnp.bfloat16))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rounded))
+    assert size == pytest.approx(2.57e9, rel=0.003)
+    assert plan.parameters(params) == 2_567_463_684
+
+
+@pytest.mark.slow
+def test_a_step_on_8_bits_is_the_same_looped_and_on_eight_devices(monkeypatch):
+    def step(scheme, mesh=None):
+        fn, (state, frozen, *rest) = tiny_step(LOW_RANK, scheme=scheme, mesh=mesh)
+        mesh = mesh or sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+        rounded = {name: int8.rounded(jax.device_get(params)) for name, params in frozen.items()}
+        places = sharding.params_sharding(mesh, rounded)
+        return moved((fn, (state, jax.device_put(rounded, places), *rest)))
+
+    plain, metrics = step("separate")
+    looped, _ = step("looped")
+    monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
+    many, on_many = step("looped", sharding.make_mesh(2, 2, 2))
+    for found in (looped, many):
+        for ours, expected in zip(found, plain):
+            largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+            assert largest > 1e-3
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+                np.testing.assert_allclose(a, b, atol=2e-5 * largest)
+    assert on_many["generator/loss"] == pytest.approx(float(metrics["generator/loss"]), rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora.rank": 0}, {"lora.rank": 4, "lora.generator": False}], ids=str
+)
+def test_what_learns_cannot_be_held_in_8_bits(changes):
+    config = load("sdxl")
+    config.update_from_flattened_dict({"lora.int8": True, **changes})
+    with pytest.raises(UserError, match="only what is frozen can be held in 8 bits"):
+        checks.check(config, 1)
