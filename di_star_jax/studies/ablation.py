@@ -24,7 +24,7 @@ from di_star_jax import checks, log, train
 from di_star_jax.command import run as run_command
 from di_star_jax.config import load_config
 from di_star_jax.errors import UserError, check_all, suggest
-from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines import trained
 from di_star_jax.pipelines.folder import load_model
 from di_star_jax.storage import checkpoint, files
 from di_star_jax.studies import rows
@@ -69,8 +69,12 @@ def run_row(
     train.run(config, str(folder / "run"))
     warmup = config.assistant.warmup_steps
     with checkpoint.existing(folder / "run") as store:
-        like = world.parts.models[DENOISER].params
-        averages = {k: store.restore_item(warmup + k, "ema", like) for k in rows.points_of(config)}
+        metadata = checkpoint.located(store.metadata(warmup + config.train.steps))
+        reference = checkpoint.reference_of(metadata, None)
+        averages = {
+            k: trained.restored(store, warmup + k, "ema", metadata, reference)
+            for k in rows.points_of(config)
+        }
     with log.waiting("measuring"):
         result, drawn = measured(world, averages)
     _write(folder, result, drawn, time.time() - began)

@@ -50,6 +50,9 @@ faults. Then take an earlier checkpoint, and lower the reward's scale, or set `r
 by the presets of these names
 (`configs/shapes.py`) stopped after 120 of their 800 steps of 32 pictures; rates are equal. The
 dotted line is the generator that the package ships, the one that the other rows start from.""",
+    "lora": """The same run twice, once with all numbers of both networks learning and once with \
+adapters of rank 16 alone
+(`configs/shapes.py:lora`), at the same reward scale, each at its own rates.""",
 }
 _AT_REWARDS = """At equal reward, linear between the two balances next to it, means over seeds:"""
 _FIGURES = {

@@ -22,6 +22,7 @@ GROUPS = {  # the title of its section
     "balance": "All methods at equal balance",
     "hacking": "Reward hacking: what to watch for",
     "distill": "From the teacher alone, by loss",
+    "lora": "Adapters alone, beside whole matrices",
 }
 
 
@@ -43,7 +44,7 @@ class Row(NamedTuple):
     @property
     def seeds(self) -> tuple[int, ...]:
         """Those that are trained if the user does not say."""
-        return (0, 1, 2) if self.name in CONCLUSIVE else (0,)
+        return (0, 1, 2) if self.name in CONCLUSIVE or self.group == "lora" else (0,)
 
 
 class Method(NamedTuple):
@@ -102,6 +103,11 @@ _DISTILLED = {  # preset: the loss
     "distill_sid": "SiD, alpha 1",
 }
 
+_LORA = (
+    Row("whole_matrices", "whole matrices learn", "lora", "di_star"),
+    Row("lora", "adapters of rank 16 learn", "lora", "lora"),
+)
+
 
 def balanced_name(method: str, balance: float) -> str:
     """The row of a method at a balance. Args: method, a key of METHODS."""
@@ -126,7 +132,7 @@ def _rows() -> list[Row]:
         Row(name, label, "distill", name, _BEGINNING, length=2)
         for name, label in _DISTILLED.items()
     ]
-    return [*paper, *balanced, *_HACKING, *distilled]
+    return [*paper, *balanced, *_HACKING, *distilled, *_LORA]
 
 
 ROWS = {row.name: row for row in _rows()}
