@@ -581,7 +581,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "topology",
         None,
-        "Compile for a TPU slice and run nothing: v5e:4x4, v6e:2x4, v5p:2x2x1, ...",
+        "Compile for a TPU slice or GPUs and run nothing: v5e:4x4, v6e:2x4, h100:1, rtx4090:1, ...",
     )
     flags.DEFINE_float(
         "effort",

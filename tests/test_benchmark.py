@@ -4,6 +4,7 @@ holds.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from test_step import CONFIGS
 from test_train import UNET
 
 from di_star_jax import benchmark, sharding
-from di_star_jax.cost import chips, flops, plan, slices
+from di_star_jax.cost import chips, flops, gpus, plan, slices
 from di_star_jax.cost import compile as aot
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
@@ -309,6 +310,41 @@ def test_a_missing_tpu_compiler_is_said_with_what_to_install(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed; pip install -e '.\[tpu\]'"):
         aot.topology_devices("v5e:2x2")
+
+
+@pytest.mark.parametrize("name", ["h100", "h100:9", "a100:0", "h200:1x2"])
+def test_another_number_of_gpus_than_a_host_has_is_refused(name):
+    with pytest.raises(UserError, match=f"topology='{name}', expected how many .* 1 to 8"):
+        aot.topology_devices(name)
+
+
+def test_a_missing_cuda_compiler_is_said_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed; pip install -e '.\[cuda\]'"):
+        aot.topology_devices("h100:1")
+
+
+@pytest.mark.parametrize("name", gpus.GPUS)
+def test_gpus_have_the_limits_of_the_table_of_chips(name):
+    gpu = gpus.GPUS[name]
+    chip = chips.CHIPS[chips.chip_of(gpu.kind)]
+    assert gpu.bandwidth == pytest.approx(chip.bandwidth, rel=0.01)
+    assert gpu.memory == pytest.approx(chip.memory, rel=0.02)
+    assert f"device_memory_size: {gpu.memory}\n" in gpus.description(gpu)
+
+
+@pytest.mark.skipif(
+    not any(importlib.util.find_spec(plugin) for plugin in gpus.PLUGINS),
+    reason="needs the CUDA compiler, .[cuda]",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h100:1", "h100:2"])
+def test_a_step_compiles_for_gpus_that_are_not_here(folder, name):
+    config = tiny(folder, **{"compute.dtype": "bfloat16"})
+    result = benchmark.run(config, benchmark.Request("train", "tiny", topology=name))
+    assert result["environment"]["device"] == "NVIDIA H100 80GB HBM3"
+    assert result["memory"]["peak"] >= result["memory"]["arguments"] > 0
+    assert result["roofline"]["compute_s"] > 0
 
 
 def test_the_compilers_out_of_memory_becomes_what_to_do():

@@ -29,6 +29,8 @@ CHIPS = {
     "A100": Chip(312e12, 79.2 * 2**30, 2039e9, 300e9),
     "H100": Chip(989e12, 79.2 * 2**30, 3350e9, 450e9),
     "H200": Chip(989e12, 139.8 * 2**30, 4800e9, 450e9),
+    # of bfloat16 with sums in float32; cards talk over PCIe alone
+    "RTX 4090": Chip(165e12, 23.5 * 2**30, 1008e9, 32e9),
 }
 # How `jax.Device.device_kind` names them.
 _KINDS = {
@@ -46,7 +48,8 @@ _KINDS = {
 
 def chip_of(device_kind: str) -> str | None:
     """The key of CHIPS for a device, or None for one that is not there, such as a CPU."""
-    named = next((name for name in ("H200", "H100", "A100") if name in device_kind), None)
+    gpus = ("H200", "H100", "A100", "RTX 4090")
+    named = next((name for name in gpus if name in device_kind), None)
     return _KINDS.get(device_kind, named)
 
 

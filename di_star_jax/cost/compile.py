@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from di_star_jax import assembly, drawing, sharding, step
 from di_star_jax.assembly import Parts
-from di_star_jax.cost import flops, plan, slices
+from di_star_jax.cost import flops, gpus, plan, slices
 from di_star_jax.diffusion import Schedule
 from di_star_jax.errors import UserError
 from di_star_jax.pipelines import text_cache
@@ -31,11 +31,14 @@ from di_star_jax.rewards import REWARDS
 
 
 def topology_devices(name: str) -> list:
-    """The devices of a TPU slice, or of several, from the TPU compiler alone.
+    """The devices of a TPU slice, or of several, or of a host's GPUs, from the compiler alone.
 
-    Args: name, as "v5e:4x4", "v5p:2x2x1" or "2xv5e:4x4" (see `cost.slices`).
-    Raises: UserError for an unknown name, and where libtpu is not installed.
+    Args: name, as "v5e:4x4", "v5p:2x2x1" or "2xv5e:4x4" (see `cost.slices`), or "h100:8".
+    Raises: UserError for an unknown name, and where the compiler is not installed.
     """
+    on_gpus = gpus.parse(name)
+    if on_gpus:
+        return gpus.devices(on_gpus)
     wanted = slices.parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(

@@ -5,6 +5,7 @@ import math
 import re
 from typing import NamedTuple
 
+from di_star_jax.cost import gpus
 from di_star_jax.cost.chips import device_kind
 from di_star_jax.errors import UserError
 
@@ -67,7 +68,7 @@ def parse(name: str) -> Slices:
     if not generation or found[3].count("x") + 1 != generation.dimensions:
         raise UserError(
             f"topology={name!r}, expected a generation ({', '.join(GENERATIONS)}) and the shape of "
-            f"its chips, e.g. {EXAMPLES}"
+            f"its chips, e.g. {EXAMPLES}, or GPUs of a host, e.g. {gpus.EXAMPLES}"
         )
     return Slices(found[2], found[3], int(found[1] or 1))
 
