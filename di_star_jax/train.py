@@ -841,7 +841,12 @@ def export(
         generator = trained.merged_on_host(parts.start.folder, config, generator, low_rank)
     usage = export_pipeline(
         Denoiser(generator, config, form_of_run(metadata)),
-        About.of_run(metadata, f"ema, step {step_number}", picture if picture.exists() else None),
+        About.of_run(
+            checkpoint.located(metadata),
+            f"ema, step {step_number}",
+            picture if picture.exists() else None,
+            held_out.for_card(workdir.folder),
+        ),
         reference_folder=parts.pipeline.folder,
         output=output,
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports as their users call them, and what an export may overwrite, copy and expect."""
 
+import hashlib
 import json
 import os
 import re
@@ -169,6 +170,34 @@ def test_the_model_cards_code_runs_as_it_stands(
     image = np.asarray(PIL.Image.open(tmp_path / "image.png"), int)
     assert np.abs(image - 255 * ours(folder, times)[0]).max() <= 1.0
     assert next(noise, None) is None
+
+
+def test_the_model_card_has_the_hashes_the_licence_and_a_workflow_for_comfyui(
+    reference, workdir_of, tmp_path
+):
+    base = shutil.copytree(reference, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    out = tmp_path / "mine" / "diffusers"
+    _export(workdir_of(ONE), "ema", out, reference=str(base))
+    card = (out / "README.md").read_text()
+    assert "# mine\n" in card and "license: cc-by-nc-4.0\n---" in card
+    assert "- base: `cc-by-nc-4.0`" in card and "**For non-commercial use only**" in card
+    files = list(out.rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert f"| {file.relative_to(out)} | `{digest}` |" in card
+    workflow = json.loads((out / "comfyui.json").read_text())
+    assert workflow["1"]["inputs"]["ckpt_name"] == "mine.safetensors"
+    assert workflow["4"]["inputs"]["width"] == 16 and workflow["9"]["_meta"]["title"].endswith(
+        "399"
+    )
+    assert "--to=single --input=diffusers --output=mine.safetensors" in card
+    again = tmp_path / "again"
+    _export(workdir_of(ONE), "assistant", again, reference=str(out.parent.parent / "base"))
+    assert (
+        not (again / "comfyui.json").exists() and "ComfyUI" not in (again / "README.md").read_text()
+    )
 
 
 @pytest.mark.case("first hour 1")

@@ -9,6 +9,7 @@ import filecmp
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,8 +29,8 @@ from di_star_jax import convert, drawing
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
+from di_star_jax.pipelines import card, original, single
 from di_star_jax.pipelines import folder as pipeline
-from di_star_jax.pipelines import original, single
 from di_star_jax.pipelines.export import generator_scheduler
 from di_star_jax.pipelines.scheduler import SchedulerFile
 from di_star_jax.pipelines.sd15 import SD15
@@ -503,7 +504,8 @@ def test_a_file_has_the_dtype_that_is_asked_for_and_the_call_of_a_generator(sdxl
     single.to_folder(file, tmp_path / "folder", reference=str(sdxl))
     scheduler = generator_scheduler(sdxl, FewStep((399,)))
     folders.write_object(tmp_path / "folder" / "scheduler" / "scheduler_config.json", scheduler)
-    said = convert._to_single(str(tmp_path / "folder"), str(tmp_path / "b.safetensors"), "bfloat16")
+    file = str(tmp_path / "b.safetensors")
+    said, _ = convert._to_single(str(tmp_path / "folder"), file, "bfloat16")
     with weights.opened(tmp_path / "b.safetensors") as stored:
         assert {t.dtype for t in stored.values()} == {"BF16", "I64"}
     assert "LCM sampler, times 399" in said and "num_inference_steps=1, guidance_scale=0" in said
@@ -512,6 +514,63 @@ def test_a_file_has_the_dtype_that_is_asked_for_and_the_call_of_a_generator(sdxl
     )
     pipe.scheduler.set_timesteps(1)
     assert pipe.scheduler.timesteps.tolist() == [399]
+
+
+def test_a_files_card_draws_without_a_folder_and_lies_beside_it_with_picture_and_workflow(
+    sdxl, tmp_path, monkeypatch
+):
+    file = _file(tmp_path / "all.safetensors", _tensors("sdxl", torch.float32))
+    folder = tmp_path / "run" / "diffusers"  # of a workdir
+    single.to_folder(file, folder, reference=str(sdxl))
+    scheduler = generator_scheduler(sdxl, FewStep((399,)))
+    folders.write_object(folder / "scheduler" / "scheduler_config.json", scheduler)
+    about = card.About("ema, step 5", (card.Base("base", False, "mit"),), {"pickscore": 7.0})
+    folders.write_object(folder / card.FACTS, about.facts())
+    (folder / card.PICTURE).write_bytes(b"picture")
+    out = tmp_path / "out"
+    written = single.from_folder(tmp_path / "run", out / "mine.safetensors", repository="me/a")
+    names = {"mine.safetensors", "mine.md", "mine.png", "mine.comfyui.json"}
+    assert set(os.listdir(out)) == names and set(written.files) == names - {"mine.md"} | {
+        "README.md"
+    }
+    assert (out / "mine.png").read_bytes() == b"picture"
+    workflow = json.loads((out / "mine.comfyui.json").read_text())
+    assert workflow["1"]["inputs"]["ckpt_name"] == "mine.safetensors"
+    page = (out / "mine.md").read_text()
+    digest = hashlib.sha256((out / "mine.safetensors").read_bytes()).hexdigest()
+    for said in (
+        f"| mine.safetensors | `{digest}` |",
+        "![samples](mine.png)",
+        "pickscore (scale 7)",
+    ):
+        assert said in page
+    assert "license: mit" in page and "(mine.comfyui.json)" in page and str(tmp_path) not in page
+    code = re.search(r"```python\n(.*?)```", page, re.S).group(1)
+    assert "https://huggingface.co/me/a/blob/main/mine.safetensors" in code
+    cls = PIPELINES["sdxl"]
+    load, drawn = cls.from_single_file, []
+
+    def here(address, **kw):
+        name = address.rpartition("/")[2]
+        return load(str(out / name), config=str(sdxl), local_files_only=True, **kw)
+
+    def call(pipe, *args, **kw):
+        pipe.scheduler.set_timesteps(kw["num_inference_steps"])
+        drawn.append((pipe.scheduler.timesteps.tolist(), float(pipe.scheduler.init_noise_sigma)))
+        raise StopIteration
+
+    monkeypatch.setattr(cls, "from_single_file", here)
+    monkeypatch.setattr(cls, "__call__", call)
+    with pytest.raises(StopIteration):
+        exec(code, {})
+    folders_own = diffusers.EulerDiscreteScheduler.from_config(scheduler)
+    folders_own.set_timesteps(1)
+    assert drawn == [([399], float(folders_own.init_noise_sigma))]
+    for there in ("mine.md", "mine.png"):
+        (out / "mine.safetensors").unlink(missing_ok=True)
+        message = _error(single.from_folder, tmp_path / "run", out / "mine.safetensors")
+        assert f"{out / there} is there" in message
+        (out / there).unlink()
 
 
 def test_what_cannot_be_a_file_is_refused_before_it_is_read(sdxl, tmp_path):

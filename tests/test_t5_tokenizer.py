@@ -54,7 +54,7 @@ def exported(folder, tmp_path_factory):
     folders.write_object(pipeline / "model_index.json", parts)
     network = export.Denoiser({"linear": {"kernel": np.ones((2, 2), np.float32)}}, {}, None)
     output = pipeline.parent / "exported"
-    about = card.About("ema", "reference")
+    about = card.About("ema", (card.Base("reference"),))
     export.export_pipeline(network, about, reference_folder=pipeline, output=output)
     return output / "tokenizer"
 

@@ -199,6 +199,8 @@ def test_the_model_card_of_a_run_shows_its_samples_and_the_call(straight):
     card = (export / "README.md").read_text(encoding="utf-8")
     assert "![samples](samples.png)" in card and "num_inference_steps=1, guidance_scale=0" in card
     assert "pickscore (scale" in card and "ema, step 4" in card
+    assert "## Scores\n\nMeans over held-out prompts" in card and "| pickscore | " in card
+    assert str(straight) not in card
     assert (export / "samples.png").read_bytes() == (straight / "samples.png").read_bytes()
 
 

@@ -577,7 +577,7 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     assert folders.resolve("stabilityai/sdxl") == folder
     assert {name for name, _, _ in hub} == {"stabilityai/sdxl"}
     assert [asked[1:] for asked in hub] == [
-        (["*.json", "*.txt", "*spiece.model"], None),
+        (["*.json", "*.txt", "*spiece.model", "README.md"], None),
         (["unet/*.safetensors"], "*.fp16*"),
         (["unet/*.safetensors"], None),
     ], "half precision where there is nothing else"
@@ -588,12 +588,14 @@ def test_of_a_repository_only_data_files_of_its_components_are_fetched(hub, tmp_
     hub.clear()
     folders.resolve("yuvalkirstain/PickScore_v1")
     assert [patterns for _, patterns, _ in hub] == [
-        ["*.json", "*.txt", "*spiece.model"],
+        ["*.json", "*.txt", "*spiece.model", "README.md"],
         ["*.safetensors"],
     ]
     hub.clear()
     assert folders.resolve_tokenizer("laion/CLIP-ViT-H-14-laion2B-s32B-b79K") == folder
-    assert [patterns for _, patterns, _ in hub] == [["*.json", "*.txt", "*spiece.model"]]
+    assert [patterns for _, patterns, _ in hub] == [
+        ["*.json", "*.txt", "*spiece.model", "README.md"]
+    ]
     assert "no folder ./nowhere" in _error(folders.resolve_tokenizer, "./nowhere")
 
 

@@ -243,6 +243,22 @@ def compare(
 
 def table(folder: Path) -> str:
     """What `compare` has written, as text."""
+    rows, rises = _compared(folder)
+    shown = f"pictures of the same noise before and after: {folder / 'samples.png'}"
+    return "\n".join([rows, *rises, shown])
+
+
+def for_card(folder: Path) -> str:
+    """What `compare` has written, for a model card; "" where it has not."""
+    if not (folder / AFTER).is_file():
+        return ""
+    rows, rises = _compared(folder)
+    head = "Means over held-out prompts, before and after the training, on the same noise:"
+    return "\n\n".join([head, rows, *(f"{each[0].upper()}{each[1:]}." for each in rises)])
+
+
+def _compared(folder: Path) -> tuple[str, list[str]]:
+    """A table, and sentences without their stops."""
     scores = files.read_json(folder / AFTER)
     before, after, teacher = scores["before"], scores["after"], scores.get("teacher")
     rows = []
@@ -259,8 +275,7 @@ def table(folder: Path) -> str:
                 f"{name} rose by {change / spread:+.2f} standard deviations of the initial ones"
             )
     head = ["", "before", "after", "change"] + ["teacher"] * bool(teacher)
-    shown = f"pictures of the same noise before and after: {folder / 'samples.png'}"
-    return "\n".join([log.markdown_table(head, rows), *rises, shown])
+    return log.markdown_table(head, rows), rises
 
 
 def _means(values: dict) -> dict[str, float]:

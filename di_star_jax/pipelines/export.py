@@ -12,12 +12,12 @@ import numpy as np
 
 from di_star_jax.diffusion import INPUTS, FewStep
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines import card
+from di_star_jax.pipelines import card, comfyui
 from di_star_jax.pipelines.families import family_at
 from di_star_jax.pipelines.family import DENOISER, Family
-from di_star_jax.pipelines.scheduler import NUM_TRAIN_TIMESTEPS, betas_of
+from di_star_jax.pipelines.scheduler import NUM_TRAIN_TIMESTEPS, SchedulerFile, betas_of
 from di_star_jax.prompts import spiece, t5
-from di_star_jax.storage import buckets, folders
+from di_star_jax.storage import buckets, files, folders
 from di_star_jax.storage.weights import (
     stored_tensors,
     whole_on_each_host,
@@ -219,6 +219,7 @@ def export_pipeline(
     reference_folder: str | os.PathLike,
     output: str | os.PathLike,
     dtype: str = "float32",
+    repository: str = "",
 ) -> str:
     """Writes a pipeline folder: a trained denoiser, with all else from the reference, in one dtype.
 
@@ -230,6 +231,7 @@ def export_pipeline(
       reference_folder: a local pipeline folder.
       output: replaced as a whole if it is an earlier export.
       dtype: of DTYPES; float16 gets the file names of diffusers' variant "fp16".
+      repository: on the Hub, where it is to go; "" for nowhere.
     Returns: how diffusers draws with it, as lines of Python.
     Raises: UserError for a reference that lacks a component, or an output that cannot be written.
     """
@@ -270,11 +272,63 @@ def export_pipeline(
         index[part.folder] = ["diffusers", part.classes[0]]
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
         folders.write_object(partial / "model_index.json", index)
-        if about.picture is not None:
-            shutil.copyfile(about.picture, partial / card.PICTURE)
-        text = card.text(about, Path(output).resolve().name, call)
-        (partial / "README.md").write_text(text, encoding="utf-8")
+        title = repository or title_of(output)
+        workflow = workflow_of(f"{Path(title).name}.safetensors", partial, family)
+        if workflow is not None:
+            folders.write_object(partial / comfyui.FILE, workflow)
+        _write_card(partial, about, title, call, repository or Path(output).resolve().name)
     return _usage(str(output), call)
+
+
+def title_of(output: str | os.PathLike) -> str:
+    """What an export is called: as its folder, or as the run whose it is."""
+    path = Path(output).resolve()
+    return path.parent.name if path.name == FOLDER and path.parent.name else path.name
+
+
+def workflow_of(
+    checkpoint: str,
+    folder: Path,
+    family: Family,
+) -> dict | None:
+    """For ComfyUI, of a pipeline's folder; None where it cannot draw with it as we do.
+
+    Args: checkpoint, name of the pipeline as a single file.
+    """
+    scheduler = SchedulerFile(
+        folders.read_config(folder, *folders.SCHEDULER), str(folder.joinpath(*folders.SCHEDULER))
+    )
+    form = form_of(scheduler.config, family.one_step)
+    if form is None or not family.original:
+        return None
+    size = folders.read_config(folder, family.parts[DENOISER].folder).get("sample_size")
+    scale = 2 ** (len(folders.read_config(folder, "vae").get("block_out_channels", ())) - 1)
+    return comfyui.workflow(checkpoint, form, scheduler, size * scale) if size else None
+
+
+def _write_card(
+    folder: Path,
+    about: card.About,
+    title: str,
+    call: card.Call,
+    name: str,
+) -> None:
+    """Writes the model card of a folder that is whole otherwise. Args: name, in its code."""
+    if about.picture is not None:
+        shutil.copyfile(about.picture, folder / card.PICTURE)
+    folders.write_object(folder / card.FACTS, about.facts())
+    found = sorted(folder.rglob("*.safetensors"))
+    hashes = {path.relative_to(folder).as_posix(): files.digest_of(path) for path in found}
+    said = ""
+    if (folder / comfyui.FILE).is_file():
+        file = f"{Path(title).name}.safetensors"
+        said = (
+            f"`di-star convert --to=single --input={name} --output={file}` makes one file of this "
+            f"folder, for `models/checkpoints`. [{comfyui.FILE}]({comfyui.FILE}), dragged into the "
+            "window, draws with it."
+        )
+    text = card.text(about, title, call, card.usage(name, call), hashes, comfyui=said)
+    (folder / card.FILE).write_text(text, encoding="utf-8")
 
 
 def _usage(output: str, call: card.Call) -> str:

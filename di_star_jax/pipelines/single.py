@@ -9,6 +9,7 @@ user names a folder.
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,20 +21,21 @@ from di_star_jax import log
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
-from di_star_jax.pipelines import card, original
+from di_star_jax.pipelines import card, comfyui, original
 from di_star_jax.pipelines.export import (
     calls_by_timesteps,
     copy_component,
     form_of,
     in_workdir,
     weights_name,
+    workflow_of,
 )
 from di_star_jax.pipelines.families import FAMILIES
 from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.folder import abstract_model, check_pipeline, read_config
 from di_star_jax.pipelines.scheduler import SchedulerFile, predicts_v
 from di_star_jax.storage import folders, weights
-from di_star_jax.storage.files import expand, user_cache, whole
+from di_star_jax.storage.files import digest_of, expand, user_cache, whole, write_text
 from di_star_jax.storage.weights import Stored
 
 # open_clip's temperature, at which its training holds it: exp of it is 100. No picture depends on
@@ -326,10 +328,12 @@ class Written(NamedTuple):
     """A single file that was written. usage: lines of Python that draw with it in diffusers.
 
     form: of a few-step generator, whose times no file holds; None for another network.
+    files: all that belong to it, by the names that they have on the Hub.
     """
 
     usage: str
     form: FewStep | None
+    files: dict[str, Path]
 
 
 def from_folder(
@@ -337,14 +341,21 @@ def from_folder(
     file: str | os.PathLike,
     *,
     dtype: str = "float16",
+    scores: str = "",
+    repository: str = "",
 ) -> Written:
-    """Writes a pipeline as one file of the original layout.
+    """Writes a pipeline as one file of the original layout, its model card as NAME.md beside it.
+
+    Beside them, of a run that has one, the picture of its samples, NAME.png, which other programs
+    show for the file; and of a generator a workflow for ComfyUI, NAME.comfyui.json.
 
     Args:
       folder: of a pipeline of SDXL or SD 1.5, or a run's workdir, whose export is taken; a Hub name
         or an address, too.
       file: of which there is none yet.
       dtype: of all weights, one of export.DTYPES.
+      scores: as of `card.About`, in place of the folder's; "" for these.
+      repository: on the Hub, where it is to go; "" for nowhere.
     Raises: UserError for a folder of another kind, or a file that cannot be written.
     """
     file = expand(file)
@@ -356,6 +367,13 @@ def from_folder(
             f"{folder} is of {family.name}, which has no layout in one file that others read; "
             "expected SDXL or SD 1.5"
         )
+    about = card.About.of_export(source)
+    about = about._replace(scores=scores or about.scores)
+    form = form_of(scheduler.config, family.one_step)
+    steps = 0 if form is None else len(form.timesteps)
+    named = form.timesteps if form and calls_by_timesteps(scheduler.config) else ()
+    call = card.Call(dtype, steps, named, family.call)
+    kind = family.index.fixed["_class_name"][0]
     with contextlib.ExitStack() as stack:
         tensors = {}
         for name, (start, network) in family.original.items():
@@ -369,24 +387,74 @@ def from_folder(
             file.parent.mkdir(parents=True, exist_ok=True)
             with whole(file) as partial:
                 weights.write_file(partial, tensors, jnp.dtype(dtype))
+                address = f"https://huggingface.co/{repository}/blob/main/{file.name}"
+                code = card.usage_of_file_alone(
+                    kind, address if repository else file.name, scheduler.config, call
+                )
+                workflow = workflow_of(file.name, source, family)
+                beside = _write_beside(file, about, workflow)
+                _write_card(file, digest_of(partial), about, call, code)
         except OSError as error:
             raise UserError(
                 f"cannot write {file} ({error.strerror}); give an output on a disk with room"
             ) from None
-    form = form_of(scheduler.config, family.one_step)
-    steps = 0 if form is None else len(form.timesteps)
-    named = form.timesteps if form and calls_by_timesteps(scheduler.config) else ()
-    call = card.Call(dtype, steps, named, family.call)
-    usage = card.usage_of_file(family.index.fixed["_class_name"][0], str(file), str(source), call)
-    return Written(usage, form)
+    usage = card.usage_of_file(kind, str(file), str(source), call)
+    return Written(usage, form, {file.name: file, card.FILE: _beside(file)[0]} | beside)
+
+
+def _beside(file: Path) -> tuple[Path, Path, Path]:
+    """Of a single file: its model card, the picture in it, and its workflow for ComfyUI."""
+    return tuple(file.with_suffix(suffix) for suffix in (".md", ".png", f".{comfyui.FILE}"))
+
+
+def _write_beside(
+    file: Path,
+    about: card.About,
+    workflow: dict | None,
+) -> dict[str, Path]:
+    """What the model card shows and names, {name: file}."""
+    _, picture, graph = _beside(file)
+    written = {}
+    if about.picture is not None:
+        shutil.copyfile(about.picture, picture)
+        written[picture.name] = picture
+    if workflow is not None:
+        folders.write_object(graph, workflow)
+        written[graph.name] = graph
+    return written
+
+
+def _write_card(
+    file: Path,
+    digest: str,
+    about: card.About,
+    call: card.Call,
+    code: str,
+) -> None:
+    page, picture, graph = _beside(file)
+    said = (
+        f"Put `{file.name}` into `models/checkpoints`. [{graph.name}]({graph.name}), dragged into "
+        "the window, draws with it."
+    )
+    text = card.text(
+        about,
+        file.stem,
+        call,
+        code,
+        {file.name: digest},
+        picture=picture.name,
+        comfyui=said if graph.exists() else "",
+    )
+    write_text(page, text)
 
 
 def _check_new(file: Path) -> None:
     """Raises: UserError for a name that is taken, or none of a safetensors file."""
     if file.suffix != ".safetensors":
         raise UserError(f"--output={file}, expected a name that ends in .safetensors; give one")
-    if file.exists():
-        raise UserError(f"{file} is there, so it is not overwritten; give another output")
+    for path in (file, *_beside(file)):
+        if path.exists():
+            raise UserError(f"{path} is there, so it is not overwritten; give another output")
 
 
 def _markers(scheduler: SchedulerFile) -> dict[str, Stored]:

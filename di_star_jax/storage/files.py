@@ -144,8 +144,9 @@ def write_text(file: Path, text: str) -> None:
 
 
 def digest_of(file: Path) -> str:
-    """sha256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """sha256 of a file, of any size."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def listing(folder: Path) -> dict[str, str | int]:

@@ -26,7 +26,7 @@ DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems of weight 
 SCHEDULER = ("scheduler", "scheduler_config.json")  # folder and file, in a pipeline
 LEFT_OUT = ("safety_checker",)  # of a pipeline: neither read nor exported
 _STEMS = (DIFFUSERS, TRANSFORMERS, "pytorch_model")
-_TEXT = ["*.json", "*.txt", "*spiece.model"]
+_TEXT = ["*.json", "*.txt", "*spiece.model", "README.md"]  # the last for its licence
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _WEIGHTS = "*.safetensors"
 SHIPPED = Path(__file__).parent.parent  # where the package's own weights lie
@@ -175,6 +175,16 @@ def _is_folder(name: str) -> bool:
     return False
 
 
+def check_endpoint() -> None:
+    """Raises: UserError where the Hub's address, as the environment has it, is none."""
+    endpoint = huggingface_hub.constants.ENDPOINT
+    if not endpoint.startswith(("https://", "http://")):
+        raise UserError(
+            f"the environment has HF_ENDPOINT={endpoint}, expected an address that begins with "
+            f"https://; set HF_ENDPOINT=https://{endpoint.rpartition('//')[2]}, or unset it"
+        )
+
+
 def _fetch(
     name: str,
     patterns: list[str],
@@ -185,12 +195,7 @@ def _fetch(
         if folder.is_file():
             raise UserError(f"{name} is a file, expected a folder in the layout of diffusers")
         return folder
-    endpoint = huggingface_hub.constants.ENDPOINT
-    if not endpoint.startswith(("https://", "http://")):
-        raise UserError(
-            f"the environment has HF_ENDPOINT={endpoint}, expected an address that begins with "
-            f"https://; set HF_ENDPOINT=https://{endpoint.rpartition('//')[2]}, or unset it"
-        )
+    check_endpoint()
     try:
         return Path(
             huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignore)
