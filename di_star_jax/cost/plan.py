@@ -92,7 +92,7 @@ class Plan:
 
     @functools.cached_property
     def learnt(self) -> "Learnt | None":
-        """None where the denoiser is unknown."""
+        """None where the denoiser is unknown. Raises: UserError as of `learnt_counts`."""
         denoiser = self.models.get(DENOISER)
         return denoiser and learnt_counts(self.config, denoiser.params)
 
