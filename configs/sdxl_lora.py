@@ -7,7 +7,7 @@
 
 Two networks are frozen in bfloat16, 5.1 GB each: SDXL, which is the reference and what the
 assistant's adapters are added to, and the one-step generator. Only adapters of rank 64 learn, 170 M
-numbers for each. By the dry run that is 21.9 GB at 1024 pixels and one image, and a checkpoint is
+numbers for each. By the dry run that is 20.6 GB at 1024 pixels and one image, and a checkpoint is
 3.4 GB; an estimate from sizes, which no compiler and no card has confirmed yet. A sample is 10.9
 forward passes of the UNet, 74 TFLOP, for a whole run's twelve, and decoder and reward as there.
 Rates are ours and not tuned. weights.generator="" learns on SDXL itself, and holds one network

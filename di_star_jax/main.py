@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from di_star_jax.checks import check, check_workdir
 from di_star_jax.command import run as run_command
-from di_star_jax.cost import plan, slices
+from di_star_jax.cost import plan, report, slices
 from di_star_jax.errors import UserError
 from di_star_jax.hosts import connect, keep_compiled
 from di_star_jax.pipelines.single import with_folders
@@ -79,17 +79,17 @@ def planned(config) -> list[str]:
         raise UserError("--chips with --topology: give one of the two")
     if _CHIPS.value:
         check(config, _CHIPS.value)
-        return plan.describe(plan.make(config, _CHIPS.value, "of any kind", _CHIPS.value))
+        return report.describe(plan.make(config, _CHIPS.value, "of any kind", _CHIPS.value))
     if _TOPOLOGY.value:
         wanted = slices.parse(_TOPOLOGY.value)
         check(config, wanted.devices)
         mesh = mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, wanted.devices)
         check_slices(mesh, [wanted.devices // wanted.count] * wanted.count)
         made = plan.make(config, wanted.devices, wanted.device_kind, wanted.devices)
-        return [slices.describe(wanted), *plan.describe(made)]
+        return [slices.describe(wanted), *report.describe(made)]
     count, kind = jax.device_count(), jax.devices()[0].device_kind
     check(config, plan.planned_devices(config, count))
-    return plan.describe(plan.make(config, count, kind))
+    return report.describe(plan.make(config, count, kind))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from di_star_jax import (
 )
 from di_star_jax.assembly import Parts
 from di_star_jax.config import fields
-from di_star_jax.cost import flops, plan
+from di_star_jax.cost import flops, plan, report
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import held_out
 from di_star_jax.evaluation.held_out import HeldOut
@@ -652,7 +652,7 @@ def score_initial(loaded: Loaded, state: step.TrainState) -> held_out.Measured:
 def introduce(config, mesh: Mesh) -> None:
     """Says what the run is, and refuses one that cannot fit its devices. Raises: UserError."""
     planned = plan.make(config, jax.device_count(), mesh.devices.flat[0].device_kind)
-    log.say("\n".join(plan.describe(planned)))
+    log.say("\n".join(report.describe(planned)))
     kernel = assembly.kernel_of(config, mesh.devices.flat[0].platform)
     where = "" if kernel == "xla" else f" on {attention.LONG} tokens and more, else xla"
     log.say(f"attention: {kernel}{where}")

@@ -249,6 +249,56 @@ MUTANTS = r"""
 @ cost/plan.py | test_lora.py | plan_of_sdxl
 - if has_own_base(config):
 + if config.lora.rank:
+@ cost/activations.py | test_plan.py | decoder_takes
+- seen = pixels if config.decode.view == "full" else (config.decode.resolution / 1024) ** 2
++ seen = pixels
+- decoded = Phase(size * of_image.decoder, waiting)
++ decoded = Phase(0.0, waiting + of_image.decoder)
+- return math.floor((room - self.fixed) / max(self.image, 1.0))
++ return round((room - self.fixed) / max(self.image, 1.0))
+@ cost/activations.py | test_plan.py | a_loop_holds
+- picked, trained = 0, compute if has_own_base(config) else 0
++ picked, trained = 0, compute
+- loops = denoiser if config.compute.loop_networks else 0
++ loops = denoiser
+@ cost/activations.py | test_plan.py | within_15
+- "gradients of both": Phase(4 * learnt + loops * trained, of_image.learning),
++ "gradients of both": Phase(8 * learnt + loops * trained, of_image.learning),
+@ cost/plan.py | test_plan.py | within_15
+- left_out = encoders(self.known) if self.config.data.cache else ()
++ left_out = ()
+@ cost/work.py | test_plan.py | whole_steps_trace
+- return self.to_inputs + (self.adapters or self.weights)
++ return self.to_inputs + self.adapters + self.weights
+- return self.forward + self.activations
++ return self.forward
+- work *= 1 + 1 / max(1.0, plan.at_a_time)
++ pass
+@ cost/work.py | test_plan.py | follows_the_method
+- drawn = (1 + (config.generator.steps - 1) / 2) * generator.forward
++ drawn = config.generator.steps * generator.forward
+- return total + max(0, parts - of_guided) * reference.forward
++ return total
+- denoiser -= assistant.forward
++ pass
+@ cost/advice.py | test_plan.py | shortest_list or first_that_is or fields_that_can
+- for count in range(1, len(known) + 1):
++ for count in range(len(known), 0, -1):
+- for parts in range(plan.config.compute.microbatches + 1, images + 1)
++ for parts in [images]
+- if encoders(plan.known) and not c.data.cache:
++ if encoders(plan.known):
+- config = plan.config.copy_and_resolve_references()
++ config = plan.config
+@ cost/chips.py | test_plan.py | a_card_has
+- CARDS = {size: seen * FRACTION * 2**30 for size, seen in _SEEN.items()}
++ CARDS = {size: size * FRACTION * 2**30 for size, seen in _SEEN.items()}
+@ cost/report.py | test_plan.py | time_is_that
+- hours = run * c.data.batch_size / plan.devices / 3600
++ hours = run * c.data.batch_size / 3600
+@ cost/report.py | test_plan.py | 100_columns
+- return textwrap.wrap(line, 100, subsequent_indent="  ", break_on_hyphens=False)
++ return [line]
 @ gradients.py | test_by_hand.py | assistants_own
 - x0 = x0_of(method, x_t, t, method.denoiser(generator.params)(x_t, t, condition))
 + x0 = x0_of(method, x_t, t, method.denoiser(assistant.params)(x_t, t, condition))

@@ -9,7 +9,7 @@ import pytest
 
 from di_star_jax.checks import check, check_workdir, make_workdir
 from di_star_jax.config import fields
-from di_star_jax.cost import plan
+from di_star_jax.cost import plan, report
 from di_star_jax.cost.plan import planned_devices
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError, suggest
@@ -163,7 +163,7 @@ def test_a_distillation_begins_with_the_teacher_and_has_its_recipes_rates(
 def test_a_dry_run_of_sd15_counts_its_parameters_from_what_is_published():
     config = load("sd15")
     config.dry_run = True
-    lines = "\n".join(plan.describe(plan.make(config, 1, "cpu")))
+    lines = "\n".join(report.describe(plan.make(config, 1, "cpu")))
     for line in ("859,520,964 denoiser", "83,653,863 vae", "123,060,480 text_encoder\n"):
         assert line in lines
     assert "imagereward" in lines and "unknown" not in lines
@@ -173,7 +173,7 @@ def test_a_dry_run_of_pixart_counts_its_parameters_from_what_is_published():
     for preset, count in (("di_pp", "610,856,096"), ("1024", "611,349,152")):
         config = load("pixart", preset)
         config.dry_run = True
-        lines = "\n".join(plan.describe(plan.make(config, 1, "cpu")))
+        lines = "\n".join(report.describe(plan.make(config, 1, "cpu")))
         for line in (f"{count} denoiser", "83,653,863 vae", "4,762,310,656 text_encoder\n"):
             assert line in lines
         assert "imagereward" in lines and "unknown" not in lines

@@ -134,7 +134,7 @@ def test_a_broken_config_file_is_named_in_one_line(command, tmp_path, content, m
 def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
     seen = []
     monkeypatch.setattr("di_star_jax.cost.plan.make", lambda c, n, kind: seen.append((c, n)))
-    monkeypatch.setattr("di_star_jax.cost.plan.describe", lambda plan: ["the plan"])
+    monkeypatch.setattr("di_star_jax.cost.report.describe", lambda plan: ["the plan"])
     code, stdout, _ = command(SDXL + ":sim", DRY, "--config.data.batch_size=32")
     assert (code, stdout) == (0, "the plan\n")
     ((got, devices),) = seen
@@ -149,26 +149,27 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
             ["--topology=v5e:8x16"],
             "slice: v5e 8x16, 128 chips (v5litepod-128)\nmesh: data=8 x fsdp=16 x context=1 over "
             "128 devices (TPU v5 lite)\nbatch: 128 images of 1024 pixels a step, 1 on a device\n",
-            "on v5e: 10.30 of 16.91 GB, fits\n",
+            "on v5e: 8.70 of 16.91 GB, fits\n",
         ),
         pytest.param(
             ["--topology=2xv5e:4x4"],
             "slices: 2 of v5e 4x4, each 16 chips (v5litepod-16); only gradients cross the network "
             "between them\nmesh: data=2 x fsdp=16 x context=1 over 32 devices (TPU v5 lite)\n",
-            "on v5e: 24.58 of 16.91 GB, does not fit; raise compute.microbatches or mesh.fsdp\n",
+            "on v5e: 22.98 of 16.91 GB, does not fit\nto fit v5e: compute.microbatches=2 "
+            "(-8.2 GB); then 14.7 of 16.9 GB\n",
             marks=pytest.mark.slow,
         ),
         pytest.param(
             ["--topology=tpu7x:2x2x2"],
             "slice: tpu7x 2x2x2, 8 chips, 2 devices each (tpu7x-16)\nmesh: data=1 x fsdp=16 x "
             "context=1 over 16 devices (TPU7x)\n",
-            "on tpu7x: 43.62 of 102.01 GB, fits\n",
+            "on tpu7x: 42.02 of 102.01 GB, fits\n",
             marks=pytest.mark.slow,
         ),
         (
             ["--chips=128"],
             "mesh: data=8 x fsdp=16 x context=1 over 128 devices (of any kind)\n",
-            "A100 16, H100 16, H200 30\ncheckpoint: 51.35 GB\n",
+            "v6e 0.16, tpu7x 0.13, A100\n  0.48, H100 and H200 0.15\n",
         ),
     ],
 )
@@ -434,7 +435,7 @@ def test_no_field_is_suggested_for_its_section_alone():
 def test_the_config_may_come_after_its_fields(command, monkeypatch):
     seen = []
     monkeypatch.setattr("di_star_jax.cost.plan.make", lambda c, n, kind: seen.append(c))
-    monkeypatch.setattr("di_star_jax.cost.plan.describe", lambda plan: ["the plan"])
+    monkeypatch.setattr("di_star_jax.cost.report.describe", lambda plan: ["the plan"])
     assert command("--config.seed=7", DRY, SDXL)[0] == 0
     assert command("--config.seed", "8", "--config", "sdxl:sim", "--config.dry_run")[0] == 0
     assert [(c.seed, c.reward.pickscore) for c in seen] == [(7, 100.0), (8, 0.0)]

@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from di_star_jax import assembly, checks, models, rewards
 from di_star_jax.checks import check
-from di_star_jax.cost import plan
+from di_star_jax.cost import plan, report
 from di_star_jax.errors import UserError
 from di_star_jax.models import clip
 from di_star_jax.rewards import pixels, similarity, views
@@ -288,7 +288,7 @@ def test_the_readmes_own_reward_works_from_config_to_score(tmp_path, monkeypatch
     config = dry(**{"reward.pickscore": 0.0, "eval.metrics": ()})
     config.reward.brightness = 5.0
     check(config, 16)
-    assert plan.describe(plan.make(config, 16, "cpu"))
+    assert report.describe(plan.make(config, 16, "cpu"))
     assert assembly.reward_sources(config) == {"brightness": ""}
     loaded = rewards.load_rewards(assembly.reward_sources(config), str(tmp_path))["brightness"]
     images = jnp.stack([jnp.full((4, 4, 3), -0.5), jnp.full((4, 4, 3), 0.25)])
@@ -347,7 +347,7 @@ def test_a_function_of_the_users_own_file_is_a_reward_from_config_to_score(own, 
     config = dry(**changes, **{"reward.custom": f"{own}:brightness", "reward.custom_scale": 5.0})
     check(config, 16)
     assert rewards.scales_of(config.reward)["brightness"] == 5.0
-    assert any("brightness" in line for line in plan.describe(plan.make(config, 16, "cpu")))
+    assert any("brightness" in line for line in report.describe(plan.make(config, 16, "cpu")))
     sources = assembly.reward_sources(config)
     assert sources == {"brightness": ""}
     loaded = rewards.load_rewards(sources, str(tmp_path))["brightness"]

@@ -32,6 +32,15 @@ CHIPS = {
     # of bfloat16 with sums in float32; cards talk over PCIe alone
     "RTX 4090": Chip(165e12, 23.5 * 2**30, 1008e9, 32e9),
 }
+# What CUDA shows of a card of so many GB, GiB: of an RTX 4080, 4090, 5090, RTX 6000, of an A100 or
+# H100 and of an H200 (as PyTorch's messages have it; a card that corrects errors in its own memory,
+# such as an L4 of 24 GB, shows up to 8 % less).
+_SEEN = {16: 15.6, 24: 23.6, 32: 31.4, 48: 47.4, 80: 79.2, 141: 139.8}
+# Of that XLA_PYTHON_CLIENT_MEM_FRACTION gives arrays so much; without it JAX takes 0.75. The rest
+# holds CUDA's context, what libraries load, and a desktop.
+FRACTION = 0.95
+# Bytes that arrays can have on a card, by its GB.
+CARDS = {size: seen * FRACTION * 2**30 for size, seen in _SEEN.items()}
 # How `jax.Device.device_kind` names them.
 _KINDS = {
     "TPU v4": "v4",

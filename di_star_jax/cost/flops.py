@@ -29,6 +29,15 @@ def count_traced(closed: core.ClosedJaxpr) -> int:
     return _total(_live(closed), _flops)["flops"]
 
 
+def products(closed: core.ClosedJaxpr) -> tuple[int, int]:
+    """FLOPs of products with weights, and of those between activations, as attention has.
+
+    Between activations are those that have a batch axis on both sides.
+    """
+    total = _total(_live(closed), _by_operands)
+    return total["weights"], total["activations"]
+
+
 def collectives(closed: core.ClosedJaxpr) -> Counter:
     """{(kind, "count" or "bytes"): of one call on one device}; bytes are those it receives."""
     return _total(_live(closed), _traffic)
@@ -86,6 +95,12 @@ def _flops(eqn: core.JaxprEqn, axes: dict | None) -> Counter:
         positions = out.size / channels / math.prod(params["lhs_dilation"])
         return Counter(flops=round(2 * positions * eqn.invars[1].aval.size))
     return Counter()
+
+
+def _by_operands(eqn: core.JaxprEqn, axes: dict | None) -> Counter:
+    is_dot = eqn.primitive.name == "dot_general"
+    batched = is_dot and any(eqn.params["dimension_numbers"][1])
+    return Counter({"activations" if batched else "weights": _flops(eqn, axes)["flops"]})
 
 
 _KINDS = {

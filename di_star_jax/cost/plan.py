@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 from pathlib import Path
@@ -14,13 +15,16 @@ from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
 from di_star_jax.assembly import has_own_base, lora_of, reference_dtype, reward_sources
+from di_star_jax.cost.activations import Phase, activations, phases
 from di_star_jax.cost.chips import CHIPS, chip_of
 from di_star_jax.errors import UserError
 from di_star_jax.models import lora, published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.families import FAMILIES, family_at
 from di_star_jax.pipelines.family import DENOISER, Family
+from di_star_jax.pipelines.folder import Model
 from di_star_jax.rewards import REWARDS
+from di_star_jax.rewards.reward import Reward
 from di_star_jax.storage import buckets, folders
 
 CPU = "cpu"  # its device kind
@@ -47,29 +51,79 @@ class Known(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run's size, known before anything is loaded.
+    """A run's size, known before anything is loaded. All but what it is given follows from that.
 
     Args:
       config: checked.
       mesh: devices by axis.
       devices_here: of this machine, for which a dry run need not be; or of the slices named.
       device_kind: of these, as `jax.Device.device_kind` has it.
-      parameters: how many, by component and reward.
-      unknown: the config's fields that name models of unknown sizes.
-      state: bytes on a chip by purpose; {} where the denoiser is unknown.
-      image_bytes: on a chip for each image of its part of the batch, an estimate.
-      checkpoint_bytes: of one checkpoint; 0 where the denoiser is unknown.
+      known: of its models.
+      models: these networks and rewards without weights, by name.
     """
 
     config: object
     mesh: dict[str, int]
     devices_here: int
     device_kind: str
-    parameters: dict[str, int]
-    unknown: list[str]
-    state: dict[str, float]
-    image_bytes: float
-    checkpoint_bytes: int = 0
+    known: Known
+    models: dict[str, Model | Reward]
+
+    @property
+    def unknown(self) -> list[str]:
+        """The config's fields that name models of unknown sizes."""
+        return self.known.unknown
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, int]:
+        """How many, by component and reward, of what the run holds, and "adapters".
+
+        A cache stands for the text encoders.
+        """
+        left_out = encoders(self.known) if self.config.data.cache else ()
+        counts = {
+            name: parameters(model.params)
+            for name, model in self.models.items()
+            if name not in left_out
+        }
+        if self.config.lora.rank and self.learnt:
+            counts["adapters"] = max(self.learnt)
+        return counts
+
+    @functools.cached_property
+    def learnt(self) -> "Learnt | None":
+        """None where the denoiser is unknown. Raises: UserError as of `learnt_counts`."""
+        denoiser = self.models.get(DENOISER)
+        return denoiser and learnt_counts(self.config, denoiser.params)
+
+    @property
+    def shards(self) -> int:
+        """Devices that share one copy."""
+        return self.mesh["fsdp"] * self.mesh["context"]
+
+    @property
+    def state(self) -> dict[str, float]:
+        """Bytes on a device by purpose, all the time; {} where the denoiser is unknown."""
+        if self.learnt is None:
+            return {}
+        return memory_per_chip(self.config, self._networks, self.shards, self.learnt)
+
+    @property
+    def phases(self) -> dict[str, Phase]:
+        """What a device holds beside the state, one after the other; {} as of `state`."""
+        if self.learnt is None:
+            return {}
+        sizes = (self._networks[DENOISER] / self.shards, sum(self.learnt) / self.shards)
+        return phases(self.config, *sizes, activations(self.config, *widths(self.known)))
+
+    @property
+    def _networks(self) -> dict[str, int]:
+        return {name: count for name, count in self.parameters.items() if name != "adapters"}
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint; 0 where the denoiser is unknown."""
+        return checkpoint_bytes(self.config, self.learnt) if self.learnt else 0
 
     @property
     def devices(self) -> int:
@@ -82,19 +136,25 @@ class Plan:
         return self.config.data.batch_size / self.devices
 
     @property
-    def activation_bytes(self) -> float:
-        """On a chip, of the images it works on at a time."""
-        return self.images / self.config.compute.microbatches * self.image_bytes
+    def at_a_time(self) -> float:
+        """Images that a device works on at a time."""
+        return self.images / self.config.compute.microbatches
 
     @property
     def bytes(self) -> float:
-        """On a chip in all."""
-        return sum(self.state.values()) + self.activation_bytes
+        """On a device in all, when it is most."""
+        at_most = [phase.bytes(self.at_a_time) for phase in self.phases.values()]
+        return sum(self.state.values()) + max(at_most, default=0.0)
 
     @property
     def ram(self) -> float:
         """Of a machine whose CPU makes up all devices."""
         return self.bytes * self.devices_here + PROGRAM
+
+    def images_in(self, memory: float) -> int:
+        """How many images at a time a device of so many bytes has room for; 0 for none."""
+        room = memory - sum(self.state.values())
+        return max(0, min(phase.images(room) for phase in self.phases.values()))
 
 
 def make(
@@ -115,30 +175,17 @@ def make(
     sizes = sharding.mesh_shape(config.mesh.data, config.mesh.fsdp, config.mesh.context, planned)
     mesh = dict(zip(sharding.AXES, sizes))
     known = known_models(config)
-    trees = abstract_params(_held(config, known))
-    counts = {name: parameters(tree) for name, tree in trees.items()}
-    state, image_bytes, on_disk = {}, 0.0, 0
-    if DENOISER in trees:
-        _check_rows(config, known, mesh["context"])
-        sharding.params_sharding(AbstractMesh(sizes, sharding.AXES), trees[DENOISER])
-        learnt = learnt_counts(config, trees[DENOISER])
-        shards = mesh["fsdp"] * mesh["context"]
-        state = memory_per_chip(config, counts, shards, learnt)
-        if config.lora.rank:
-            counts["adapters"] = max(learnt.generator, learnt.assistant)
-        image_bytes = activation_bytes(config, *widths(known))
-        on_disk = checkpoint_bytes(config, learnt)
-    return Plan(
-        config,
-        mesh,
-        device_count,
-        device_kind,
-        counts,
-        known.unknown,
-        state,
-        image_bytes,
-        on_disk,
-    )
+    made = Plan(config, mesh, device_count, device_kind, known, abstract_models(known))
+    check_mesh(made)
+    return made
+
+
+def check_mesh(plan: Plan) -> None:
+    """Raises: UserError where the mesh cannot split the denoiser or the image."""
+    if DENOISER in plan.models:
+        _check_rows(plan.config, plan.known, plan.mesh["context"])
+        mesh = AbstractMesh(tuple(plan.mesh.values()), sharding.AXES)
+        sharding.params_sharding(mesh, plan.models[DENOISER].params)
 
 
 def _check_rows(
@@ -195,13 +242,9 @@ def known_models(config) -> Known:
     return Known(family, networks, rewards, unknown)
 
 
-def _held(config, known: Known) -> Known:
-    """Without the text encoders, where a cache stands for them."""
-    if not (config.data.cache and known.family):
-        return known
-    encoders = known.family.tokenizers.values()
-    networks = {name: found for name, found in known.networks.items() if name not in encoders}
-    return known._replace(networks=networks)
+def encoders(known: Known) -> list[str]:
+    """Names of the text encoders."""
+    return list(known.family.tokenizers.values()) if known.family else []
 
 
 def _has_configs(source: str) -> bool:
@@ -219,14 +262,14 @@ def _local(folder: Path) -> tuple[Family, dict[str, dict]]:
     return family, {name: pipeline.read_config(folder, part) for name, part in there.items()}
 
 
-def abstract_params(known: Known) -> dict:
-    """Shapes of the parameters, a tree for each network and reward."""
+def abstract_models(known: Known) -> dict[str, Model | Reward]:
+    """Each network and reward without weights."""
     networks = {k: pipeline.abstract_model(config) for k, config in known.networks.items()}
     rewards = {
         name: REWARDS[name].abstract(config, pipeline.PLAIN)
         for name, config in known.rewards.items()
     }
-    return {name: model.params for name, model in (networks | rewards).items()}
+    return networks | rewards
 
 
 def parameters(tree) -> int:
@@ -242,38 +285,6 @@ def widths(known: Known) -> tuple[float, float]:
     vae = known.networks.get("vae", published.VAE_SDXL)
     first = pipeline.model_class(vae)[1].block_out_channels[0]
     return known.family.width(known.networks[DENOISER]), first / 128
-
-
-def activation_bytes(
-    config,
-    width: float = 1.0,
-    vae_width: float = 1.0,
-) -> float:
-    """A rough figure of what a device holds for each image of its part of the batch, bytes.
-
-    Args: config; width, vae_width, as of `widths`.
-
-    Counted on SDXL at 1024 pixels in bfloat16, per image (batch 1 of one network):
-      UNet: keeps 0.46 GB and works in 0.80 GB (0.13 and one attention map in float32) with
-        recomputation; keeps 13.0 GB (outputs 6.9, attention maps 6.1) without;
-      VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without.
-    The generator's part waits while dL/dx0 is found: by assistant (1 image) and guided reference
-    (2), then, these freed, by the reward through the VAE. So: generator + max(3 UNets + work of the
-    guided 2, VAE). Scaled by pixels, width, dtypes; attention maps grow faster than that, and the
-    reward's own network is small beside the VAE. What the TPU compiler makes of the finished step
-    (docs/performance.md) is less where memory is short, 2.4 GB an image on v5e, and as much where
-    it is not: 4.8 GB on v5p.
-
-    The decoder has a width of its own: scaled by the denoiser's, four images of PixArt-512 on each
-    chip of v5e:2x2 came to 9.5 GB with the state, 18 % less than the compiler's 11.5 (7.1 for 8.9
-    with a text cache). Now these are 12.1 and 9.7. SD 1.5, one of four at a time: 10.2 for 11.0.
-    """
-    keep, work = (0.46, 0.80) if config.compute.remat_denoiser != "none" else (13.0, 0.0)
-    vae = 4.3 if config.compute.remat_vae != "none" else 13.4
-    pixels = (config.data.resolution / 1024) ** 2
-    scale = pixels * jnp.dtype(config.compute.dtype).itemsize / 2
-    scores = pixels * reference_dtype(config).itemsize / 2 * (3 * keep + 2 * work)
-    return 1e9 * (scale * width * keep + max(width * scores, scale * vae_width * vae))
 
 
 class Learnt(NamedTuple):
@@ -302,7 +313,7 @@ def memory_per_chip(
     shards: int,
     learnt: Learnt | None = None,
 ) -> dict[str, float]:
-    """Bytes of state on one chip, by purpose.
+    """Bytes on one device all the time, by purpose.
 
     Args: counts, parameters by component; shards, chips that share one copy; learnt, None where
       whole networks learn.
@@ -319,19 +330,17 @@ def memory_per_chip(
         f"{what}generator and assistant, float32": both * 4,
         "Adam's moments of both": moments * both * 4,
         "average of the generator (EMA)": generator / shards * 4,
-        "gradients of both": both * 4,
         f"reference, {scores}": denoiser * scores.itemsize,
         f"other frozen networks, {config.compute.dtype}": others * compute,
     }
     if has_own_base(config):
         state[f"base of the generator, {config.compute.dtype}"] = denoiser * compute
     if config.compute.microbatches > 1:
-        state["their sums over microbatches"] = state["gradients of both"]
-    if config.compute.loop_networks and (has_own_base(config) or not config.lora.rank):
-        state["networks picked in loops"] = denoiser * scores.itemsize
+        state["gradients' sums over microbatches"] = both * 4
     # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of
     # the UNet.
-    state["gathered weights"] = counts[DENOISER] / 30 * scores.itemsize if shards > 1 else 0.0
+    if shards > 1:
+        state["gathered weights"] = counts[DENOISER] / 30 * scores.itemsize
     return state
 
 
@@ -387,69 +396,3 @@ def ram_here() -> float:
         with contextlib.suppress(OSError, ValueError):  # none, or "max"
             limits.append(int(Path(name).read_text(encoding="utf-8")))
     return float(min(limits))
-
-
-def describe(plan: Plan) -> list[str]:
-    """What the run is, a line each: mesh, batch, parameters, memory per chip.
-
-    Of memory only where a chip is known or asked for: on other devices nobody runs out of it.
-    """
-    lines = [_mesh_line(plan), *_batch_lines(plan)]
-    lines += [f"parameters: {count:>13,} {name}" for name, count in plan.parameters.items()]
-    lines += [f"parameters: unknown before its config.json is here: {f}" for f in plan.unknown]
-    if plan.state and (plan.config.dry_run or chip_of(plan.device_kind)):
-        lines += _memory_lines(plan)
-    if plan.state and plan.device_kind == CPU and not plan.config.dry_run:
-        lines.append(
-            f"RAM: about {plan.ram / 1e9:.1f} GB, of which {PROGRAM / 1e9:.1f} are Python, the "
-            f"compiler and scoring; this machine has {ram_here() / 1e9:.1f}"
-        )
-    return lines
-
-
-def _mesh_line(plan: Plan) -> str:
-    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    count = plan.devices_here
-    here = f"{count} device{'s' if count > 1 else ''} ({plan.device_kind})"
-    if plan.devices == count:
-        return f"mesh: {mesh} over {here}"
-    return f"mesh: {mesh}; this machine has {here}, the plan assumes {plan.devices}"
-
-
-def _batch_lines(plan: Plan) -> list[str]:
-    c = plan.config
-    return [
-        f"batch: {c.data.batch_size} images of {c.data.resolution} pixels a step, "
-        f"{plan.images:g} on a device",
-        f"steps: {c.assistant.warmup_steps} of the assistant alone, then {c.train.steps} of both, "
-        f"{c.train.steps * c.data.batch_size:,} images",
-    ]
-
-
-def _memory_lines(plan: Plan) -> list[str]:
-    image, activations = plan.image_bytes, plan.activation_bytes
-    room = {name: chip.memory - sum(plan.state.values()) for name, chip in CHIPS.items()}
-    fits = [name for name in room if room[name] >= activations]
-    most = [f"{name} {int(room[name] // image)}" for name in room if room[name] >= image]
-    sizes = {
-        **plan.state,
-        f"activations (estimate), {image / 1e9:.2f} GB an image": activations,
-        f"in all; fits {', '.join(fits) or 'none of the known chips'}": plan.bytes,
-    }
-    images = ", ".join(most) or "none on the known chips; raise mesh.fsdp"
-    return [
-        *(f"memory per chip: {size / 1e9:7.2f} GB {name}" for name, size in sizes.items()),
-        f"images per chip that fit: {images}",
-        f"checkpoint: {plan.checkpoint_bytes / 1e9:.2f} GB",
-        *_verdict(plan),
-    ]
-
-
-def _verdict(plan: Plan) -> list[str]:
-    """Of a chip that is known, and that the plan is for."""
-    name = chip_of(plan.device_kind)
-    if name is None or plan.devices != plan.devices_here:
-        return []
-    need, have = plan.bytes / 1e9, CHIPS[name].memory / 1e9
-    verdict = "fits" if need <= have else "does not fit; raise compute.microbatches or mesh.fsdp"
-    return [f"on {name}: {need:.2f} of {have:.2f} GB, {verdict}"]

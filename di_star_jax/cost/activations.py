@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step holds on a device beside its state, by formula: nothing is traced or compiled.
+
+Against what the TPU compiler makes of the whole step: docs/performance.md.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from di_star_jax.assembly import has_own_base, reference_dtype, reward_sources
+from di_star_jax.objectives import OBJECTIVES
+
+
+class Activations(NamedTuple):
+    """Bytes of an image, of a device's part of the batch.
+
+    generator: of its pass, which waits while dL/dx0 is found. scores: of assistant and guided
+    reference. decoder: of the VAE and the reward behind it. learning: of one network's pass.
+    """
+
+    generator: float
+    scores: float
+    decoder: float
+    learning: float
+
+
+def activations(
+    config,
+    width: float = 1.0,
+    vae_width: float = 1.0,
+) -> Activations:
+    """Args: config; width, vae_width, as of `widths`.
+
+    Counted on SDXL at 1024 pixels in bfloat16, per image (batch 1 of one network):
+      UNet: keeps 0.46 GB and works in 0.80 GB (0.13 and one attention map in float32) with
+        recomputation; keeps 13.0 GB (outputs 6.9, attention maps 6.1) without;
+      VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without.
+    Scaled by pixels (of what the decoder sees, `decode.view`), width and dtype; attention maps grow
+    faster than that, and the reward's own network is small beside the VAE. The scores' gradient
+    goes through three passes and their guided two at a time, but for losses that want none.
+    Adapters change little here: what a block keeps is its input, with or without them.
+
+    The decoder has a width of its own, for scaled by the denoiser's, PixArt's came out too small.
+    """
+    keep, work = (0.46, 0.80) if config.compute.remat_denoiser != "none" else (13.0, 0.0)
+    vae = 4.3 if config.compute.remat_vae != "none" else 13.4
+    item = jnp.dtype(config.compute.dtype).itemsize / 2
+    pixels = (config.data.resolution / 1024) ** 2
+    seen = pixels if config.decode.view == "full" else (config.decode.resolution / 1024) ** 2
+    kept = 3 if OBJECTIVES[config.objective.name].through else 0
+    scores = pixels * width * reference_dtype(config).itemsize / 2 * (kept * keep + 2 * work)
+    decoder = seen * item * vae_width * vae if reward_sources(config) else 0.0
+    one = pixels * item * width
+    gb = (one * keep, scores, decoder, one * (keep + work))
+    return Activations(*(1e9 * size for size in gb))
+
+
+class Phase(NamedTuple):
+    """A part of the step. fixed: bytes on a device; image: more for each image at a time."""
+
+    fixed: float
+    image: float
+
+    def bytes(self, images: float) -> float:
+        """Of so many images at a time."""
+        return self.fixed + images * self.image
+
+    def images(self, room: float) -> int:
+        """How many there is room for, below 0 where not even for what is fixed."""
+        return math.floor((room - self.fixed) / max(self.image, 1.0))
+
+
+def phases(
+    config,
+    denoiser: float,
+    learnt: float,
+    of_image: Activations,
+) -> dict[str, Phase]:
+    """What a step holds beside its state, one after the other.
+
+    Args: denoiser, learnt, numbers on a device, of one network and of both networks' learnt.
+
+    Gradients of parameters are not there yet while dL/dx0 is found, nor is the decoder's part when
+    they are. A loop over networks copies the one that it picks, in float32 where it learns.
+    """
+    compute = jnp.dtype(config.compute.dtype).itemsize
+    picked, trained = reference_dtype(config).itemsize, 4
+    if config.lora.rank:  # bases alone, and only where they differ
+        picked, trained = 0, compute if has_own_base(config) else 0
+    loops = denoiser if config.compute.loop_networks else 0
+    waiting = of_image.generator
+    size = config.decode.slice
+    decoded = Phase(size * of_image.decoder, waiting)
+    return {
+        "scores of assistant and reference": Phase(loops * picked, waiting + of_image.scores),
+        "decoder and reward": decoded if size else Phase(0.0, waiting + of_image.decoder),
+        "gradients of both": Phase(4 * learnt + loops * trained, of_image.learning),
+    }

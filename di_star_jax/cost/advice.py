@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which fields of a config would make it fit a device: the fewest, and what each brings."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from di_star_jax.cost.plan import Plan, check_mesh, encoders
+from di_star_jax.errors import UserError
+
+# A field and the values to try, in order of what they take away.
+Option = tuple[str, list[Any]]
+
+
+def to_fit(plan: Plan, memory: float) -> list[tuple[Plan, str]]:
+    """The shortest list of fields with which a plan fits, [] where there is none.
+
+    Returns: after each field of the list the plan so far, and the field with its value. Of lists
+    as short, the first by the order of `options`; of values, the first that is enough.
+    Args: memory, bytes that arrays can have on a device.
+    """
+    known = options(plan)
+    for count in range(1, len(known) + 1):
+        for chosen in itertools.combinations(known, count):
+            names, values = zip(*chosen)
+            strongest = zip(names, (of_one[-1] for of_one in values))
+            if not _fits(plan, strongest, memory):
+                continue
+            tried = (zip(names, one_each) for one_each in itertools.product(*values))
+            return next(filter(None, (_fits(plan, fields, memory) for fields in tried)))
+    return []
+
+
+def _fits(
+    plan: Plan,
+    fields: Iterable[tuple[str, Any]],
+    memory: float,
+) -> list[tuple[Plan, str]]:
+    """The plan after each field is set; [] where it does not fit, or they do not go together."""
+    steps = []
+    for name, value in fields:
+        plan = changed(plan, name, value)
+        steps.append((plan, f"{name}={value}"))
+    try:
+        if plan.bytes > memory:
+            return []
+        check_mesh(plan)
+    except UserError:  # a rank above a matrix, a mesh that cannot split the denoiser or the image
+        return []
+    return steps
+
+
+def changed(
+    plan: Plan,
+    name: str,
+    value: Any,
+) -> Plan:
+    """The plan of a config with another value of a field."""
+    config = plan.config.copy_and_resolve_references()
+    config.update_from_flattened_dict({name: value})
+    mesh = plan.mesh
+    if name == "mesh.fsdp":
+        mesh = mesh | {"data": plan.devices // (value * mesh["context"]), "fsdp": value}
+    return dataclasses.replace(plan, config=config, mesh=mesh)
+
+
+def options(plan: Plan) -> list[Option]:
+    """Fields that may bring memory, those first that leave what is computed as it is."""
+    c = plan.config
+    found: list[Option] = [("compute.microbatches", _microbatches(plan))]
+    found += [
+        (f"compute.remat_{part}", ["full"])
+        for part in ("denoiser", "vae")
+        if c.compute[f"remat_{part}"] == "none"
+    ]
+    if c.compute.loop_networks:
+        found.append(("compute.loop_networks", [False]))
+    fsdp = plan.mesh["fsdp"]
+    copies = plan.mesh["data"]
+    found.append(("mesh.fsdp", [fsdp * n for n in range(2, copies + 1) if copies % n == 0]))
+    if encoders(plan.known) and not c.data.cache:
+        found.append(("data.cache", ["./text_cache"]))
+    if c.decode.view == "full" and c.decode.resolution < c.data.resolution:
+        found.append(("decode.view", ["resized"]))
+    if not c.lora.rank and not c.weights.assistant:
+        found.append(("lora.rank", [64]))
+    return [(name, values) for name, values in found if values]
+
+
+def _microbatches(plan: Plan) -> list[int]:
+    """Numbers of parts in which the images of a device can be taken, above the config's."""
+    images = round(plan.images)
+    size = plan.config.decode.slice
+    return [
+        parts
+        for parts in range(plan.config.compute.microbatches + 1, images + 1)
+        if images % parts == 0 and (not size or images // parts % size == 0)
+    ]
