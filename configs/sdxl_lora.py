@@ -35,8 +35,6 @@ CHANGES = {
     # adapters move in larger steps than whole matrices; ours, not tuned
     "optim.generator_lr": 1e-5,
     "optim.assistant_lr": 1e-5,
-    # a loop over both networks would copy the one that it picks, 5.1 GB
-    "compute.loop_networks": False,
     "train.steps": 20_000,
     "train.save_every": 1000,
     "eval_every": 1000,

@@ -16,6 +16,7 @@ from di_star_jax.gradients import (
     Figures,
     Gradients,
     Method,
+    Network,
     Params,
     Trained,
     evaluate,
@@ -95,8 +96,8 @@ def looped(
     """As `separate` with a denoiser traced three times in place of seven, for slow compilers.
 
     Once forward for x0, once as a loop over the score networks (of objectives with guidance inside;
-    others evaluate theirs one by one), once as a loop over the two that learn. The generator's
-    forward pass is made twice.
+    others evaluate theirs one by one), once as a loop over the two that learn, unless these have
+    different bases. The generator's forward pass is made twice.
     """
     generator, assistant = method.networks(trained, frozen)
     conditions = method.encode_text(frozen, token_ids)
@@ -121,22 +122,34 @@ def looped(
     (of_eps_z,) = to_eps_z(of_x0)
     noised, t_psi = noised_for_assistant(method, x0, draws)
 
-    def learn(_, turn):
-        first, x_t, t = turn
-        network = select(first, generator, assistant)
+    def learn(
+        first: jax.Array | bool,
+        network: Network,
+        x_t: jax.Array,
+        t: jax.Array,
+    ) -> tuple[Params, jax.Array]:
         eps, pull_back = jax.vjp(
             lambda learnt: method.denoiser(network.having(learnt))(x_t, t, conditions[0]),
             network.learnt,
         )
         of_loss, loss = denoising_gradient(eps, noised.eps)
         (grads,) = pull_back(jnp.where(first, of_eps_z, of_loss))
-        return None, (grads, loss)
+        return grads, loss
 
-    turns = (jnp.array([True, False]), jnp.stack([z, noised.x_t]), jnp.stack([t_z, t_psi]))
-    _, (grads, losses) = jax.lax.scan(learn, None, turns)
-    generator_grads = jax.tree.map(lambda g: g[0], grads)
-    assistant_grads = jax.tree.map(lambda g: g[1], grads)
-    figures = figures._replace(assistant=losses[1] / x0[0].size)
+    def turn(_, given):
+        first, x_t, t = given
+        return None, learn(first, select(first, generator, assistant), x_t, t)
+
+    if generator.base is not assistant.base:  # a loop would copy the one that it picks
+        generator_grads, _ = learn(True, generator, z, t_z)
+        assistant_grads, loss = learn(False, assistant, noised.x_t, t_psi)
+    else:
+        turns = (jnp.array([True, False]), jnp.stack([z, noised.x_t]), jnp.stack([t_z, t_psi]))
+        _, (grads, losses) = jax.lax.scan(turn, None, turns)
+        generator_grads = jax.tree.map(lambda g: g[0], grads)
+        assistant_grads = jax.tree.map(lambda g: g[1], grads)
+        loss = losses[1]
+    figures = figures._replace(assistant=loss / x0[0].size)
     return (generator_grads, assistant_grads), figures
 
 

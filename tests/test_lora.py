@@ -204,7 +204,7 @@ def test_the_generator_alone_and_the_assistant_alone_learn_on_a_base_as_without(
 # The whole step on a tiny UNet.
 
 
-def tiny_step(low_rank, config=UNET, mesh=None, scheme="separate", batch=BATCH):
+def tiny_step(low_rank, config=UNET, mesh=None, scheme="separate", batch=BATCH, own_base=True):
     """(jitted step, its arguments) with plain descent, abstract but for what is asked to run."""
     mesh = mesh or one_device()
     model = denoiser(config, low_rank)
@@ -225,7 +225,7 @@ def tiny_step(low_rank, config=UNET, mesh=None, scheme="separate", batch=BATCH):
     frozen = {"reference": model.params}
     if low_rank:
         learnt = [random_adapters(model.params, low_rank, seed) for seed in (5, 6)]
-        frozen["generator"] = denoiser(config, seed=1).params
+        frozen |= {"generator": denoiser(config, seed=1).params} if own_base else {}
     else:
         learnt = [denoiser(config, seed=seed).params for seed in (1, 2)]
     state = step.init_state(*learnt, plain_sgd())
@@ -294,13 +294,14 @@ def moved(work):
 
 
 @pytest.mark.slow
-def test_a_step_is_the_same_looped_and_on_eight_devices(monkeypatch):
-    low_rank = Lora(8, 4.0, ALL)
-    plain, metrics = moved(tiny_step(low_rank))
-    looped, _ = moved(tiny_step(low_rank, scheme="looped"))
+@pytest.mark.parametrize("own_base", [True, False], ids=["two bases", "one base"])
+def test_a_step_is_the_same_looped_and_on_eight_devices(monkeypatch, own_base):
+    made = functools.partial(tiny_step, Lora(8, 4.0, ALL), own_base=own_base)
+    plain, metrics = moved(made())
+    looped, _ = moved(made(scheme="looped"))
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
     mesh = sharding.make_mesh(2, 2, 2)
-    many, on_many = moved(tiny_step(low_rank, mesh=mesh, scheme="looped"))
+    many, on_many = moved(made(mesh=mesh, scheme="looped"))
     for found in (looped, many):
         for ours, expected in zip(found, plain):
             largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))

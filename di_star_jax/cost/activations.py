@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from di_star_jax.assembly import has_own_base, reference_dtype, reward_sources
+from di_star_jax.assembly import reference_dtype, reward_sources
 from di_star_jax.objectives import OBJECTIVES
 
 
@@ -83,13 +83,11 @@ def phases(
     Args: denoiser, learnt, numbers on a device, of one network and of both networks' learnt.
 
     Gradients of parameters are not there yet while dL/dx0 is found, nor is the decoder's part when
-    they are. A loop over networks copies the one that it picks, in float32 where it learns.
+    they are. A loop over networks copies the one that it picks, in float32 where it learns; bases
+    of adapters it leaves where they are.
     """
-    compute = jnp.dtype(config.compute.dtype).itemsize
     picked, trained = reference_dtype(config).itemsize, 4
-    if config.lora.rank:  # bases alone, and only where they differ
-        picked, trained = 0, compute if has_own_base(config) else 0
-    loops = denoiser if config.compute.loop_networks else 0
+    loops = denoiser if config.compute.loop_networks and not config.lora.rank else 0
     waiting = of_image.generator
     size = config.decode.slice
     decoded = Phase(size * of_image.decoder, waiting)

@@ -42,6 +42,8 @@ def _fits(
     for name, value in fields:
         plan = changed(plan, name, value)
         steps.append((plan, f"{name}={value}"))
+    if plan.config.lora.int8 and not plan.config.lora.rank:  # only what is frozen
+        return []
     try:
         if plan.bytes > memory:
             return []
@@ -74,7 +76,7 @@ def options(plan: Plan) -> list[Option]:
         for part in ("denoiser", "vae")
         if c.compute[f"remat_{part}"] == "none"
     ]
-    if c.compute.loop_networks:
+    if c.compute.loop_networks and not c.lora.rank:
         found.append(("compute.loop_networks", [False]))
     fsdp = plan.mesh["fsdp"]
     copies = plan.mesh["data"]
@@ -85,6 +87,8 @@ def options(plan: Plan) -> list[Option]:
         found.append(("decode.view", ["resized"]))
     if not c.lora.rank and not c.weights.assistant:
         found.append(("lora.rank", [64]))
+    if (c.lora.rank or not c.weights.assistant) and not c.lora.int8:
+        found.append(("lora.int8", [True]))
     return [(name, values) for name, values in found if values]
 
 
