@@ -179,6 +179,7 @@ def cosines(a, b):
     return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
+@pytest.mark.slow
 def test_where_nothing_guides_the_direction_is_that_of_float32():
     exact, _ = score_gap(**{"compute.dtype": "float32"})
     found, kept_in = score_gap()

@@ -262,6 +262,7 @@ def test_a_teacher_is_drawn_by_default_as_the_papers_authors_draw_sdxl(reference
     np.testing.assert_allclose(ours / 2 + 0.5, theirs, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_few_step_generator_keeps_its_times_and_draws_what_diffusers_draws(
     workdir, tmp_path, monkeypatch, caplog
 ):
@@ -302,6 +303,7 @@ def test_a_few_step_generator_keeps_its_times_and_draws_what_diffusers_draws(
     np.testing.assert_allclose(ours / 2 + 0.5, theirs, atol=2 / 255)
 
 
+@pytest.mark.slow
 def test_an_export_that_does_not_say_its_times_is_drawn_in_one_step(workdir, tmp_path):
     _export(workdir, "ema", tmp_path / "out")
     file = tmp_path / "out" / "scheduler" / "scheduler_config.json"

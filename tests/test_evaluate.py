@@ -491,6 +491,7 @@ def test_a_folder_with_an_evaluation_of_other_settings_is_refused(
     assert (straight / "settings.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_images_of_other_weights_under_the_same_path_are_not_mixed(command, folder, tmp_path):
     source, out = tmp_path / "pipeline", tmp_path / "out"
     shutil.copytree(folder, source)

@@ -268,6 +268,7 @@ def test_every_number_of_dmd2s_steps_has_a_scheduler_that_draws_them(reference):
 # Our own commands on exports, runs and single UNets.
 
 
+@pytest.mark.slow
 @pytest.mark.case("faults 6")
 def test_evaluate_draws_an_export_at_its_times(exported, tmp_path):
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
@@ -325,6 +326,7 @@ def test_a_network_of_a_run_is_refused_where_there_is_no_run(exported):
         assert f"--which={which}" in error and "is no run" in error
 
 
+@pytest.mark.slow
 @pytest.mark.case("first hour 18")
 def test_a_single_unet_is_drawn_and_converted_with_a_reference(reference, ours, theirs, tmp_path):
     unet = str(reference / "unet")
@@ -342,6 +344,7 @@ def test_a_single_unet_is_drawn_and_converted_with_a_reference(reference, ours, 
     assert "whole pipeline" in _error(drawing.load, str(reference), "ema", reference=str(reference))
 
 
+@pytest.mark.long
 @pytest.mark.case("first hour 18")
 def test_the_shipped_generator_is_drawn_by_the_command(tmp_path):
     shipped = Path(drawing.__file__).parent / "shapes" / "checkpoint"
@@ -377,6 +380,7 @@ def test_a_run_stores_what_was_configured():
     assert checkpoint.located(metadata) == metadata, "what is a Hub's name stays it"
 
 
+@pytest.mark.slow
 @pytest.mark.case("faults 17", "first hour 12")
 def test_a_moved_run_finds_its_reference_by_its_relative_path_or_is_told(
     reference, tmp_path, monkeypatch

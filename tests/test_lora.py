@@ -102,6 +102,7 @@ def test_adapters_of_sdxl_are_as_many_as_its_matrices_ask_for():
     assert (a.shape, b.shape) == ((3, 3, 320, 8), (8, 640))
 
 
+@pytest.mark.slow
 def test_at_full_rank_their_gradients_are_the_projections_of_the_whole_ones():
     low_rank = Lora(16, 8.0, ALL)  # the width of all matrices
     model = denoiser(UNET, low_rank)
@@ -238,6 +239,7 @@ def tiny_step(low_rank, config=UNET, mesh=None, scheme="separate", batch=BATCH, 
     return fn, (put(state), put(frozen), (ids,), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_no_gradient_of_a_frozen_matrix_is_computed():
     """12 forward passes of a whole run are 10: both networks' weight gradients are gone."""
     whole, ours = (

@@ -130,6 +130,7 @@ def test_a_steps_loss_and_gradients_equal_pytorch_on_two_devices(clip, monkeypat
         assert np.abs(grads[name] - grad).max() <= GRADIENT * np.abs(grad).max() + 1e-6 * largest
 
 
+@pytest.mark.slow
 def test_steps_of_training_equal_pytorchs_adamw_with_warm_up_decay_and_clipping(clip):
     module, scorer = clip
     module = transformers_clip(CLIP)  # the fixture's is not to be trained
@@ -156,6 +157,7 @@ def test_steps_of_training_equal_pytorchs_adamw_with_warm_up_decay_and_clipping(
         close(ours[name], p.detach(), 2e-4)
 
 
+@pytest.mark.slow
 def test_imagereward_loss_on_its_network_equals_pytorch(tmp_path):
     module = test_blip._randomise(test_blip.TorchImageReward(test_blip.CONFIG, test_blip.VISION))
     folder = test_blip._write(tmp_path / "weights", test_blip._published_tensors(module))

@@ -215,6 +215,7 @@ def test_an_evaluation_of_a_bucket_in_a_bucket_goes_on_from_another_machine(
     assert code == 2 and "holds notes.md" in error
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_a_run_in_a_bucket_has_the_numbers_of_the_disk(
     gs, command, folder, tmp_path
 ):

@@ -107,6 +107,7 @@ def test_the_best_parameters_are_exported_and_transformers_reads_them(world, fin
     assert "finished: best at step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(world, finished, tmp_path, monkeypatch):
     class Stopping(Exception):
         pass

@@ -152,6 +152,7 @@ def test_the_twins_teacher_draws_what_is_asked_in_the_20_steps_of_its_scheduler(
     assert measures.attributes_right(captions, images).mean() >= 0.85
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_twin_as_we_do():
     import diffusers
     import torch
@@ -290,6 +291,7 @@ def test_the_twins_pretraining_makes_a_pipeline_of_its_own_and_a_second_start_ch
     assert written == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_pads_that_the_twins_training_leaves_out_change_no_prediction(tmp_path):
     from di_star_jax.prompts.t5 import T5Tokenizer
     from di_star_jax.shapes import networks, pretrain

@@ -248,6 +248,7 @@ def test_a_folder_of_a_single_file_has_diffusers_weights_byte_for_byte(
                 assert tensor.read().tobytes() == bits, (name, key)
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_pipeline_that_diffusers_loads(kind, settings, tmp_path):
     file = _file(tmp_path / "all.safetensors", _tensors(kind))
     done = _run(

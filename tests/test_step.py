@@ -395,6 +395,7 @@ def test_omega_one_turns_guidance_off():
     assert distance(unguided, small_step(omega=2.0)[1]) > 1e-4
 
 
+@pytest.mark.slow
 def test_reduction_and_weighting_scale_the_regulariser_alone():
     at_399 = dict(reward_scale=0.0, generator_times=(399, 399))
     plain = small_step(**at_399)[1]
@@ -661,6 +662,7 @@ def test_a_step_that_has_to_drop_all_samples_counts_as_not_finite():
     assert step_with(bad_reward(list(range(BATCH))))[-1]["nonfinite"] > 0
 
 
+@pytest.mark.slow
 def test_a_balance_is_measured_over_the_first_steps_and_then_fixed(monkeypatch):
     monkeypatch.setattr(step, "MEASURED", 2)
     method, frozen, generator, assistant = small_world(balance=0.5)
@@ -683,6 +685,7 @@ def test_a_balance_is_measured_over_the_first_steps_and_then_fixed(monkeypatch):
     assert pulls == pytest.approx(scales[-1] / ratios[-1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_what_pulls_on_the_samples_is_logged():
     *_, metrics = small_step(generator_times=(0, 399))
     known = {name for name, value in metrics.items() if np.isfinite(value)}

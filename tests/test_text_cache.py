@@ -221,6 +221,7 @@ def test_a_cache_that_does_not_match_is_refused_in_one_line(cache, folder, tmp_p
     assert "token ids of another tokenizer for pickscore" in refused(of(folder, **changes))
 
 
+@pytest.mark.slow
 def test_a_plan_with_a_cache_holds_no_text_encoders():
     config = dry(**{"data.cache": "cache/sdxl"})
     planned = plan.make(config, 16, "cpu")

@@ -256,6 +256,7 @@ def test_tensorboard_has_both_ends_the_rate_the_config_and_captions(straight):
     assert b"1. a red circle" in texts
 
 
+@pytest.mark.slow
 @pytest.mark.case("first hour 26")
 def test_a_finished_run_shows_its_table_at_once_and_exports_again_only_what_is_gone(
     folder, straight, tmp_path, capsys
@@ -292,6 +293,7 @@ def test_another_method_in_a_finished_workdir_is_refused_before_weights(folder, 
     assert "loading weights" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.case("faults 16")
 def test_held_out_prompts_that_are_added_later_are_scored_before_and_after(
     folder, straight, tmp_path, capsys
