@@ -369,7 +369,7 @@ def test_only_fields_that_can_be_set_are_named(shapes):
     assert "lora.rank" not in dict(own)
     # A rank that is more than a matrix has, and a mesh that splits nothing, are passed over.
     assert advice._fits(shapes, [("compute.microbatches", 2)], 1e12)
-    assert not advice._fits(shapes, [("lora.rank", 64), ("compute.microbatches", 2)], 1e12)
+    assert not advice._fits(shapes, [("lora.rank", 4096), ("compute.microbatches", 2)], 1e12)
     assert not advice._fits(pods, [("mesh.fsdp", 3)], 1e12)
 
 
