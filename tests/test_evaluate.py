@@ -399,7 +399,11 @@ def stop_after(calls, function):
 
 @pytest.mark.parametrize(
     "module, name, calls",
-    [(pictures, "save_png", 11), (Store, "add_scores", 8), (Store, "add_features", 1)],
+    [
+        pytest.param(pictures, "save_png", 11, marks=pytest.mark.slow),
+        (Store, "add_scores", 8),
+        (Store, "add_features", 1),
+    ],
     ids=["drawing", "scoring", "embedding"],
 )
 def test_an_evaluation_that_was_stopped_continues_to_the_same_results(

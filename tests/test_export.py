@@ -146,7 +146,7 @@ def test_the_plain_call_draws_what_we_draw(exported, ours, theirs, times, name):
     [
         (ONE, "num_inference_steps=1, guidance_scale=0"),
         (TWO, "num_inference_steps=2, guidance_scale=0"),
-        (ODD, "timesteps=[900, 500], guidance_scale=0"),
+        pytest.param(ODD, "timesteps=[900, 500], guidance_scale=0", marks=pytest.mark.slow),
     ],
 )
 def test_the_model_cards_code_runs_as_it_stands(

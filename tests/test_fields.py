@@ -814,7 +814,13 @@ def use(name: str, known: dict) -> None:
 
 
 @pytest.mark.case("faults 18")
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("unet", "vae") else name
+        for name in FILES
+    ],
+)
 def test_any_value_of_any_field_works_or_is_one_line(name, monkeypatch):
     # A model of each set of settings is built once.
     built = {}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from test_config import load
-from test_lora import ALL, FAMILIES, denoiser, inputs, moved, random_adapters, tiny_step
+from test_lora import ALL, FAMILIES, SOME, denoiser, inputs, moved, random_adapters, tiny_step
 from test_step import assert_close
 
 from di_star_jax import checks, sharding
@@ -17,7 +17,6 @@ from di_star_jax.models import int8, published
 from di_star_jax.models.lora import Lora
 from di_star_jax.pipelines import folder as pipeline
 
-SOME = ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd15"))]
 LOW_RANK = Lora(4, 4.0, ALL, int8=True)
 
 

@@ -184,9 +184,9 @@ class World:
         return step(trained, frozen, self.ids, self.draws, jnp.ones(()))
 
 
-# SD 1.5's parts are those of the other two.
+# The UNet's are in test_unet.py too, and SD 1.5's parts are those of the other two.
 NAMES = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "StableDiffusionPipeline" else name
+    name if name == "PixArtAlphaPipeline" else pytest.param(name, marks=pytest.mark.slow)
     for name in TINY
 ]
 

@@ -147,7 +147,12 @@ def write_run(reference, folder, form, part="unet"):
 
 
 @pytest.mark.parametrize(
-    "form", [SCALED, pytest.param(NOISE, marks=pytest.mark.slow)], ids=["scaled", "noise"]
+    "form",
+    [
+        pytest.param(SCALED, marks=pytest.mark.slow),
+        pytest.param(NOISE, marks=pytest.mark.long),
+    ],
+    ids=["scaled", "noise"],
 )
 def test_an_export_draws_in_diffusers_what_we_draw(reference, tmp_path, caplog, monkeypatch, form):
     run = write_run(reference, tmp_path / "run", form)

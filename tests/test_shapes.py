@@ -115,7 +115,7 @@ def test_preferred_picture_has_the_better_light_or_the_right_scene():
     "folder, size, form, least",
     [
         (SHIPPED, 26.5e6, FewStep((399,), "noise"), 0.9),
-        (TWIN, 15e6, FewStep((440,), "scaled"), 0.85),
+        pytest.param(TWIN, 15e6, FewStep((440,), "scaled"), 0.85, marks=pytest.mark.slow),
     ],
     ids=["sdxl", "pixart"],
 )

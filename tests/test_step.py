@@ -344,7 +344,14 @@ def assert_close(a, b, rtol=1e-4):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(jnp.abs(y).max()))
 
 
-@pytest.mark.parametrize("objective", ["di_star", "di_star_outside", "kl", "kl_outside"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "di_star",
+        "kl_outside",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("di_star_outside", "kl")),
+    ],
+)
 def test_one_shared_forward_gives_the_gradients_of_separate_ones_on_the_same_x_t(objective):
     settings, *found, metrics = small_step(objective=objective, scheme="shared")
     for ours, separate in zip(found, expected_gradients(settings)):
@@ -411,7 +418,9 @@ def test_reduction_and_weighting_scale_the_regulariser_alone():
     assert_close(jax.tree.map(lambda g: g * ratio**2, l2), small_step(**squared)[1])
 
 
-@pytest.mark.parametrize("timesteps", [(999, 499), (999, 749, 499, 249)])
+@pytest.mark.parametrize(
+    "timesteps", [(999, 499), pytest.param((999, 749, 499, 249), marks=pytest.mark.slow)]
+)
 def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_made(timesteps):
     method, frozen, generator, _ = small_world(generator=FewStep(timesteps))
     condition = method.encode_text(frozen, IDS)[0]

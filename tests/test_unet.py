@@ -47,7 +47,11 @@ def test_bfloat16_compute_stays_near_float32_and_returns_float32():
 
 
 @pytest.mark.parametrize(
-    "config, count", [(published.UNET_SDXL, 2_567_463_684), (published.UNET_SD15, 859_520_964)]
+    "config, count",
+    [
+        (published.UNET_SDXL, 2_567_463_684),
+        pytest.param(published.UNET_SD15, 859_520_964, marks=pytest.mark.slow),
+    ],
 )
 def test_full_size_unet_has_the_published_number_of_parameters(config, count):
     tree = pipeline.abstract_model(config).params
