@@ -88,7 +88,7 @@ def sd15_forward(unet, x):
 @pytest.mark.parametrize(
     "config, call, expected",
     [
-        (published.UNET_SD15, sd15_forward, 0.803e12),
+        pytest.param(published.UNET_SD15, sd15_forward, 0.803e12, marks=pytest.mark.slow),
         (published.VAE_SD15, lambda vae, x: vae.decode(x((64, 64, 4))), 2.515e12),
         (published.T5_XXL, lambda t5, x: t5(x((120,), jnp.int32), x((120,), bool)), 1.117e12),
     ],
@@ -212,6 +212,7 @@ def test_random_weights_differ_where_their_shapes_do_not():
 
 
 @pytest.mark.case("faults 15")
+@pytest.mark.slow
 def test_no_two_random_leaves_of_a_run_are_equal(folder):
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     work = aot.train_work(tiny(folder, **{"mesh.fsdp": 1}), mesh)

@@ -160,6 +160,7 @@ def test_a_distillation_begins_with_the_teacher_and_has_its_recipes_rates(
     assert len(named) == 3 and named < losses
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_sd15_counts_its_parameters_from_what_is_published():
     config = load("sd15")
     config.dry_run = True

@@ -1075,6 +1075,7 @@ def test_a_baseline_is_compared_prompt_by_prompt(command, bright, tmp_path):
     assert (tmp_path / "after" / "page.html").read_text().count("data:image/png;base64,") == 10
 
 
+@pytest.mark.slow
 def test_two_networks_of_one_run_are_compared_on_the_same_noise(
     command, straight, folder, workdir, tmp_path
 ):

@@ -201,6 +201,7 @@ def test_the_model_card_has_the_hashes_the_licence_and_a_workflow_for_comfyui(
 
 
 @pytest.mark.case("first hour 1")
+@pytest.mark.slow
 def test_the_fp16_variant_loads_in_half_and_draws_the_same_in_float32(exported, ours, theirs):
     folder = exported(ONE, "float16")
     assert 'torch_dtype=torch.float16, variant="fp16"' in call_of(folder)

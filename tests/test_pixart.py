@@ -179,6 +179,7 @@ def test_latents_that_are_not_whole_patches_are_refused():
         )
 
 
+@pytest.mark.slow
 def test_rows_and_weights_split_over_devices_give_the_result_of_one(monkeypatch):
     monkeypatch.setattr(sharding, "SMALL", 1)  # so that each leaf is split, small as they are here
     mesh = sharding.make_mesh(1, 2, 4)

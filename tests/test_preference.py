@@ -188,6 +188,7 @@ def test_imagereward_loss_on_its_network_equals_pytorch(tmp_path):
 # What stays, and what it is chosen by.
 
 
+@pytest.mark.slow
 def test_fixed_blocks_and_what_is_before_them_stay_and_the_others_learn(clip):
     _, scorer = clip
     optim = SGD._replace(lr=0.1, weight_decay=0.5, fixed_blocks=0.5)

@@ -80,6 +80,7 @@ def finished(world, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_best_parameters_are_exported_and_transformers_reads_them(world, finished, capsys):
     held_out = [line for line in lines(finished) if "held_out/accuracy" in line]
     assert [line["step"] for line in held_out] == [0, 2, 4, 6]

@@ -206,8 +206,10 @@ def test_a_denoisers_folder_alone_is_a_generator_of_the_familys_form(reference):
     "sampler, scheduler",
     [
         ("euler", diffusers.EulerDiscreteScheduler),
-        ("ddim", diffusers.DDIMScheduler),
-        ("dpm_solver_pp", diffusers.DPMSolverMultistepScheduler),
+        pytest.param("ddim", diffusers.DDIMScheduler, marks=pytest.mark.slow),
+        pytest.param(
+            "dpm_solver_pp", diffusers.DPMSolverMultistepScheduler, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_teacher_is_drawn_as_diffusers_draws_it(loaded, theirs, sampler, scheduler):

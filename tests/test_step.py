@@ -449,6 +449,7 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
 
 
 @pytest.mark.parametrize("scheme", schemes.SCHEMES)
+@pytest.mark.slow
 def test_from_main_to_the_unet_it_is_six_calls_at_most(world, monkeypatch, scheme):
     """Those that `main` makes to get there: `run`, then `train_step` and what it calls."""
     calls = set()
@@ -575,6 +576,7 @@ def ordered_step(**changes):
     return method, frozen, state, after, jax.random.fold_in(jax.random.key(0), 0)
 
 
+@pytest.mark.slow
 def test_further_updates_see_fresh_prompts_noise_and_the_new_generator():
     method, frozen, before, after, key = ordered_step(assistant_updates=3)
     trained, none = (before.generator, before.assistant), jnp.ones(())

@@ -20,7 +20,9 @@ def test_encoder_and_its_gradients_equal_diffusers(batch, height, width):
     assert errors.gradient <= parity.GRADIENT, errors
 
 
-@pytest.mark.parametrize("batch, height, width", [(3, 6, 10), (1, 8, 8)])
+@pytest.mark.parametrize(
+    "batch, height, width", [(3, 6, 10), pytest.param(1, 8, 8, marks=pytest.mark.slow)]
+)
 def test_decoder_and_its_gradients_equal_diffusers(batch, height, width):
     errors = parity.vae_decoder_errors(batch, height, width)
     assert errors.forward <= parity.FORWARD, errors
