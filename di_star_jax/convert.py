@@ -12,8 +12,9 @@ the first (--which=denoiser), or the folder of a denoiser (with --reference), an
 The third makes one of an SDXL or SD 1.5 checkpoint as people download it, the fourth the reverse.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from absl import flags
 from di_star_jax.command import run
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines import single
+from di_star_jax.pipelines import single, trained
 from di_star_jax.pipelines.card import About
 from di_star_jax.pipelines.export import (
     DTYPES,
@@ -125,9 +126,28 @@ def _restored(
     folder: os.PathLike,
     step: int | None,
     which: str,
-    check: Callable[[dict], None],
+    reference_of: Callable[[dict], Path | None],
 ) -> _Source:
-    """One of a checkpoint's denoisers. Args: step, None for the newest; check, of the metadata."""
+    """One of a checkpoint's denoisers.
+
+    Args: step, None for the newest; reference_of, from the metadata to the reference's folder,
+      before weights are read.
+    """
+    with _opened(folder, step) as (checkpoints, step, metadata):
+        reference = reference_of(metadata)
+        located = checkpoint.located(metadata)
+        params = trained.restored_on_host(checkpoints, step, which, located, reference)
+        return _Source(metadata, f"{which}, step {step}", params)
+
+
+@contextlib.contextmanager
+def _opened(
+    folder: os.PathLike, step: int | None
+) -> Iterator[tuple[checkpoint.Checkpoints, int, dict]]:
+    """Checkpoints with a denoiser, the step that is asked for, and its metadata.
+
+    Args: folder, a workdir, its folder of checkpoints, or one of them; step, None for the newest.
+    """
     if step is None and folder.name.isdigit() and (folder / "metadata").is_dir():
         folder, step = folder.parent, int(folder.name)
     with checkpoint.existing(folder) as checkpoints:
@@ -138,10 +158,7 @@ def _restored(
                 f"checkpoint {step} in {folder} is of {sorted(metadata['configs'])}, "
                 "expected one with a denoiser; give the checkpoint of a run or of a pipeline"
             )
-        check(metadata)
-        abstract = abstract_model(metadata["denoiser_config"]).params
-        params = checkpoints.restore_item(step, which, abstract)
-        return _Source(metadata, f"{which}, step {step}", params)
+        yield checkpoints, step, metadata
 
 
 def _read_denoiser(folder: os.PathLike, reference: str | None) -> _Source:
@@ -191,16 +208,18 @@ def to_diffusers(
         )
     sources = []
 
-    def check(metadata) -> None:  # before weights are read
-        if reference or metadata["reference"]:
-            sources.append(checkpoint.reference_of(checkpoint.located(metadata), reference))
-            check_export(sources[0], output)
+    def checked(metadata) -> Path | None:  # before weights are read
+        if not reference and not metadata["reference"]:
+            return None
+        sources.append(checkpoint.reference_of(checkpoint.located(metadata), reference))
+        check_export(sources[0], output)
+        return sources[0]
 
     if folders.is_model(folder):
         read = _read_denoiser(folder, reference)
-        check(read.metadata)
+        checked(read.metadata)
     else:
-        read = _restored(folder, step, which, check)
+        read = _restored(folder, step, which, checked)
     metadata = read.metadata | ({"reference": reference} if reference else {})
     config = metadata["denoiser_config"]
     if not sources:

@@ -33,7 +33,7 @@ from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.folder import abstract_model, check_pipeline, read_config
 from di_star_jax.pipelines.scheduler import SchedulerFile, predicts_v
 from di_star_jax.storage import folders, weights
-from di_star_jax.storage.files import expand, user_cache, whole
+from di_star_jax.storage.files import expand, user_cache
 from di_star_jax.storage.weights import Stored
 
 # open_clip's temperature, at which its training holds it: exp of it is 100. No picture depends on
@@ -348,7 +348,7 @@ def from_folder(
     Raises: UserError for a folder of another kind, or a file that cannot be written.
     """
     file = expand(file)
-    _check_new(file)
+    weights.check_new_file(file)
     source = in_workdir(folders.resolve(str(folder)))
     family, scheduler = check_pipeline(source)
     if not family.original:
@@ -365,28 +365,13 @@ def from_folder(
             found = original.from_diffusers(network, weights.matched(str(part), abstract, stored))
             tensors |= {start + key: tensor for key, tensor in found.items()}
         tensors |= _fixed(family, tensors) | _markers(scheduler)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with whole(file) as partial:
-                weights.write_file(partial, tensors, jnp.dtype(dtype))
-        except OSError as error:
-            raise UserError(
-                f"cannot write {file} ({error.strerror}); give an output on a disk with room"
-            ) from None
+        weights.write_new_file(file, tensors, jnp.dtype(dtype))
     form = form_of(scheduler.config, family.one_step)
     steps = 0 if form is None else len(form.timesteps)
     named = form.timesteps if form and calls_by_timesteps(scheduler.config) else ()
     call = card.Call(dtype, steps, named, family.call)
     usage = card.usage_of_file(family.index.fixed["_class_name"][0], str(file), str(source), call)
     return Written(usage, form)
-
-
-def _check_new(file: Path) -> None:
-    """Raises: UserError for a name that is taken, or none of a safetensors file."""
-    if file.suffix != ".safetensors":
-        raise UserError(f"--output={file}, expected a name that ends in .safetensors; give one")
-    if file.exists():
-        raise UserError(f"{file} is there, so it is not overwritten; give another output")
 
 
 def _markers(scheduler: SchedulerFile) -> dict[str, Stored]:
