@@ -5,11 +5,16 @@
     python -m di_star_jax.convert --to=diffusers --input=WORKDIR --which=ema --output=DIR
     python -m di_star_jax.convert --to=diffusers --input=FILE.safetensors --output=DIR
     python -m di_star_jax.convert --to=single --input=DIR --output=FILE.safetensors
+    python -m di_star_jax.convert --to=lora --input=WORKDIR --output=FILE.safetensors
+    python -m di_star_jax.convert --to=lora --extract_lora=64 --input=UNET --reference=UNET ...
 
 The first reads a pipeline or a single model in the layout of diffusers, or a FILE.safetensors, and
 writes checkpoint 0, with one item per model. The second reads a checkpoint of a run, one written by
 the first (--which=denoiser), or the folder of a denoiser (with --reference), and writes a pipeline.
 The third makes one of an SDXL or SD 1.5 checkpoint as people download it, the fourth the reverse.
+The fifth writes the adapters that a run with lora.rank has learnt, the sixth the low-rank part of
+what one denoiser has learnt from another's weights; both in diffusers' names, or by --format=kohya
+in those of sd-scripts, which A1111, Forge and ComfyUI read.
 """
 
 import contextlib
@@ -20,17 +25,21 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from di_star_jax import log
 from di_star_jax.command import run
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
-from di_star_jax.pipelines import single, trained
+from di_star_jax.pipelines import adapters, card, single, trained
 from di_star_jax.pipelines.card import About
 from di_star_jax.pipelines.export import (
     DTYPES,
     Denoiser,
+    calls_by_timesteps,
     check_export,
+    denoiser_in,
     export_pipeline,
     form_of_run,
+    generator_scheduler,
     weights_name,
 )
 from di_star_jax.pipelines.families import family_at, is_denoiser
@@ -256,9 +265,127 @@ def _to_single(folder: str, file: str, dtype: str) -> str:
     return f"wrote {file}{elsewhere}; to draw with it in diffusers:\n{written.usage}"
 
 
+def _to_lora(args: flags.FlagValues) -> str:
+    """What is said of the file of adapters that was written."""
+    file = expand(args.output)
+    weights.check_new_file(file)
+    if single.is_file(args.input):
+        raise UserError(
+            f"{args.input} is a file, expected the workdir of a run, or with --extract_lora a "
+            "denoiser's folder; --to=diffusers makes a folder of a file"
+        )
+    how = {"kind": args.format or "diffusers", "dtype": args.dtype or "float16"}
+    if args.extract_lora is None:
+        return _write_learnt(args, file, how)
+    if not args.reference_pipeline:
+        raise UserError(
+            "--extract_lora without --reference=FOLDER, the denoiser that --input was trained from"
+        )
+    return _write_extracted(args, file, how)
+
+
+def _write_learnt(
+    args: flags.FlagValues,
+    file: Path,
+    how: dict,
+) -> str:
+    """The adapters that a run has learnt. Args: how, of `adapters.write`."""
+    which = args.which
+    if which not in ("generator", "ema"):
+        raise UserError(f"--which={which} with --to=lora, expected generator or ema")
+    folder = checkpoint.place(args.input) if buckets.is_remote(args.input) else expand(args.input)
+    with _opened(folder, args.step) as (checkpoints, step, metadata):
+        low_rank = trained.lora_in(metadata)
+        if low_rank is None or not low_rank.adapts(which):
+            raise UserError(
+                f"checkpoint {step} in {folder} has no adapters, for whole networks have learnt "
+                "(lora.rank=0); give --to=diffusers, and to take a low-rank part of that "
+                "--extract_lora"
+            )
+        adapters.check_format(metadata["denoiser_config"], how["kind"])
+        learnt = trained.restored_adapters(checkpoints, step, which, metadata)
+    config, form = metadata["denoiser_config"], form_of_run(metadata)
+    about = {
+        "base": metadata["initial"],
+        "base_digest": metadata[trained.LORA]["base"],
+        "rank": low_rank.rank,
+        "alpha": low_rank.alpha,
+        "network": f"{which}, step {step}",
+        "timesteps": form.timesteps,
+        "input": form.input,
+    }
+    usage = _lora_usage(checkpoint.located(metadata), args, file)
+    found = adapters.of_run(learnt, low_rank)
+    adapters.write(file, found, config, about=about, **how)
+    return f"{_written(file, found, how)}\n{usage}"
+
+
+def _lora_usage(
+    metadata: dict,
+    args: flags.FlagValues,
+    file: Path,
+) -> str:
+    """On what a run's adapters go, and how diffusers draws with them. Args: metadata, located."""
+    initial, given = metadata["initial"], metadata["reference"]
+    said = (
+        f"it goes on {initial}, the generator that the run began with"
+        f"{'' if initial == given else f', not on the reference {given}'}"
+    )
+    reference = checkpoint.reference_of(metadata, args.reference_pipeline)
+    family, form = family_at(reference), form_of_run(metadata)
+    scheduler = generator_scheduler(reference, form, keeps_offset=family.keeps_offset)
+    if metadata["denoiser_config"]["_class_name"] != "UNet2DConditionModel":
+        return f"{said}; diffusers has no load_lora_weights for it, see docs/convert.md"
+    times = form.timesteps if calls_by_timesteps(scheduler) else ()
+    call = card.Call(args.dtype or "float16", len(form.timesteps), times, family.call)
+    base = None if initial == given else str(denoiser_in(Path(initial), family))
+    lines = card.usage_of_adapters(str(reference), base, str(file), scheduler, call)
+    return f"{said}; to draw with it in diffusers:\n{lines}"
+
+
+def _write_extracted(
+    args: flags.FlagValues,
+    file: Path,
+    how: dict,
+) -> str:
+    """The low-rank part of what a denoiser has learnt. Args: how, of `adapters.write`."""
+    rank = args.extract_lora
+    finetuned = adapters.denoiser_folder(args.input)
+    base = adapters.denoiser_folder(args.reference_pipeline)
+    config = read_config(base)
+    adapters.check_format(config, how["kind"])
+    with log.waiting("taking the difference of two denoisers apart", "20 minutes for SDXL"):
+        found = adapters.extracted(finetuned, base, rank)
+    about = {
+        "base": args.reference_pipeline,
+        "base_digest": folders.digest(base),
+        "rank": rank,
+        "alpha": rank,
+        "network": f"extracted from {args.input}",
+    }
+    adapters.write(file, found.adapters, config, about=about, **how)
+    return (
+        f"{_written(file, found.adapters, how)}\nit keeps {found.kept:.1%} of the squared norm of "
+        f"the difference in these, which have {found.adapted:.1%} of that of the whole network; it "
+        f"goes on {args.reference_pipeline}"
+    )
+
+
+def _written(
+    file: Path,
+    found: adapters.Adapters,
+    how: dict,
+) -> str:
+    rank = next(iter(found.values())).rank
+    return (
+        f"wrote {file}: adapters of rank {rank} in {len(found)} modules, {how['dtype']}, in the "
+        f"names of {how['kind']}"
+    )
+
+
 def _define_flags() -> None:  # not at import: other commands have flags of the same names
     flags.DEFINE_enum(
-        "to", None, ["orbax", "diffusers", "single"], "What to convert to.", required=True
+        "to", None, ["orbax", "diffusers", "single", "lora"], "What to convert to.", required=True
     )
     flags.DEFINE_string(
         "input",
@@ -282,13 +409,28 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
         None,
         DTYPES,
         'Numbers of what is written; float16 is diffusers\' variant "fp16". If not given, float32 '
-        "of a run's networks, float16 in a single file, and of one what each tensor is stored as.",
+        "of a run's networks, float16 in a file, and of a single file what each tensor is stored "
+        "as.",
     )
     flags.DEFINE_string(
         "reference_pipeline",
         None,
         "Pipeline of the other networks: of a denoiser's folder, or of a run where it has moved; "
-        "of a single file, that of its tokenizers, scheduler and settings.",
+        "of a single file, that of its tokenizers, scheduler and settings; with --extract_lora the "
+        "denoiser that --input was trained from, or its pipeline.",
+    )
+    flags.DEFINE_enum(
+        "format",
+        None,
+        adapters.FORMATS,
+        "Names in a file of adapters: diffusers (PEFT's) if not given; kohya, which A1111, Forge "
+        "and ComfyUI read.",
+    )
+    flags.DEFINE_integer(
+        "extract_lora",
+        None,
+        "With --to=lora: rank of the part of the difference of two denoisers that is written.",
+        lower_bound=1,
     )
     flags.DEFINE_enum(
         "prediction_type",
@@ -301,6 +443,12 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
 
 def main() -> None:
     args = flags.FLAGS
+    if args.to == "lora":
+        print(_to_lora(args))
+        return
+    for name in ("format", "extract_lora"):
+        if args[name].value is not None:
+            raise UserError(f"--{name}={args[name].value} with --to={args.to}, give --to=lora")
     is_file = single.is_file(args.input)
     if args.to == "single":
         print(_to_single(args.input, args.output, args.dtype or "float16"))

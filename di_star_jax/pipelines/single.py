@@ -20,7 +20,7 @@ from di_star_jax import log
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
-from di_star_jax.pipelines import card, original
+from di_star_jax.pipelines import adapters, card, original
 from di_star_jax.pipelines.export import (
     calls_by_timesteps,
     copy_component,
@@ -191,13 +191,17 @@ def as_folder(source: str, reference: str | None = None) -> str:
 def with_folders(config) -> None:
     """Puts folders in the place of the single files that a config's weights are.
 
-    The reference's settings count for generator and assistant. What is missing or no text is left
-    for the config's own check.
+    The reference's settings count for generator and assistant; a generator's file of adapters is
+    merged with its denoiser. What is missing or no text is left for the config's own check.
     """
     reference = None
     for name in ("reference", "generator", "assistant"):
         given = config.get("weights", {}).get(name)
-        if isinstance(given, str):
+        if not isinstance(given, str):
+            continue
+        if name == "generator" and reference and adapters.is_file(given):
+            config.weights[name] = adapters.as_folder(given, reference)
+        else:
             config.weights[name] = as_folder(given, reference)
         if name == "reference":
             reference = config.get("weights", {}).get(name)
