@@ -7,6 +7,7 @@ What a run's own export is made of stands in test_lora.py.
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -18,6 +19,7 @@ import peft
 import pytest
 import safetensors
 import safetensors.torch
+import t5_reference
 import test_pixart_pipeline
 import torch
 from test_convert import _error, _pipeline, _run
@@ -58,6 +60,8 @@ def _reference(kind: str, tmp: Path) -> Path:
     else:
         parts = test_pixart_pipeline.components(tmp)
         diffusers.PixArtAlphaPipeline(**parts).save_pretrained(folder)
+        shutil.rmtree(folder / "tokenizer")
+        t5_reference.write_folder(folder / "tokenizer")
     torch.manual_seed(1)
     _denoiser_class(kind).from_config(
         _denoiser_class(kind).load_config(folder / PARTS[kind])
@@ -182,7 +186,7 @@ def test_both_formats_fused_by_diffusers_are_our_merged_network(runs, tmp_path, 
     generator = _denoiser_class(kind).from_pretrained(run.parent / "generator")
     pipe = _pipe(kind, run, generator)
     pipe.load_lora_weights(str(file))
-    count = len(adapters.read(file, generator.config))
+    count = len(adapters.read(file, folders.read_config(run.parent / "generator")))
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     expected = _merged(run)
@@ -387,13 +391,19 @@ def _config(reference: Path, file: Path, name: str = "generator"):
     return ml_collections.ConfigDict({"weights": given})
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd15", "pixart"])
-@pytest.mark.parametrize("names", adapters.FORMATS)
+@pytest.mark.parametrize(
+    "kind, names",
+    [
+        ("sdxl", "diffusers"),
+        ("sdxl", "kohya"),
+        ("sd15", "diffusers"),
+        ("sd15", "kohya"),
+        ("pixart", "diffusers"),
+    ],
+)
 def test_a_generators_file_becomes_the_references_denoiser_with_it(
     runs, cache, tmp_path, capsys, kind, names
 ):
-    if (kind, names) == ("pixart", "kohya"):
-        pytest.skip("nobody reads it")
     run, file = runs(kind), tmp_path / "a.safetensors"
     _convert(run, file, names, "float32")
     config = _config(run.parent / "generator", file)
@@ -403,7 +413,7 @@ def test_a_generators_file_becomes_the_references_denoiser_with_it(
     assert f"a LoRA of rank {RANK} in " in capsys.readouterr().out
     with weights.opened(folder) as stored:
         found = {name: tensor.read() for name, tensor in stored.items()}
-    _assert_same({k: v for k, v in found.items()}, _merged(run))
+    _assert_same(found, _merged(run))
     assert folders.read_config(folder) == folders.read_config(run.parent / "generator")
     again = _config(run.parent / "generator", file)
     single.with_folders(again)
@@ -433,11 +443,12 @@ def test_names_and_scales_of_other_programs_are_read_as_they_read_them(runs, tmp
         f"{flat[0]}.alpha": torch.tensor(8.0),
         f"{flat[1]}.lora_down.weight": tensor(3, 64),
         f"{flat[1]}.lora_up.weight": tensor(32, 3),
+        f"{flat[1]}.alpha": torch.tensor(6.0),
     }
     file = tmp_path / "a.safetensors"
     safetensors.torch.save_file(tensors, file)
     found = adapters.read(file, config)
-    assert {name: (a.rank, a.alpha) for name, a in found.items()} == {module: (2, 8), other: (3, 3)}
+    assert {name: (a.rank, a.alpha) for name, a in found.items()} == {module: (2, 8), other: (3, 6)}
     pipe = _pipe(
         "sdxl", run, diffusers.UNet2DConditionModel.from_pretrained(run.parent / "generator")
     )
@@ -451,10 +462,6 @@ def test_names_and_scales_of_other_programs_are_read_as_they_read_them(runs, tmp
             r=4, lora_alpha=2, target_modules=["to_q", "to_k"], alpha_pattern={"to_k": 10}
         )
     )
-    for name, p in pipe.unet.named_parameters():
-        if "lora_B" in name:
-            p.data = tensor(*p.shape)
-    pipe.unet.save_pretrained(tmp_path / "whole")  # the base alone
     pipe.unet.save_lora_adapter(tmp_path / "saved", weight_name="a.safetensors")
     found = adapters.read(tmp_path / "saved" / "a.safetensors", config)
     assert {a.alpha for name, a in found.items() if name.endswith("to_q")} == {2.0}

@@ -290,7 +290,10 @@ def read(file: Path, config: dict) -> Adapters:
     Args: config, config.json of the denoiser that they are for.
     Raises: UserError for a file of another denoiser, of other adapters, or with text encoders.
     """
-    module_of = {name: module for module, s in _names(config).items() for name in s.values()}
+    names = _names(config)
+    # diffusers' save_lora_adapter leaves out what stands before a module's name.
+    module_of = {module: module for module in names}
+    module_of |= {name: module for module, s in names.items() for name in s.values()}
     shapes = weights.shapes(abstract_model(config).params)
     with weights.opened(file) as stored:
         _check_kind(file, stored)
@@ -366,7 +369,7 @@ def _alphas(file: Path) -> Callable[[str, int], float]:
     """(module, rank) -> alpha where no tensor says it: by PEFT's config in the header, else r."""
     config = _header(file).get(_PEFT)
     config = json.loads(config) if config else {}
-    fields = {name.partition(".")[2]: value for name, value in config.items()}
+    fields = {re.sub(r"^(unet|transformer)\.", "", name): value for name, value in config.items()}
     patterns = fields.get("alpha_pattern") or {}
 
     def alpha_of(module: str, rank: int) -> float:
