@@ -52,7 +52,7 @@ from di_star_jax.pipelines.folder import (
     read_config,
 )
 from di_star_jax.storage import buckets, checkpoint, folders, weights
-from di_star_jax.storage.files import expand
+from di_star_jax.storage.files import expand, shown
 
 
 def _model_folders(folder: Path) -> dict[str, Path]:
@@ -306,7 +306,7 @@ def _write_learnt(
         learnt = trained.restored_adapters(checkpoints, step, which, metadata)
     config, form = metadata["denoiser_config"], form_of_run(metadata)
     about = {
-        "base": metadata["initial"],
+        "base": shown(metadata["initial"]),
         "base_digest": metadata[trained.LORA]["base"],
         "rank": low_rank.rank,
         "alpha": low_rank.alpha,
@@ -357,11 +357,11 @@ def _write_extracted(
     with log.waiting("taking the difference of two denoisers apart", "20 minutes for SDXL"):
         found = adapters.extracted(finetuned, base, rank)
     about = {
-        "base": args.reference_pipeline,
+        "base": shown(args.reference_pipeline),
         "base_digest": folders.digest(base),
         "rank": rank,
         "alpha": rank,
-        "network": f"extracted from {args.input}",
+        "network": f"extracted from {shown(args.input)}",
     }
     adapters.write(file, found.adapters, config, about=about, **how)
     return (

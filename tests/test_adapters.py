@@ -15,7 +15,6 @@ import jax
 import ml_collections
 import numpy as np
 import original_layout
-import peft
 import pytest
 import safetensors
 import safetensors.torch
@@ -217,6 +216,8 @@ def _pipe(kind: str, run: Path, unet):
 
 def test_peft_has_our_pixart_by_the_file(runs, tmp_path):
     """Diffusers' pipelines of PixArt load no adapters; PEFT does, into its transformer."""
+    import peft
+
     run, file = runs("pixart"), tmp_path / "a.safetensors"
     said = _written(run, file, dtype="float32")
     assert "diffusers has no load_lora_weights for it" in said
@@ -427,6 +428,8 @@ def test_a_generators_file_becomes_the_references_denoiser_with_it(
 def test_names_and_scales_of_other_programs_are_read_as_they_read_them(runs, tmp_path):
     """DMD2's names: diffusers' modules in SDXL's files of kohya's kind, alpha and rank by module;
     and what diffusers saves of PEFT's adapters, whose alpha is in the header."""
+    import peft
+
     run = runs("sdxl")
     config = folders.read_config(run.parent / "generator")
     rng = np.random.default_rng(0)
