@@ -61,6 +61,7 @@ setuptools.setup(
             "torch==2.13.*",
             "diffusers>=0.42,<0.43",
             "accelerate>=1.0,<2",
+            "peft>=0.21,<0.22",  # by which diffusers loads adapters
             "pytest>=9",
             "pytest-xdist>=3.6",
             "jsonschema>=4.20,<5",

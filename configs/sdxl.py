@@ -130,7 +130,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     # pipeline folder or Hub name: teacher denoiser, VAE, text encoders, schedule
     config.weights.reference = "stabilityai/stable-diffusion-xl-base-1.0"
     # one-step denoiser to start from, a folder with safetensors (DMD2's pickle is converted once,
-    # see README), an export of a run, or its workdir; empty copies the teacher, as :distill does
+    # see README), an export of a run, or its workdir, or a LoRA file for the reference
+    # (docs/convert.md); empty copies the teacher, as :distill does
     config.weights.generator = "./weights/dmd2-sdxl-1step"
     # first weights of the assistant; empty copies the reference, as all siblings do
     config.weights.assistant = ""

@@ -5,34 +5,43 @@
     python -m di_star_jax.convert --to=diffusers --input=WORKDIR --which=ema --output=DIR
     python -m di_star_jax.convert --to=diffusers --input=FILE.safetensors --output=DIR
     python -m di_star_jax.convert --to=single --input=DIR --output=FILE.safetensors
+    python -m di_star_jax.convert --to=lora --input=WORKDIR --output=FILE.safetensors
+    python -m di_star_jax.convert --to=lora --extract_lora=64 --input=UNET --reference=UNET ...
 
 The first reads a pipeline or a single model in the layout of diffusers, or a FILE.safetensors, and
 writes checkpoint 0, with one item per model. The second reads a checkpoint of a run, one written by
 the first (--which=denoiser), or the folder of a denoiser (with --reference), and writes a pipeline.
 The third makes one of an SDXL or SD 1.5 checkpoint as people download it, the fourth the reverse.
+The fifth writes the adapters that a run with lora.rank has learnt, the sixth the low-rank part of
+what one denoiser has learnt from another's weights; both in diffusers' names, or by --format=kohya
+in those of sd-scripts, which A1111, Forge and ComfyUI read.
 With --push_to_hub=OWNER/NAME, what was written is uploaded too, to a private repository.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from di_star_jax import record
+from di_star_jax import log, record
 from di_star_jax.command import run
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import held_out, results, table
-from di_star_jax.pipelines import single
+from di_star_jax.pipelines import adapters, card, single, trained
 from di_star_jax.pipelines.card import PICTURE, About
 from di_star_jax.pipelines.export import (
     DTYPES,
     Denoiser,
+    calls_by_timesteps,
     check_export,
+    denoiser_in,
     export_pipeline,
     form_of_run,
+    generator_scheduler,
     weights_name,
 )
 from di_star_jax.pipelines.families import family_at, is_denoiser
@@ -45,7 +54,7 @@ from di_star_jax.pipelines.folder import (
     read_config,
 )
 from di_star_jax.storage import buckets, checkpoint, folders, hub, weights
-from di_star_jax.storage.files import expand
+from di_star_jax.storage.files import expand, shown
 
 
 def _model_folders(folder: Path) -> dict[str, Path]:
@@ -131,9 +140,28 @@ def _restored(
     folder: os.PathLike,
     step: int | None,
     which: str,
-    check: Callable[[dict], None],
+    reference_of: Callable[[dict], Path | None],
 ) -> _Source:
-    """One of a checkpoint's denoisers. Args: step, None for the newest; check, of the metadata."""
+    """One of a checkpoint's denoisers.
+
+    Args: step, None for the newest; reference_of, from the metadata to the reference's folder,
+      before weights are read.
+    """
+    with _opened(folder, step) as (checkpoints, step, metadata):
+        reference = reference_of(metadata)
+        located = checkpoint.located(metadata)
+        params = trained.restored_on_host(checkpoints, step, which, located, reference)
+        return _Source(metadata, f"{which}, step {step}", params, *_found(folder, which, step))
+
+
+@contextlib.contextmanager
+def _opened(
+    folder: os.PathLike, step: int | None
+) -> Iterator[tuple[checkpoint.Checkpoints, int, dict]]:
+    """Checkpoints with a denoiser, the step that is asked for, and its metadata.
+
+    Args: folder, a workdir, its folder of checkpoints, or one of them; step, None for the newest.
+    """
     if step is None and folder.name.isdigit() and (folder / "metadata").is_dir():
         folder, step = folder.parent, int(folder.name)
     with checkpoint.existing(folder) as checkpoints:
@@ -144,10 +172,7 @@ def _restored(
                 f"checkpoint {step} in {folder} is of {sorted(metadata['configs'])}, "
                 "expected one with a denoiser; give the checkpoint of a run or of a pipeline"
             )
-        check(metadata)
-        abstract = abstract_model(metadata["denoiser_config"]).params
-        params = checkpoints.restore_item(step, which, abstract)
-        return _Source(metadata, f"{which}, step {step}", params, *_found(folder, which, step))
+        yield checkpoints, step, metadata
 
 
 def _found(
@@ -229,16 +254,18 @@ def to_diffusers(
         )
     sources = []
 
-    def check(metadata) -> None:  # before weights are read
-        if reference or metadata["reference"]:
-            sources.append(checkpoint.reference_of(checkpoint.located(metadata), reference))
-            check_export(sources[0], output)
+    def checked(metadata) -> Path | None:  # before weights are read
+        if not reference and not metadata["reference"]:
+            return None
+        sources.append(checkpoint.reference_of(checkpoint.located(metadata), reference))
+        check_export(sources[0], output)
+        return sources[0]
 
     if folders.is_model(folder):
         read = _read_denoiser(folder, reference)
-        check(read.metadata)
+        checked(read.metadata)
     else:
-        read = _restored(folder, step, which, check)
+        read = _restored(folder, step, which, checked)
     metadata = read.metadata | ({"reference": reference} if reference else {})
     config = metadata["denoiser_config"]
     if not sources:
@@ -291,10 +318,10 @@ def _check_push(
     output: str,
 ) -> None:
     """Raises: UserError for what cannot be pushed, before it is made."""
-    if to == "orbax":
+    if to in ("orbax", "lora"):
         raise UserError(
-            f"--push_to_hub={name} with --to=orbax, whose checkpoints nobody on the Hub reads; "
-            "give --to=diffusers or --to=single"
+            f"--push_to_hub={name} with --to={to}, which writes no model card; give "
+            "--to=diffusers or --to=single"
         )
     if buckets.is_remote(output):
         raise UserError(
@@ -304,9 +331,127 @@ def _check_push(
     hub.check(name)
 
 
+def _to_lora(args: flags.FlagValues) -> str:
+    """What is said of the file of adapters that was written."""
+    file = expand(args.output)
+    weights.check_new_file(file)
+    if single.is_file(args.input):
+        raise UserError(
+            f"{args.input} is a file, expected the workdir of a run, or with --extract_lora a "
+            "denoiser's folder; --to=diffusers makes a folder of a file"
+        )
+    how = {"kind": args.format or "diffusers", "dtype": args.dtype or "float16"}
+    if args.extract_lora is None:
+        return _write_learnt(args, file, how)
+    if not args.reference_pipeline:
+        raise UserError(
+            "--extract_lora without --reference=FOLDER, the denoiser that --input was trained from"
+        )
+    return _write_extracted(args, file, how)
+
+
+def _write_learnt(
+    args: flags.FlagValues,
+    file: Path,
+    how: dict,
+) -> str:
+    """The adapters that a run has learnt. Args: how, of `adapters.write`."""
+    which = args.which
+    if which not in ("generator", "ema"):
+        raise UserError(f"--which={which} with --to=lora, expected generator or ema")
+    folder = checkpoint.place(args.input) if buckets.is_remote(args.input) else expand(args.input)
+    with _opened(folder, args.step) as (checkpoints, step, metadata):
+        low_rank = trained.lora_in(metadata)
+        if low_rank is None or not low_rank.adapts(which):
+            raise UserError(
+                f"checkpoint {step} in {folder} has no adapters, for whole networks have learnt "
+                "(lora.rank=0); give --to=diffusers, and to take a low-rank part of that "
+                "--extract_lora"
+            )
+        adapters.check_format(metadata["denoiser_config"], how["kind"])
+        learnt = trained.restored_adapters(checkpoints, step, which, metadata)
+    config, form = metadata["denoiser_config"], form_of_run(metadata)
+    about = {
+        "base": shown(metadata["initial"]),
+        "base_digest": metadata[trained.LORA]["base"],
+        "rank": low_rank.rank,
+        "alpha": low_rank.alpha,
+        "network": f"{which}, step {step}",
+        "timesteps": form.timesteps,
+        "input": form.input,
+    }
+    usage = _lora_usage(checkpoint.located(metadata), args, file)
+    found = adapters.of_run(learnt, low_rank)
+    adapters.write(file, found, config, about=about, **how)
+    return f"{_written(file, found, how)}\n{usage}"
+
+
+def _lora_usage(
+    metadata: dict,
+    args: flags.FlagValues,
+    file: Path,
+) -> str:
+    """On what a run's adapters go, and how diffusers draws with them. Args: metadata, located."""
+    initial, given = metadata["initial"], metadata["reference"]
+    said = (
+        f"it goes on {initial}, the generator that the run began with"
+        f"{'' if initial == given else f', not on the reference {given}'}"
+    )
+    reference = checkpoint.reference_of(metadata, args.reference_pipeline)
+    family, form = family_at(reference), form_of_run(metadata)
+    scheduler = generator_scheduler(reference, form, keeps_offset=family.keeps_offset)
+    if metadata["denoiser_config"]["_class_name"] != "UNet2DConditionModel":
+        return f"{said}; diffusers has no load_lora_weights for it, see docs/convert.md"
+    times = form.timesteps if calls_by_timesteps(scheduler) else ()
+    call = card.Call(args.dtype or "float16", len(form.timesteps), times, family.call)
+    base = None if initial == given else str(denoiser_in(Path(initial), family))
+    lines = card.usage_of_adapters(str(reference), base, str(file), scheduler, call)
+    return f"{said}; to draw with it in diffusers:\n{lines}"
+
+
+def _write_extracted(
+    args: flags.FlagValues,
+    file: Path,
+    how: dict,
+) -> str:
+    """The low-rank part of what a denoiser has learnt. Args: how, of `adapters.write`."""
+    rank = args.extract_lora
+    finetuned = adapters.denoiser_folder(args.input)
+    base = adapters.denoiser_folder(args.reference_pipeline)
+    config = read_config(base)
+    adapters.check_format(config, how["kind"])
+    with log.waiting("taking the difference of two denoisers apart", "20 minutes for SDXL"):
+        found = adapters.extracted(finetuned, base, rank)
+    about = {
+        "base": shown(args.reference_pipeline),
+        "base_digest": folders.digest(base),
+        "rank": rank,
+        "alpha": rank,
+        "network": f"extracted from {shown(args.input)}",
+    }
+    adapters.write(file, found.adapters, config, about=about, **how)
+    return (
+        f"{_written(file, found.adapters, how)}\nit keeps {found.kept:.1%} of the squared norm of "
+        f"the difference in these, which have {found.adapted:.1%} of that of the whole network; it "
+        f"goes on {args.reference_pipeline}"
+    )
+
+
+def _written(
+    file: Path,
+    found: adapters.Adapters,
+    how: dict,
+) -> str:
+    rank = next(iter(found.values())).rank
+    return (
+        f"wrote {file}: adapters of rank {rank} in {len(found)} modules, {how['dtype']}, in the "
+        f"names of {how['kind']}"
+    )
+
+
 def _define_flags() -> None:  # not at import: other commands have flags of the same names
     flags.DEFINE_enum(
-        "to", None, ["orbax", "diffusers", "single"], "What to convert to.", required=True
+        "to", None, ["orbax", "diffusers", "single", "lora"], "What to convert to.", required=True
     )
     flags.DEFINE_string(
         "input",
@@ -330,13 +475,28 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
         None,
         DTYPES,
         'Numbers of what is written; float16 is diffusers\' variant "fp16". If not given, float32 '
-        "of a run's networks, float16 in a single file, and of one what each tensor is stored as.",
+        "of a run's networks, float16 in a file, and of a single file what each tensor is stored "
+        "as.",
     )
     flags.DEFINE_string(
         "reference_pipeline",
         None,
         "Pipeline of the other networks: of a denoiser's folder, or of a run where it has moved; "
-        "of a single file, that of its tokenizers, scheduler and settings.",
+        "of a single file, that of its tokenizers, scheduler and settings; with --extract_lora the "
+        "denoiser that --input was trained from, or its pipeline.",
+    )
+    flags.DEFINE_enum(
+        "format",
+        None,
+        adapters.FORMATS,
+        "Names in a file of adapters: diffusers (PEFT's) if not given; kohya, which A1111, Forge "
+        "and ComfyUI read.",
+    )
+    flags.DEFINE_integer(
+        "extract_lora",
+        None,
+        "With --to=lora: rank of the part of the difference of two denoisers that is written.",
+        lower_bound=1,
     )
     flags.DEFINE_enum(
         "prediction_type",
@@ -361,6 +521,10 @@ def _define_flags() -> None:  # not at import: other commands have flags of the 
 
 def main() -> None:
     args = flags.FLAGS
+    if args.to != "lora":
+        for name in ("format", "extract_lora"):
+            if args[name].value is not None:
+                raise UserError(f"--{name}={args[name].value} with --to={args.to}, give --to=lora")
     if args.public and not args.push_to_hub:
         raise UserError("--public without --push_to_hub; give both, or none")
     if args.push_to_hub:
@@ -375,6 +539,9 @@ def main() -> None:
 
 def _convert(args: Any, repository: str) -> dict[str, Path]:
     """Converts, and says so. Returns: the files, where they are not those of a folder."""
+    if args.to == "lora":
+        print(_to_lora(args))
+        return {}
     is_file = single.is_file(args.input)
     scores = _scores(args.evaluation)
     if args.to == "single":

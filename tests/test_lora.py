@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,28 @@ from test_plan import SDXL
 from test_step import BATCH, CONFIGS, IDS, assert_close, one_device, plain_sgd, small_world
 from test_train import UNET, config_for, write_pipeline
 
-from di_star_jax import assembly, checks, drawing, gradients, models, schemes, sharding, step, train
+from di_star_jax import (
+    assembly,
+    checks,
+    convert,
+    drawing,
+    gradients,
+    models,
+    schemes,
+    sharding,
+    step,
+    train,
+)
 from di_star_jax.cost import flops, plan
 from di_star_jax.errors import UserError
 from di_star_jax.models import lora, published
 from di_star_jax.models.lora import Lora
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.pipelines.export import FOLDER
 from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.storage import checkpoint, weights
+from di_star_jax.studies import ablation
 
 ALL = tuple(lora.TARGETS)
 NAMES = ("generator", "assistant")
@@ -385,6 +399,32 @@ def test_export_sample_and_evaluate_see_base_and_adapters_as_one_network(run):
     ):
         drawn = drawing.load(str(workdir), which).models[DENOISER].params
         assert_close(drawn, network, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_convert_writes_the_very_weights_that_the_run_has_exported(run, tmp_path):
+    _, workdir = run
+    given = {"step": None, "dtype": "float32", "reference": None}
+    convert.to_diffusers(workdir, "ema", tmp_path / "out", **given)
+    names = [path.name for path in (workdir / "diffusers" / "unet").glob("*.safetensors")]
+    assert names
+    for name in names:
+        ours, exported = (root / "unet" / name for root in (tmp_path / "out", workdir / FOLDER))
+        assert ours.read_bytes() == exported.read_bytes()
+    convert.to_diffusers(workdir, "generator", tmp_path / "last", **given)
+    last = (tmp_path / "last" / "unet" / names[0]).read_bytes()
+    assert last != (workdir / FOLDER / "unet" / names[0]).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_ablation_measures_a_run_of_adapters_as_the_whole_network_it_exports(run):
+    folder, workdir = run
+    mesh = sharding.make_mesh(2, 4)
+    parts = assembly.load_parts(config_for(folder, **FIELDS), mesh)
+    with contextlib.closing(checkpoint.existing(workdir)) as store:
+        found = ablation._average(SimpleNamespace(parts=parts, mesh=mesh), store, 3)
+    exported = pipeline.load_model(workdir / FOLDER / "unet").params
+    assert_close(found, exported, rtol=1e-6)
 
 
 @pytest.mark.slow

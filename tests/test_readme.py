@@ -40,9 +40,7 @@ def commands():
 
 
 def ours():
-    return [
-        line for line in commands() if line.startswith("di-star ") and not WEIGHTS.search(line)
-    ]
+    return [line for line in commands() if line.startswith("di-star ") and not WEIGHTS.search(line)]
 
 
 def test_the_readme_is_a_page_of_two_hundred_lines_at_most():

@@ -68,7 +68,7 @@ TARGETS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def _targeted(params: dict, targets: tuple[str, ...]) -> Iterator[tuple[Path, Any]]:
+def targeted(params: dict, targets: tuple[str, ...]) -> Iterator[tuple[Path, Any]]:
     """(path of a module, its kernel) of those that get adapters."""
     for (*module, name), leaf in traverse_util.flatten_dict(params).items():
         path = tuple(module)
@@ -90,7 +90,7 @@ def abstract(params: dict, lora: Lora) -> dict:
     Raises: UserError for a rank above the smallest matrix, and targets that are not there.
     """
     found = {}
-    for path, kernel in _targeted(params, lora.targets):
+    for path, kernel in targeted(params, lora.targets):
         *lead, c_in, c_out = kernel.shape
         most = min(_fan_in(kernel), c_out)
         if lora.rank > most:

@@ -220,6 +220,38 @@ def _python(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
+def usage_of_adapters(
+    folder: str,
+    base: str | None,
+    file: str,
+    scheduler: dict,
+    call: Call,
+) -> str:
+    """As `usage`, of a file of adapters.
+
+    Args: folder, of the pipeline; base, of the UNet that the adapters are for, where the pipeline
+    has another; scheduler, scheduler_config.json of the generator.
+    """
+    dtype = "" if call.dtype == "float32" else f", torch_dtype=torch.{call.dtype}"
+    name = scheduler["_class_name"]
+    fields = ("timestep_spacing", "steps_offset", "original_inference_steps", "clip_sample")
+    changes = ", ".join(f"{key}={scheduler[key]!r}" for key in fields if key in scheduler)
+    network = ["UNet2DConditionModel"] if base else []
+    return "\n".join(
+        [
+            *(["import torch"] if dtype else []),
+            f"from diffusers import {', '.join(['DiffusionPipeline', name, *network])}",
+            f'pipe = DiffusionPipeline.from_pretrained("{folder}"{dtype})',
+            *([f'pipe.unet = UNet2DConditionModel.from_pretrained("{base}"{dtype})'] * bool(base)),
+            f'pipe.load_lora_weights("{file}")',
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {changes})",
+            "# the steps and guidance that it was trained for",
+            f"image = pipe({', '.join([_PROMPT, *_arguments(call)])}).images[0]",
+            'image.save("image.png")',
+        ]
+    )
+
+
 def _arguments(call: Call) -> list[str]:
     """Of the call, beside the prompt."""
     more = [call.more] if call.more else []

@@ -276,6 +276,12 @@ _FAMILIES = {
 }
 
 
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether a file is of adapters. Args: its tensors' names."""
+    pattern, _ = _KINDS[0]
+    return any(re.search(pattern, name) for name in names)
+
+
 def family_name(file: str, stored: Mapping[str, Stored]) -> str:
     """The family of a single file, "SDXL" or "SD 1.5", told by its names and shapes.
 

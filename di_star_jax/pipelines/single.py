@@ -21,7 +21,7 @@ from di_star_jax import log
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
-from di_star_jax.pipelines import card, comfyui, original
+from di_star_jax.pipelines import adapters, card, comfyui, original
 from di_star_jax.pipelines.export import (
     calls_by_timesteps,
     copy_component,
@@ -193,13 +193,17 @@ def as_folder(source: str, reference: str | None = None) -> str:
 def with_folders(config) -> None:
     """Puts folders in the place of the single files that a config's weights are.
 
-    The reference's settings count for generator and assistant. What is missing or no text is left
-    for the config's own check.
+    The reference's settings count for generator and assistant; a generator's file of adapters is
+    merged with its denoiser. What is missing or no text is left for the config's own check.
     """
     reference = None
     for name in ("reference", "generator", "assistant"):
         given = config.get("weights", {}).get(name)
-        if isinstance(given, str):
+        if not isinstance(given, str):
+            continue
+        if name == "generator" and reference and adapters.is_file(given):
+            config.weights[name] = adapters.as_folder(given, reference)
+        else:
             config.weights[name] = as_folder(given, reference)
         if name == "reference":
             reference = config.get("weights", {}).get(name)
@@ -450,9 +454,8 @@ def _write_card(
 
 def _check_new(file: Path) -> None:
     """Raises: UserError for a name that is taken, or none of a safetensors file."""
-    if file.suffix != ".safetensors":
-        raise UserError(f"--output={file}, expected a name that ends in .safetensors; give one")
-    for path in (file, *_beside(file)):
+    weights.check_new_file(file)
+    for path in _beside(file):
         if path.exists():
             raise UserError(f"{path} is there, so it is not overwritten; give another output")
 

@@ -38,7 +38,7 @@ def restored(
     step: int,
     which: str,
     metadata: dict,
-    reference: Path,
+    reference: Path | None,
     options: Options = PLAIN,
 ) -> Any:
     """All parameters of one of a checkpoint's denoisers, adapters merged into their base.
@@ -46,20 +46,49 @@ def restored(
     Args:
       which: "generator", "ema" or "assistant".
       metadata: of `checkpoint.located`.
-      reference: folder of the run's reference pipeline.
+      reference: folder of the run's reference pipeline; None where no adapters have learnt.
     Raises: UserError where the base is gone, or is another.
     """
     denoiser = abstract_model(metadata["denoiser_config"], options)
     low_rank = lora_in(metadata)
     if low_rank is None or not low_rank.adapts(which):
         return checkpoints.restore_item(step, which, denoiser.params)
-    shapes = lora.abstract(denoiser.params, low_rank)
+    learnt = restored_adapters(checkpoints, step, which, metadata, options)
+    base = weights.load(_base_of(which, metadata, reference), denoiser.params)
+    return lora.merged(base, learnt, low_rank)
+
+
+def restored_on_host(
+    checkpoints: Checkpoints,
+    step: int,
+    which: str,
+    metadata: dict,
+    reference: Path | None,
+) -> Any:
+    """As `restored`, of the very bytes that the run itself exports. Args: as there."""
+    low_rank = lora_in(metadata)
+    if low_rank is None or not low_rank.adapts(which):
+        return restored(checkpoints, step, which, metadata, reference)
+    learnt = restored_adapters(checkpoints, step, which, metadata)
+    folder = _base_of(which, metadata, reference)
+    return merged_on_host(folder, metadata["denoiser_config"], learnt, low_rank)
+
+
+def restored_adapters(
+    checkpoints: Checkpoints,
+    step: int,
+    which: str,
+    metadata: dict,
+    options: Options = PLAIN,
+) -> dict:
+    """The adapters of one of a checkpoint's denoisers, {ADAPTERS: tree}, float32.
+
+    Args: metadata, of a run whose adapters learn. options: whose shardings count.
+    """
+    shapes = lora.abstract(abstract_model(metadata["denoiser_config"]).params, lora_in(metadata))
     if options.shardings is not None:
         shapes = sharding.abstract(shapes, options.shardings(shapes))
-    learnt = checkpoints.restore_item(step, which, shapes)
-    folder = _base_of(which, metadata, reference)
-    check_like(folder, denoiser.config)
-    return lora.merged(weights.load(folder, denoiser.params), learnt, low_rank)
+    return checkpoints.restore_item(step, which, shapes)
 
 
 def _base_of(
@@ -70,7 +99,9 @@ def _base_of(
     """The folder of a base. Raises: UserError for another generator than the run began with."""
     family = family_at(reference)
     if which == "assistant":
-        return denoiser_in(reference, family)
+        folder = denoiser_in(reference, family)
+        check_like(folder, metadata["denoiser_config"])
+        return folder
     try:
         folder = denoiser_in(folders.resolve(metadata["initial"]), family)
     except UserError as error:
@@ -78,6 +109,7 @@ def _base_of(
     other = folders.other_world(folder, metadata[LORA]["base"], metadata.get("version"))
     if other:
         raise UserError(f"{other}, which its adapters belong to; put those back")
+    check_like(folder, metadata["denoiser_config"])
     return folder
 
 

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from di_star_jax.errors import UserError
 from di_star_jax.storage import folders
+from di_star_jax.storage.files import whole
 
 # Modules whose leaves have a leading axis, one row per PyTorch block.
 STACKED = ("transformer_blocks", "layers", "layer", "block", "blocks")
@@ -452,6 +454,9 @@ def write_file(
     path: Path,
     tensors: Mapping[str, Stored],
     dtype: Any,
+    *,
+    exact: Collection[str] = (),
+    metadata: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """Writes one safetensors file of any size; host memory holds one tensor.
 
@@ -459,14 +464,16 @@ def write_file(
       path: of a file that is not there yet.
       tensors: by name.
       dtype: of all floats; whole numbers stay as they are.
+      exact: names of floats that stay float32.
+      metadata: of the file's header.
     Raises: UserError for values that are not finite in `dtype`.
     """
     dtype = np.dtype(dtype)
-    as_stored = {name: t.dtype in _INTEGERS for name, t in tensors.items()}
-    sizes = {"I64": 8, "I32": 4}
+    as_stored = {name: t.dtype in _INTEGERS or name in exact for name, t in tensors.items()}
+    sizes = {"I64": 8, "I32": 4, "F32": 4}
     # Larger numbers first, so that each lies at a multiple of its size.
     names = sorted(tensors, key=lambda name: (not as_stored[name], name))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
     for name in names:
         tensor = tensors[name]
         kind = tensor.dtype if as_stored[name] else _NAMES[dtype.name]
@@ -484,6 +491,31 @@ def write_file(
                     array = array.astype(dtype, copy=False)
                 _check_finite("cannot write the weights", name, array)
             file.write(np.ascontiguousarray(array).tobytes())
+
+
+def check_new_file(file: Path) -> None:
+    """Raises: UserError for a name that is taken, or none of a safetensors file."""
+    if file.suffix != ".safetensors":
+        raise UserError(f"--output={file}, expected a name that ends in .safetensors; give one")
+    if file.exists():
+        raise UserError(f"{file} is there, so it is not overwritten; give another output")
+
+
+def write_new_file(
+    file: Path,
+    tensors: Mapping[str, Stored],
+    dtype: Any,
+    **more: Any,
+) -> None:
+    """As `write_file`, a file that is whole or not there, in a folder that is made if needed."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(file) as partial:
+            write_file(partial, tensors, dtype, **more)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {file} ({error.strerror}); give an output on a disk with room"
+        ) from None
 
 
 def _packed(

@@ -9,23 +9,26 @@ what is done; stopped, the same command continues, and --rows=NAME runs a row or
 --out=docs renews the page of the project, when all is done.
 """
 
+import functools
 import json
 import pathlib
 import re
 import shutil
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
-from di_star_jax import checks, log, train
+from di_star_jax import checks, log, sharding, train
 from di_star_jax.command import run as run_command
 from di_star_jax.config import load_config
 from di_star_jax.errors import UserError, check_all, suggest
 from di_star_jax.pipelines import trained
-from di_star_jax.pipelines.folder import load_model
+from di_star_jax.pipelines.family import DENOISER
+from di_star_jax.pipelines.folder import Options, load_model
 from di_star_jax.storage import checkpoint, files
 from di_star_jax.studies import rows
 from di_star_jax.studies.ablation_page import SPREAD, table, told, write_page
@@ -69,16 +72,25 @@ def run_row(
     train.run(config, str(folder / "run"))
     warmup = config.assistant.warmup_steps
     with checkpoint.existing(folder / "run") as store:
-        metadata = checkpoint.located(store.metadata(warmup + config.train.steps))
-        reference = checkpoint.reference_of(metadata, None)
-        averages = {
-            k: trained.restored(store, warmup + k, "ema", metadata, reference)
-            for k in rows.points_of(config)
-        }
+        averages = {k: _average(world, store, warmup + k) for k in rows.points_of(config)}
     with log.waiting("measuring"):
         result, drawn = measured(world, averages)
     _write(folder, result, drawn, time.time() - began)
     shutil.rmtree(folder / "run")
+
+
+def _average(
+    world: World,
+    store: checkpoint.Checkpoints,
+    step: int,
+) -> Any:
+    """A generator's average after so many steps, whole also where its adapters alone learnt."""
+    parts = world.parts
+    like = jax.tree.leaves(parts.models[DENOISER].params)[0]
+    shardings = functools.partial(sharding.params_sharding, world.mesh)
+    options = Options(param_dtype=like.dtype, shardings=shardings)
+    metadata = checkpoint.located(store.metadata(step))
+    return trained.restored(store, step, "ema", metadata, parts.pipeline.folder, options)
 
 
 def _run_references(

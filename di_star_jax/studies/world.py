@@ -96,8 +96,8 @@ class World:
     """Frozen networks, held-out captions, judge and the teacher's pictures."""
 
     def __init__(self, workdir: pathlib.Path, config):
-        self._mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
-        self.parts = assembly.load_parts(config, self._mesh)
+        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
+        self.parts = assembly.load_parts(config, self.mesh)
         self.captions = captions_of(config)
         reward_file = pathlib.Path(config.weights.pickscore, "config.json")
         reward_config = reward_file.read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ class World:
         shape = self.parts.latent_shape(config.data.resolution)
         self._sampling = drawing.few_step(form, shape)
         drawer = drawing.Drawer(self.parts.pipeline, self._sampling)
-        self._draw = drawing.make_scored_draw(drawer, self.parts.rewards, self._mesh)
+        self._draw = drawing.make_scored_draw(drawer, self.parts.rewards, self.mesh)
         self.teacher = self._teacher(workdir / "teacher.npz", config.objective.omega)
         self._teacher_statistics = statistics(self.judge.features(_flat(self.teacher.images)))
 
@@ -121,7 +121,7 @@ class World:
             sampling = drawing.Sampling("euler", times, omega, self._sampling.latent_shape)
             loaded = load_pipeline(self.parts.pipeline.folder)
             drawer = drawing.Drawer(loaded, sampling)
-            draw = drawing.make_scored_draw(drawer, self.parts.rewards, self._mesh)
+            draw = drawing.make_scored_draw(drawer, self.parts.rewards, self.mesh)
             frozen = self.parts.frozen() | {DENOISER: loaded.models[DENOISER].params}
             count = len(self.captions)
             with log.Progress(count * PER_CAPTION, 0, "teacher: picture") as progress:
