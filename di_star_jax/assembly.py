@@ -20,7 +20,7 @@ from di_star_jax.gradients import Method, Settings
 from di_star_jax.models import int8, lora
 from di_star_jax.models.lora import Lora
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines import text_cache
+from di_star_jax.pipelines import adapters, text_cache
 from di_star_jax.pipelines.export import denoiser_in, form_of, in_workdir
 from di_star_jax.pipelines.family import DENOISER, TEXT
 from di_star_jax.pipelines.folder import (
@@ -54,6 +54,7 @@ class Parts(NamedTuple):
 
     cache: of prompts, in place of the text encoders. start: of the generator, where it is known.
     base: frozen, of a generator whose adapters learn, where it is not the reference's.
+    frozen_adapters: {FROZEN: tree} that this base is made of, beside the reference's; or None.
     """
 
     pipeline: Pipeline
@@ -61,6 +62,7 @@ class Parts(NamedTuple):
     cache: TextCache | None = None
     start: Start | None = None
     base: Any = None
+    frozen_adapters: Any = None
 
     @property
     def models(self) -> dict[str, Model]:
@@ -81,12 +83,14 @@ class Parts(NamedTuple):
         """Parameters that a run never changes.
 
         Those of the reference, the VAE, the text encoders and, by name, the rewards; and the
-        generator's base, where it has its own.
+        generator's base, where it has its own, or what makes it of the reference's.
         """
         params = {name: model.params for name, model in self.models.items()}
         params["reference"] = params.pop(DENOISER)
         if self.base is not None:
             params["generator"] = self.base
+        if self.frozen_adapters is not None:
+            params["generator_adapters"] = self.frozen_adapters
         return params | {"rewards": {name: r.params for name, r in self.rewards.items()}}
 
     def tokenize(self, prompts: list[str]) -> dict[str, Any]:
@@ -137,16 +141,25 @@ def with_adapters(
     lora.abstract(denoiser.params, low_rank)
     if low_rank.int8:
         denoiser = denoiser._replace(params=int8.rounded(denoiser.params))
-    pipeline = parts.pipeline._replace(models=parts.models | {DENOISER: denoiser})
-    base = None
-    if has_own_base(config):
+    base = frozen_adapters = None
+    file = shared_base(config)
+    if file is not None:
+        found, rank = adapters.as_tree(adapters.read(file, denoiser.config), denoiser.params)
+        denoiser = denoiser._replace(lora=low_rank._replace(frozen_rank=rank))
+        shapes = sharding.abstract(found, dtype=jnp.dtype(config.compute.dtype))
+        places = None if options.shardings is None else options.shardings(shapes)
+        frozen_adapters = jax.device_put(
+            jax.tree.map(lambda x, like: x.astype(like.dtype), found, shapes), places
+        )
+    elif has_own_base(config):
         options = dataclasses.replace(options, param_dtype=jnp.dtype(config.compute.dtype))
         base = abstract_model(denoiser.config, options).params
         if parts.start is not None:
             check_like(parts.start.folder, denoiser.config)
             base = weights.load(parts.start.folder, base)
         base = int8.rounded(base) if low_rank.int8 else base
-    return parts._replace(pipeline=pipeline, base=base)
+    pipeline = parts.pipeline._replace(models=parts.models | {DENOISER: denoiser})
+    return parts._replace(pipeline=pipeline, base=base, frozen_adapters=frozen_adapters)
 
 
 def lora_of(config) -> Lora | None:
@@ -160,7 +173,23 @@ def lora_of(config) -> Lora | None:
 def has_own_base(config) -> bool:
     """Whether a generator's adapters are learnt to another network than the reference."""
     own = config.weights.generator not in ("", config.weights.reference)
-    return bool(config.lora.rank and config.lora.generator and own)
+    return bool(config.lora.rank and config.lora.generator and own and not shared_base(config))
+
+
+def shared_base(config) -> Path | None:
+    """The file of adapters of which a generator's base is made, beside the reference's denoiser.
+
+    Of a generator whose adapters learn, and whose weights.generator was such a file.
+    """
+    given, low_rank = config.weights.generator, config.lora
+    if not (given and low_rank.rank and low_rank.generator):
+        return None
+    folder = Path(given)
+    if not adapters.is_merged(folder):
+        return None
+    reference = folders.resolve(config.weights.reference)
+    family, _ = check_pipeline(reference)
+    return adapters.beside(folder, denoiser_in(reference, family))
 
 
 def check_teacher(name: str, folder: Path) -> None:
@@ -290,11 +319,16 @@ def method_of(config, parts: Parts) -> Method:
 
 
 def bases_of(low_rank: Lora | None, frozen: dict) -> tuple[Any, Any]:
-    """`Method.bases`: the assistant's is the reference, and so is a generator's without its own."""
+    """`Method.bases`: the assistant's is the reference, and so is a generator's without its own.
+
+    Or the reference and frozen adapters.
+    """
     if low_rank is None:
         return None, None
     reference = frozen["reference"]
     own = frozen.get("generator", reference)
+    if "generator_adapters" in frozen:
+        own = reference | frozen["generator_adapters"]
     return own if low_rank.generator else None, reference if low_rank.assistant else None
 
 

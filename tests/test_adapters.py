@@ -12,6 +12,7 @@ from pathlib import Path
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import original_layout
@@ -19,12 +20,14 @@ import pytest
 import safetensors
 import safetensors.torch
 import t5_reference
+import test_lora
 import test_pixart_pipeline
 import torch
 from test_convert import _error, _pipeline, _run
 from test_sd15 import ASKED, noise, to_nhwc, write_sd15
+from test_train import config_for, write_pipeline
 
-from di_star_jax import drawing
+from di_star_jax import assembly, drawing, sharding
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import lora, published
@@ -568,3 +571,60 @@ def test_a_rank_above_a_matrix_and_networks_that_do_not_differ_are_refused(runs,
 def test_flags_of_a_file_of_adapters_are_refused_elsewhere(tmp_path):
     done = _run("--to=single", "--input=a", "--output=b", "--format=kohya")
     assert done.returncode == 2 and "--format=kohya with --to=single" in done.stderr
+
+
+# A generator that is the reference and a file of adapters: one base for both networks that learn.
+
+
+@pytest.mark.parametrize("kind", ["pixart", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_frozen_adapters_beside_a_base_are_the_network_that_they_are_merged_into(kind):
+    model = test_lora.denoiser(test_lora.FAMILIES[kind])
+    low_rank = Lora(3, 6.0, test_lora.ALL)
+    learnt = test_lora.random_adapters(model.params, low_rank)
+    found = dict(adapters.of_run(learnt, low_rank))
+    # One module has a smaller rank, and one block of a stack has none.
+    name = next(n for n in found if "transformer_blocks.0" in n and n.endswith("to_k"))
+    found[name] = adapters.Adapter(found[name].down[:2], found[name].up[:, :2], 2.0)
+    del found[next(n for n in found if "transformer_blocks.0" in n and n.endswith("to_v"))]
+    tree, rank = adapters.as_tree(found, model.params)
+    assert rank == 3
+    tensors = weights.tensors_from_params(model.params)
+    for module, adapter in found.items():
+        key = f"{module}.weight"
+        tensors[key] = tensors[key] + adapter.product(tensors[key].shape)
+    whole = weights.params_from_tensors(tensors, model.params)
+    bound = model._replace(lora=low_rank._replace(frozen_rank=rank))
+    given = test_lora.inputs(model.config)
+    run = jax.jit(lambda params: bound.network(params)(*given))
+    expected = run(whole)
+    ours = run(model.params | tree)
+    assert float(jnp.abs(ours - run(model.params)).max()) > 0.1
+    np.testing.assert_allclose(ours, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.slow
+def test_a_run_on_a_file_of_adapters_holds_one_base_and_begins_as_their_merged_network(
+    cache, tmp_path
+):
+    write_pipeline(tmp_path / "pipeline")
+    low_rank = Lora(3, 6.0, test_lora.ALL)
+    params = pipeline.load_model(tmp_path / "pipeline" / "unet").params
+    found = adapters.of_run(test_lora.random_adapters(params, low_rank), low_rank)
+    file = tmp_path / "generator.safetensors"
+    how = {"kind": "kohya", "dtype": "float32", "about": {}}
+    adapters.write(file, found, test_lora.UNET, **how)
+    config = config_for(tmp_path / "pipeline", **test_lora.FIELDS)
+    config.weights.generator = str(file)
+    single.with_folders(config)
+    parts = assembly.load_parts(config, sharding.make_mesh(8, 1))
+    frozen = parts.frozen()
+    assert parts.base is None and "generator" not in frozen
+    model = parts.models[DENOISER]
+    own, of_assistant = assembly.bases_of(model.lora, frozen)
+    assert of_assistant is frozen["reference"]
+    given = test_lora.inputs(model.config)
+    whole = pipeline.load_model(Path(config.weights.generator)).params
+    ours, expected = (jax.jit(lambda p: model.network(p)(*given))(p) for p in (own, whole))
+    np.testing.assert_allclose(ours, expected, atol=5e-5 * float(jnp.abs(expected).max()))
+    config.lora.rank = 0  # the whole network learns from what was merged
+    assert assembly.shared_base(config) is None

@@ -114,20 +114,22 @@ def scaled(layer: nnx.Module, y: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` whose weights may be split over devices, with an adapter or without.
+    """`nnx.Linear` whose weights may be split over devices, with adapters or without.
 
-    kernel_scale: [C_out] float32, of a kernel in 8 bits.
+    adapter, frozen_adapter: one that learns, and one that does not. kernel_scale: [C_out] float32,
+    of a kernel in 8 bits.
     """
 
     adapter: Adapter | None = None
+    frozen_adapter: Adapter | None = None
     kernel_scale: nnx.Param | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(self.dtype)
         y = scaled(self, x @ whole_kernel(self, (self.in_features, self.out_features)))
-        if self.adapter is not None:
-            h = x @ self.adapter.down((self.in_features,), self.dtype)
-            y = y + self.adapter.up(h, self.out_features)
+        for adapter in filter(None, (self.frozen_adapter, self.adapter)):
+            h = x @ adapter.down((self.in_features,), self.dtype)
+            y = y + adapter.up(h, self.out_features)
         return (
             y
             if self.bias is None
@@ -138,10 +140,11 @@ class Linear(nnx.Linear):
 class Conv(nnx.Conv):
     """`nnx.Conv` of [B, H, W, C]; its weights and the image's rows may be split over devices.
 
-    With an adapter or without; kernel_scale as of `Linear`.
+    Adapters and kernel_scale are as of `Linear`.
     """
 
     adapter: Adapter | None = None
+    frozen_adapter: Adapter | None = None
     kernel_scale: nnx.Param | None = None
 
     def __init__(
@@ -176,9 +179,9 @@ class Conv(nnx.Conv):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         y = scaled(self, convolve(x, kernel))
-        if self.adapter is not None:
-            h = convolve(x, self.adapter.down(self.kernel_shape[:3], self.dtype))
-            y = y + self.adapter.up(h, self.out_features)
+        for adapter in filter(None, (self.frozen_adapter, self.adapter)):
+            h = convolve(x, adapter.down(self.kernel_shape[:3], self.dtype))
+            y = y + adapter.up(h, self.out_features)
         return (
             y
             if self.bias is None

@@ -20,6 +20,7 @@ from di_star_jax.models import int8
 from di_star_jax.models.layers import Adapter
 
 ADAPTERS = "lora"  # of a tree of parameters, beside its modules
+FROZEN = "frozen_lora"  # likewise, of adapters that are part of the base; their scale is in B
 Path = tuple[str | int, ...]  # of a module
 
 
@@ -27,7 +28,8 @@ class Lora(NamedTuple):
     """What learns in place of whole networks.
 
     targets: keys of TARGETS. generator, assistant: whether of these only adapters learn.
-    int8: whether the matrices beside them are held in 8 bits.
+    int8: whether the matrices beside them are held in 8 bits. frozen_rank: of adapters that the
+    generator's base is made of beside the reference; 0 for none.
     """
 
     rank: int
@@ -36,6 +38,7 @@ class Lora(NamedTuple):
     generator: bool = True
     assistant: bool = True
     int8: bool = False
+    frozen_rank: int = 0
 
     @property
     def scale(self) -> float:
@@ -132,11 +135,13 @@ def bind(
     params: dict,
 ) -> nnx.Module:
     """The network of these parameters, with adapters and scales of int8.py where they have any."""
-    adapters = params[ADAPTERS] if lora and ADAPTERS in params else {}
-    beside = (ADAPTERS, int8.SCALES)
+    beside = (ADAPTERS, FROZEN, int8.SCALES)
     base = {name: part for name, part in params.items() if name not in beside}
     network = nnx.merge(graphdef, base)
-    _attach(network, adapters, lora)
+    if lora and ADAPTERS in params:
+        _attach(network, params[ADAPTERS], "adapter", lora.rank, lora.scale)
+    if lora and FROZEN in params:
+        _attach(network, params[FROZEN], "frozen_adapter", lora.frozen_rank, 1.0)
     int8.attach(network, params.get(int8.SCALES, {}))
     return network
 
@@ -144,15 +149,19 @@ def bind(
 def _attach(
     module: nnx.Module,
     adapters: dict,
-    lora: Lora | None,
+    name: str,
+    *of_all: Any,
 ) -> None:
-    """Hands each layer below a module the adapter of its path."""
+    """Hands each layer below a module the adapter of its path.
+
+    Args: name, of the layer's attribute; of_all, rank and scale.
+    """
     if adapters.keys() == {"a", "b"}:
-        module.adapter = Adapter(adapters["a"], adapters["b"], lora.rank, lora.scale)
+        setattr(module, name, Adapter(adapters["a"], adapters["b"], *of_all))
         return
-    for name, part in adapters.items():
-        inner = module[name] if isinstance(name, int) else getattr(module, name)
-        _attach(inner, part, lora)
+    for part, inside in adapters.items():
+        inner = module[part] if isinstance(part, int) else getattr(module, part)
+        _attach(inner, inside, name, *of_all)
 
 
 def silenced(base: dict, learnt: dict) -> dict:

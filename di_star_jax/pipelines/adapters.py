@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from flax import traverse_util
 from di_star_jax import log
 from di_star_jax.errors import UserError
 from di_star_jax.models import lora
-from di_star_jax.models.lora import ADAPTERS, Lora
+from di_star_jax.models.lora import ADAPTERS, FROZEN, Lora
 from di_star_jax.pipelines import original
 from di_star_jax.pipelines.export import denoiser_in, in_workdir, weights_name
 from di_star_jax.pipelines.families import family_at, is_denoiser
@@ -38,6 +39,7 @@ from di_star_jax.storage.weights import Stored
 FORMATS = ("diffusers", "kohya")
 TARGETS = ("attention", "feed_forward", "projections")  # of what is taken from two networks
 ABOUT = "di_star_jax"  # of a file's header: what the run was, as JSON
+_BESIDE = "adapters"  # of a denoiser's folder: the file that was merged, by its base's digest
 _PEFT = "lora_adapter_metadata"  # of a file's header: PEFT's config, as diffusers writes it
 _UNET = "UNet2DConditionModel"
 # What ends a tensor's name, and what it then is.
@@ -99,6 +101,46 @@ def of_run(learnt: dict, low_rank: Lora) -> Adapters:
         up = up.reshape(*up.shape, *(1,) * (down.ndim - 2))
         found[module] = Adapter(down, up, low_rank.alpha)
     return found
+
+
+def as_tree(found: Adapters, params: dict) -> tuple[dict, int]:
+    """Adapters as `models.lora.bind` takes frozen ones, {FROZEN: tree}, and the largest rank.
+
+    Smaller ones are filled with zeros, and a stack's blocks that have none get zeros; alpha / r is
+    in B. Args: params, of the denoiser; may be abstract. Returns: NumPy arrays, float32.
+    """
+    rank = max(adapter.rank for adapter in found.values())
+    tree = {}
+    for path, kernel in traverse_util.flatten_dict(params).items():
+        if path[-1] != "kernel":
+            continue
+        names = weights.torch_keys(path, kernel)
+        rows = [names] if isinstance(names, str) else names
+        each = [found.get(name.removesuffix(".weight")) for name in rows]
+        if not any(each):
+            continue
+        shape = kernel.shape if isinstance(names, str) else kernel.shape[1:]
+        pairs = [_factors(adapter, shape, rank) for adapter in each]
+        for part, arrays in zip(("a", "b"), zip(*pairs)):
+            whole = arrays[0] if isinstance(names, str) else np.stack(arrays)
+            tree[(*path[:-1], part)] = whole
+    return {FROZEN: traverse_util.unflatten_dict(tree)}, rank
+
+
+def _factors(
+    adapter: Adapter | None,
+    shape: tuple[int, ...],
+    rank: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [..., in, r] and B [r, out] of a kernel [..., in, out]. Args: shape, of the kernel."""
+    a = np.zeros((*shape[:-1], rank), np.float32)
+    b = np.zeros((rank, shape[-1]), np.float32)
+    if adapter is not None:
+        axes = (2, 3, 1, 0) if len(shape) == 4 else (1, 0)
+        down = adapter.down.reshape(adapter.rank, shape[-2], *shape[:-2])
+        a[..., : adapter.rank] = down.transpose(axes)
+        b[: adapter.rank] = adapter.scale * adapter.up.reshape(shape[-1], adapter.rank).T
+    return a, b
 
 
 # Of two networks.
@@ -409,9 +451,22 @@ def as_folder(file: str, reference: str) -> str:
     )
     with folders.new_folder(folder, [base, path]) as partial:
         folders.write_object(partial / "config.json", config)
+        (partial / _BESIDE).mkdir()
+        shutil.copyfile(path, partial / _BESIDE / f"{folders.digest(base)}.safetensors")
         name = weights_name(folders.DIFFUSERS, "float32")
         weights.write_tensors(partial, merged(base, config, adapters), name, jnp.float32)
     return str(folder)
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether `as_folder` has made a denoiser's folder."""
+    return (folder / _BESIDE).is_dir()
+
+
+def beside(folder: Path, base: Path) -> Path | None:
+    """The file of adapters that `as_folder` made a denoiser of, if it was on this base."""
+    file = folder / _BESIDE / f"{folders.digest(base)}.safetensors"
+    return file if file.is_file() else None
 
 
 def merged(
