@@ -142,14 +142,14 @@ def looped(
 
     if generator.base is not assistant.base:  # a loop would copy the one that it picks
         generator_grads, _ = learn(True, generator, z, t_z)
-        assistant_grads, loss = learn(False, assistant, noised.x_t, t_psi)
+        assistant_grads, denoising = learn(False, assistant, noised.x_t, t_psi)
     else:
         turns = (jnp.array([True, False]), jnp.stack([z, noised.x_t]), jnp.stack([t_z, t_psi]))
         _, (grads, losses) = jax.lax.scan(turn, None, turns)
         generator_grads = jax.tree.map(lambda g: g[0], grads)
         assistant_grads = jax.tree.map(lambda g: g[1], grads)
-        loss = losses[1]
-    figures = figures._replace(assistant=loss / x0[0].size)
+        denoising = losses[1]
+    figures = figures._replace(assistant=denoising / x0[0].size)
     return (generator_grads, assistant_grads), figures
 
 

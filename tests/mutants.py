@@ -257,10 +257,8 @@ MUTANTS = r"""
 - return math.floor((room - self.fixed) / max(self.image, 1.0))
 + return round((room - self.fixed) / max(self.image, 1.0))
 @ cost/activations.py | test_plan.py | a_loop_holds
-- picked, trained = 0, compute if has_own_base(config) else 0
-+ picked, trained = 0, compute
-- loops = denoiser if config.compute.loop_networks else 0
-+ loops = denoiser
+- loops = denoiser if config.compute.loop_networks and not config.lora.rank else 0
++ loops = denoiser if config.compute.loop_networks else 0
 @ cost/activations.py | test_plan.py | within_15
 - "gradients of both": Phase(4 * learnt + loops * trained, of_image.learning),
 + "gradients of both": Phase(8 * learnt + loops * trained, of_image.learning),
@@ -387,8 +385,8 @@ MUTANTS = r"""
 + guided = eps[1] if len(of_reference) == 1 else guide(eps[2], eps[1], omega)
 - return None, method.score(select(first, assistant, reference))(x_t, t, condition)
 + return None, method.score(select(first, reference, assistant))(x_t, t, condition)
-- figures = figures._replace(assistant=losses[1] / x0[0].size)
-+ figures = figures._replace(assistant=losses[0] / x0[0].size)
+- denoising = losses[1]
++ denoising = losses[0]
 - figures = figures._replace(assistant=loss / x0[0].size)
 + figures = figures._replace(assistant=loss)
 
@@ -969,8 +967,8 @@ MUTANTS = r"""
 @ pipelines/single.py | test_single.py | files_card
 - _write_card(file, digest_of(partial), about, call, code)
 + _write_card(file, "", about, call, code)
-- for path in (file, *_beside(file)):
-+ for path in (file,):
+- for path in _beside(file):
++ for path in ():
 @ pipelines/export.py | test_export.py | model_card
 - hashes = {path.relative_to(folder).as_posix(): files.digest_of(path) for path in found}
 + hashes = {}
