@@ -223,6 +223,12 @@ MUTANTS = r"""
 + return self.alpha
 - of_stack = lead if len(lead) == 1 else []
 + of_stack = lead
+@ models/lora.py | test_adapters.py | frozen_adapters_beside and pixart
+- _attach(network, params[FROZEN], "frozen_adapter", lora.frozen_rank, 1.0)
++ _attach(network, params[FROZEN], "frozen_adapter", lora.frozen_rank, lora.scale)
+@ pipelines/adapters.py | test_adapters.py | frozen_adapters_beside and pixart
+- b[: adapter.rank] = adapter.scale * adapter.up.reshape(shape[-1], adapter.rank).T
++ b[: adapter.rank] = adapter.up.reshape(shape[-1], adapter.rank).T
 @ models/int8.py | test_int8.py | half_a_step and pixart
 - return jnp.round(kernel / scale)
 + return jnp.floor(kernel / scale)
