@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frozen matrices in 8 bits: their rounding, their networks, and a step on them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from flax import traverse_util
 from test_config import load
 from test_lora import ALL, FAMILIES, SOME, denoiser, inputs, moved, random_adapters, tiny_step
+from test_shapes import SHIPPED
 from test_step import assert_close
 
 from di_star_jax import checks, sharding
@@ -16,6 +19,7 @@ from di_star_jax.errors import UserError
 from di_star_jax.models import int8, published
 from di_star_jax.models.lora import Lora
 from di_star_jax.pipelines import folder as pipeline
+from di_star_jax.prompts.tokens import token_batch
 
 LOW_RANK = Lora(4, 4.0, ALL, int8=True)
 
@@ -106,6 +110,43 @@ def test_a_step_on_8_bits_is_the_same_looped_and_on_eight_devices(monkeypatch):
             for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
                 np.testing.assert_allclose(a, b, atol=2e-5 * largest)
     assert on_many["generator/loss"] == pytest.approx(float(metrics["generator/loss"]), rel=2e-4)
+
+
+@pytest.mark.slow
+def test_on_trained_networks_8_bits_are_as_near_as_bfloat16():
+    """The shapes world's teacher on pictures of its generator; the error is that of eps."""
+    world = pipeline.load_pipeline(SHIPPED)
+    params = {name: model.params for name, model in world.models.items()}
+    captions = ["two red circles on a gray background", "a small blue square left of a pink cross"]
+    ids = token_batch(captions * 4, world.tokenizers)
+    condition, _ = world.encode_text(params, ids, 64)
+    z = jax.random.normal(jax.random.key(0), (8, 8, 8, 4))
+    at_399 = jnp.full(8, 399)
+    generator = pipeline.load_model(SHIPPED / "generator")
+    eps = jax.jit(lambda p: generator.network(p)(z, at_399, condition))(generator.params)
+    x0 = (z - world.schedule.sigma[399] * eps) / world.schedule.alpha[399]
+
+    teacher = world.models["denoiser"]
+    in_bfloat16 = pipeline.load_model(SHIPPED / "unet", pipeline.Options(dtype=jnp.bfloat16))
+    tried = {
+        "float32": (teacher, teacher.params),
+        "8 bits": (teacher, int8.rounded(teacher.params)),
+        "bfloat16": (in_bfloat16, in_bfloat16.params),
+    }
+    predict = {
+        name: functools.partial(jax.jit(lambda p, *given, m=model: m.network(p)(*given)), params)
+        for name, (model, params) in tried.items()
+    }
+    worst = {}
+    for t in (50, 400, 700, 950):
+        x_t = world.schedule.alpha[t] * x0 + world.schedule.sigma[t] * z
+        found = {name: run(x_t, jnp.full(8, t), condition) for name, run in predict.items()}
+        exact = found.pop("float32")
+        for name, eps in found.items():
+            error = float(jnp.sqrt(jnp.mean((eps - exact) ** 2) / jnp.mean(exact**2)))
+            print(f"t {t}: eps of {name} is off by {100 * error:.2f} % of its rms")
+            worst[name] = max(worst.get(name, 0.0), error)
+    assert 0 < worst["8 bits"] < 0.02
 
 
 @pytest.mark.parametrize(
