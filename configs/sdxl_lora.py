@@ -7,8 +7,8 @@
 
 Two networks are frozen in bfloat16, 5.1 GB each: SDXL, which is the reference and what the
 assistant's adapters are added to, and the one-step generator. Only adapters of rank 64 learn, 170 M
-numbers for each. By the dry run that is 20.6 GB at 1024 pixels and one image, and a checkpoint is
-3.4 GB; docs/performance.md has the compilers' figures, no card has run it. With lora.int8=True both
+numbers for each. By the dry run that is 20.6 GB at 1024 pixels and one image, by the CUDA compiler
+22.2 (docs/performance.md), and a checkpoint is 3.4 GB; no card has run it. With lora.int8=True both
 are held in 8 bits, 15.4 GB in all; a weights.generator that is a LoRA file, such as DMD2's of four
 steps (with generator.steps=4), or empty, SDXL itself, needs no second network: 15.4 GB, too, and
 what the file holds. A sample is 10.9 forward passes of the UNet, 74 TFLOP, for a whole run's
