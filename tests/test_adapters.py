@@ -182,6 +182,7 @@ def test_diffusers_draws_by_the_printed_code_what_we_draw(runs, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 @pytest.mark.parametrize("names", adapters.FORMATS)
+@pytest.mark.slow
 def test_both_formats_fused_by_diffusers_are_our_merged_network(runs, tmp_path, kind, names):
     run, file = runs(kind), tmp_path / "a.safetensors"
     _convert(run, file, names, "float32")
@@ -280,6 +281,7 @@ def test_a_file_is_of_half_precision_and_says_what_it_is(runs, tmp_path):
     np.testing.assert_array_equal(down, np.asarray(a)[1].T.astype(np.float16))
 
 
+@pytest.mark.slow
 def test_names_of_kohyas_are_those_of_the_published_files_modules():
     """At full size: SDXL's by the original layout, SD 1.5's by diffusers', as sd-scripts does."""
     names = adapters._names(published.UNET_SDXL)
@@ -398,11 +400,12 @@ def _config(reference: Path, file: Path, name: str = "generator"):
 @pytest.mark.parametrize(
     "kind, names",
     [
-        ("sdxl", "diffusers"),
-        ("sdxl", "kohya"),
-        ("sd15", "diffusers"),
-        ("sd15", "kohya"),
         ("pixart", "diffusers"),
+        *(
+            pytest.param(kind, names, marks=pytest.mark.slow)
+            for kind in ("sdxl", "sd15")
+            for names in ("diffusers", "kohya")
+        ),
     ],
 )
 def test_a_generators_file_becomes_the_references_denoiser_with_it(
@@ -532,6 +535,7 @@ def _refused(tmp_path: Path, *options: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(runs, tmp_path):
     run, file = runs("sdxl"), tmp_path / "a.safetensors"
     there = tmp_path / "there.safetensors"
@@ -545,6 +549,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(runs, tmp_path):
     assert "without --reference" in _refused(tmp_path, *given, "--extract_lora=4")
 
 
+@pytest.mark.slow
 def test_a_run_of_whole_networks_and_pixart_in_kohyas_names_are_refused(runs, tmp_path):
     run = runs("pixart")
     given = [f"--input={run}", f"--output={tmp_path / 'a.safetensors'}", "--format=kohya"]

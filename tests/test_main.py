@@ -169,7 +169,7 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
         (
             ["--chips=128"],
             "mesh: data=8 x fsdp=16 x context=1 over 128 devices (of any kind)\n",
-            "v6e 0.16, tpu7x 0.13, A100\n  0.48, H100 and H200 0.15\n",
+            "v6e 0.16, tpu7x 0.13, A100\n  0.48, H100 and H200 0.15, RTX 4090 0.91\n",
         ),
     ],
 )
