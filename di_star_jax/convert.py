@@ -400,7 +400,7 @@ def _lora_usage(
     reference = checkpoint.reference_of(metadata, args.reference_pipeline)
     family, form = family_at(reference), form_of_run(metadata)
     scheduler = generator_scheduler(reference, form, keeps_offset=family.keeps_offset)
-    if not adapters.is_unet(metadata["denoiser_config"]):
+    if not adapters.has_readers(metadata["denoiser_config"]):
         return f"{said}; diffusers has no load_lora_weights for it, see docs/convert.md"
     times = form.timesteps if calls_by_timesteps(scheduler) else ()
     call = card.Call(args.dtype or "float16", len(form.timesteps), times, family.call)

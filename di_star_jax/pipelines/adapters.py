@@ -143,7 +143,7 @@ def _factors(
     return a, b
 
 
-def is_unet(config: dict) -> bool:
+def has_readers(config: dict) -> bool:
     """Whether others have readers of adapters for a denoiser. Args: its config.json."""
     return class_name(config) == _UNET
 
@@ -241,7 +241,7 @@ def _float32(tensor: Stored) -> np.ndarray:
 
 def check_format(config: dict, kind: str) -> None:
     """Raises: UserError where nobody reads a format. Args: a denoiser's config.json; of FORMATS."""
-    if kind == "kohya" and not is_unet(config):
+    if kind == "kohya" and not has_readers(config):
         raise UserError(
             "--format=kohya of PixArt-alpha, for which there are no such names that others read; "
             "use --format=diffusers"
@@ -281,7 +281,7 @@ def write(
             tensors[f"{name}.lora_A.weight"] = _stored(adapter.down)
             tensors[f"{name}.lora_B.weight"] = _stored(np.float32(adapter.scale) * adapter.up)
     header = {ABOUT: json.dumps(about)}
-    if is_unet(config):
+    if has_readers(config):
         # By which A1111 and Forge know whether to offer a file.
         header["ss_base_model_version"] = "sdxl_base_v1-0" if _is_sdxl(config) else "sd_v1"
     weights.write_new_file(file, tensors, jnp.dtype(dtype), exact=exact, metadata=header)
@@ -302,14 +302,14 @@ def _names(config: dict) -> dict[str, dict[str, str]]:
     """
     shapes = weights.shapes(abstract_model(config).params)
     keys = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) > 1]
-    is_unet = is_unet(config)
-    places = original.places(original.UNET, shapes) if is_unet else {}
+    named_by_others = has_readers(config)
+    places = original.places(original.UNET, shapes) if named_by_others else {}
     found = {}
     for key in keys:
         module = key.removesuffix(".weight")
-        prefix = "unet" if is_unet else "transformer"
+        prefix = "unet" if named_by_others else "transformer"
         found[module] = {"diffusers": f"{prefix}.{module}"}
-        if is_unet:
+        if named_by_others:
             flat = module.replace(".", "_")
             of_original = places[key].name.removesuffix(".weight").replace(".", "_")
             kohya, other = (of_original, flat) if _is_sdxl(config) else (flat, of_original)
