@@ -402,9 +402,13 @@ def _config(reference: Path, file: Path, name: str = "generator"):
     [
         ("pixart", "diffusers"),
         *(
-            pytest.param(kind, names, marks=pytest.mark.slow)
-            for kind in ("sdxl", "sd15")
-            for names in ("diffusers", "kohya")
+            pytest.param(kind, names, marks=mark)
+            for kind, names, mark in (
+                ("sdxl", "kohya", pytest.mark.slow),
+                ("sdxl", "diffusers", pytest.mark.long),
+                ("sd15", "kohya", pytest.mark.long),
+                ("sd15", "diffusers", pytest.mark.long),
+            )
         ),
     ],
 )

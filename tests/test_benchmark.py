@@ -88,7 +88,7 @@ def sd15_forward(unet, x):
 @pytest.mark.parametrize(
     "config, call, expected",
     [
-        pytest.param(published.UNET_SD15, sd15_forward, 0.803e12, marks=pytest.mark.slow),
+        pytest.param(published.UNET_SD15, sd15_forward, 0.803e12, marks=pytest.mark.long),
         (published.VAE_SD15, lambda vae, x: vae.decode(x((64, 64, 4))), 2.515e12),
         (published.T5_XXL, lambda t5, x: t5(x((120,), jnp.int32), x((120,), bool)), 1.117e12),
     ],

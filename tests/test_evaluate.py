@@ -400,7 +400,7 @@ def stop_after(calls, function):
 @pytest.mark.parametrize(
     "module, name, calls",
     [
-        pytest.param(pictures, "save_png", 11, marks=pytest.mark.slow),
+        pytest.param(pictures, "save_png", 11, marks=pytest.mark.long),
         (Store, "add_scores", 8),
         (Store, "add_features", 1),
     ],

@@ -185,10 +185,11 @@ class World:
 
 
 # The UNet's are in test_unet.py too, and SD 1.5's parts are those of the other two.
-NAMES = [
-    name if name == "PixArtAlphaPipeline" else pytest.param(name, marks=pytest.mark.slow)
-    for name in TINY
-]
+_MARKS = {
+    "StableDiffusionXLPipeline": pytest.mark.slow,
+    "StableDiffusionPipeline": pytest.mark.long,
+}
+NAMES = [pytest.param(name, marks=_MARKS.get(name, ())) for name in TINY]
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -206,7 +206,7 @@ def test_a_denoisers_folder_alone_is_a_generator_of_the_familys_form(reference):
     "sampler, scheduler",
     [
         ("euler", diffusers.EulerDiscreteScheduler),
-        pytest.param("ddim", diffusers.DDIMScheduler, marks=pytest.mark.slow),
+        pytest.param("ddim", diffusers.DDIMScheduler, marks=pytest.mark.long),
         pytest.param(
             "dpm_solver_pp", diffusers.DPMSolverMultistepScheduler, marks=pytest.mark.slow
         ),

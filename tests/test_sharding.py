@@ -29,7 +29,7 @@ MEGABYTE = 2**20
     ],
     ids=["unet", "vae", "pixart", "bigG", "pickscore", "t5"],
 )
-@pytest.mark.parametrize("fsdp", [pytest.param(8, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("fsdp", [pytest.param(8, marks=pytest.mark.long), 16])
 def test_no_leaf_over_a_megabyte_is_replicated_at_full_size(config, fsdp):
     mesh = AbstractMesh((1, fsdp, 1), sharding.AXES)
     tree = pipeline.abstract_model(config).params

@@ -349,7 +349,7 @@ def assert_close(a, b, rtol=1e-4):
     [
         "di_star",
         "kl_outside",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("di_star_outside", "kl")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("di_star_outside", "kl")),
     ],
 )
 def test_one_shared_forward_gives_the_gradients_of_separate_ones_on_the_same_x_t(objective):
@@ -419,7 +419,7 @@ def test_reduction_and_weighting_scale_the_regulariser_alone():
 
 
 @pytest.mark.parametrize(
-    "timesteps", [(999, 499), pytest.param((999, 749, 499, 249), marks=pytest.mark.slow)]
+    "timesteps", [(999, 499), pytest.param((999, 749, 499, 249), marks=pytest.mark.long)]
 )
 def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_made(timesteps):
     method, frozen, generator, _ = small_world(generator=FewStep(timesteps))

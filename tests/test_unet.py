@@ -23,7 +23,7 @@ from di_star_jax.pipelines import folder as pipeline
         ("SDXL", 2, 24, 40, "full"),
         pytest.param("SD 1.5", 1, 24, 40, "dots", marks=pytest.mark.slow),
         pytest.param("SDXL", 1, 25, 39, "none", marks=pytest.mark.slow),
-        pytest.param("SD 1.5", 3, 16, 16, "full", marks=pytest.mark.slow),
+        pytest.param("SD 1.5", 3, 16, 16, "full", marks=pytest.mark.long),
     ],
 )
 def test_unet_and_its_gradients_equal_diffusers(name, batch, height, width, remat):
@@ -50,7 +50,7 @@ def test_bfloat16_compute_stays_near_float32_and_returns_float32():
     "config, count",
     [
         (published.UNET_SDXL, 2_567_463_684),
-        pytest.param(published.UNET_SD15, 859_520_964, marks=pytest.mark.slow),
+        pytest.param(published.UNET_SD15, 859_520_964, marks=pytest.mark.long),
     ],
 )
 def test_full_size_unet_has_the_published_number_of_parameters(config, count):

@@ -21,7 +21,7 @@ def test_encoder_and_its_gradients_equal_diffusers(batch, height, width):
 
 
 @pytest.mark.parametrize(
-    "batch, height, width", [(3, 6, 10), pytest.param(1, 8, 8, marks=pytest.mark.slow)]
+    "batch, height, width", [(3, 6, 10), pytest.param(1, 8, 8, marks=pytest.mark.long)]
 )
 def test_decoder_and_its_gradients_equal_diffusers(batch, height, width):
     errors = parity.vae_decoder_errors(batch, height, width)
