@@ -180,9 +180,9 @@ def test_diffusers_draws_by_the_printed_code_what_we_draw(runs, tmp_path, kind):
         np.testing.assert_allclose(ours, images, atol=2 / 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 @pytest.mark.parametrize("names", adapters.FORMATS)
-@pytest.mark.slow
 def test_both_formats_fused_by_diffusers_are_our_merged_network(runs, tmp_path, kind, names):
     run, file = runs(kind), tmp_path / "a.safetensors"
     _convert(run, file, names, "float32")
