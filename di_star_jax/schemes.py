@@ -16,7 +16,6 @@ from di_star_jax.gradients import (
     Figures,
     Gradients,
     Method,
-    Network,
     Params,
     Trained,
     evaluate,
@@ -122,30 +121,23 @@ def looped(
     (of_eps_z,) = to_eps_z(of_x0)
     noised, t_psi = noised_for_assistant(method, x0, draws)
 
-    def learn(
-        first: jax.Array | bool,
-        network: Network,
-        x_t: jax.Array,
-        t: jax.Array,
-    ) -> tuple[Params, jax.Array]:
+    def learn(_, turn):
+        first, x_t, t = turn
+        network = select(first, generator, assistant)
         eps, pull_back = jax.vjp(
             lambda learnt: method.denoiser(network.having(learnt))(x_t, t, conditions[0]),
             network.learnt,
         )
         of_loss, loss = denoising_gradient(eps, noised.eps)
         (grads,) = pull_back(jnp.where(first, of_eps_z, of_loss))
-        return grads, loss
-
-    def turn(_, given):
-        first, x_t, t = given
-        return None, learn(first, select(first, generator, assistant), x_t, t)
+        return None, (grads, loss)
 
     if generator.base is not assistant.base:  # a loop would copy the one that it picks
-        generator_grads, _ = learn(True, generator, z, t_z)
-        assistant_grads, denoising = learn(False, assistant, noised.x_t, t_psi)
+        _, (generator_grads, _) = learn(None, (True, z, t_z))
+        _, (assistant_grads, denoising) = learn(None, (False, noised.x_t, t_psi))
     else:
         turns = (jnp.array([True, False]), jnp.stack([z, noised.x_t]), jnp.stack([t_z, t_psi]))
-        _, (grads, losses) = jax.lax.scan(turn, None, turns)
+        _, (grads, losses) = jax.lax.scan(learn, None, turns)
         generator_grads = jax.tree.map(lambda g: g[0], grads)
         assistant_grads = jax.tree.map(lambda g: g[1], grads)
         denoising = losses[1]
@@ -179,15 +171,17 @@ def scanned_scores(
 
 
 def select(
-    first: jax.Array,
+    first: jax.Array | bool,
     a: Params,
     b: Params,
 ) -> Params:
-    """`a` where `first`, else `b`.
+    """`a` where `first`, else `b`; one of them as it is where `first` is known.
 
     Large leaves are in b's dtype, small ones (norms) in the wider of both. What both share is not
     picked, and so not copied.
     """
+    if isinstance(first, bool):
+        return a if first else b
 
     def leaf(a, b):
         if a is b:
