@@ -239,7 +239,7 @@ MUTANTS = r"""
 - scale = jnp.where(largest > 0, largest, 1.0) / _MOST
 + scale = largest / _MOST
 @ models/layers.py | test_int8.py | stands_for and pixart
-- return (y * layer.kernel_scale[...]).astype(y.dtype)
+- return (y * scale).astype(y.dtype)
 + return y
 @ models/lora.py | test_lora.py | new_adapters and sdxl
 - values[path] = jnp.zeros(leaf.shape)

@@ -95,7 +95,8 @@ def test_a_step_on_8_bits_is_the_same_looped_and_on_eight_devices(monkeypatch):
     def step(scheme, mesh=None):
         fn, (state, frozen, *rest) = tiny_step(LOW_RANK, scheme=scheme, mesh=mesh)
         mesh = mesh or sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-        rounded = {name: int8.rounded(jax.device_get(params)) for name, params in frozen.items()}
+        here = jax.device_put(jax.device_get(frozen), jax.devices()[0])
+        rounded = {name: int8.rounded(params) for name, params in here.items()}
         places = sharding.params_sharding(mesh, rounded)
         return moved((fn, (state, jax.device_put(rounded, places), *rest)))
 

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+
+from di_star_jax import sharding
 
 SCALES = "scales"  # of a tree of parameters, beside its modules
 # Few numbers, and all that the network sees or says goes through them.
@@ -35,14 +37,14 @@ def _rounded(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _placed(kernel: Any) -> tuple[Any, Any]:
-    """`_rounded` of an array, or of its shape; Q where the kernel is, the scale on all devices."""
+    """`_rounded` of an array, or of its shape; Q lies where the kernel does."""
+    shapes = jax.eval_shape(_rounded, kernel)
     if kernel.sharding is None:
-        return jax.eval_shape(_rounded, kernel)
+        return shapes
     places = (kernel.sharding, kernel.sharding)
     if isinstance(kernel.sharding, NamedSharding):
-        places = (kernel.sharding, NamedSharding(kernel.sharding.mesh, PartitionSpec()))
+        places = (kernel.sharding, sharding.params_sharding(kernel.sharding.mesh, shapes[1]))
     if isinstance(kernel, jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(_rounded, kernel)
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
         )

@@ -110,7 +110,8 @@ def scaled(layer: nnx.Module, y: jax.Array) -> jax.Array:
     """What a kernel in 8 bits gave, times its scale."""
     if layer.kernel_scale is None:
         return y
-    return (y * layer.kernel_scale[...]).astype(y.dtype)
+    scale = sharding.gather_param(layer.kernel_scale[...], y.shape[-1:], jnp.float32)
+    return (y * scale).astype(y.dtype)
 
 
 class Linear(nnx.Linear):
