@@ -927,8 +927,10 @@ MUTANTS = r"""
 + add_noise=True,
 - noise_seed=1,  # of the noise between steps, which must be another than the first
 + noise_seed=0,
+@ pipelines/comfyui.py | test_comfyui.py | all_that_asks
 - for name in ("7", "10"):
 + for name in ("7",):
+@ pipelines/comfyui.py | test_comfyui.py | comfyui_draws
 - zero_snr = betas.rescale_betas_zero_snr
 + zero_snr = False
 @ pipelines/comfyui.py | test_comfyui.py | another_noise_schedule or nodes_are

@@ -242,3 +242,11 @@ def test_a_sampler_that_adds_the_noise_itself_gives_the_network_less():
     assert np.abs(theirs - ours).max() > 0.1
     theirs, ours, _ = _drawn(FewStep((625,), "scaled"), EPS, usual)
     assert np.abs(theirs - ours).max() < 1e-4, "which is what these generators want"
+
+
+def test_all_that_asks_the_network_of_v_has_it_as_one():
+    nodes = made(ONE, V)
+    kinds = {name: node["class_type"] for name, node in nodes.items()}
+    asking = [node["inputs"]["model"] for node in nodes.values() if "model" in node["inputs"]]
+    of_v = [source for source in asking if kinds[source[0]] == "ModelSamplingDiscrete"]
+    assert len(of_v) == len(asking) - 1 == 2  # all but that node itself
