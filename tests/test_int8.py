@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from test_config import load
-from test_lora import ALL, FAMILIES, SOME, denoiser, inputs, moved, random_adapters, tiny_step
+from test_lora import (
+    ALL,
+    FAMILIES,
+    SOME,
+    assert_moved_alike,
+    denoiser,
+    inputs,
+    moved,
+    random_adapters,
+    tiny_step,
+)
 from test_shapes import SHIPPED
 from test_step import assert_close
 
@@ -105,12 +115,8 @@ def test_a_step_on_8_bits_is_the_same_looped_and_on_eight_devices(monkeypatch):
     looped, _ = step("looped")
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
     many, on_many = step("looped", sharding.make_mesh(2, 2, 2))
-    for found in (looped, many):
-        for ours, expected in zip(found, plain):
-            largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-            assert largest > 1e-3
-            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
-                np.testing.assert_allclose(a, b, atol=2e-5 * largest)
+    assert_moved_alike(looped, plain)
+    assert_moved_alike(many, plain)
     assert on_many["generator/loss"] == pytest.approx(float(metrics["generator/loss"]), rel=2e-4)
 
 
@@ -148,7 +154,7 @@ def test_on_trained_networks_8_bits_are_as_near_as_bfloat16():
             error = float(jnp.sqrt(jnp.mean((eps - exact) ** 2) / jnp.mean(exact**2)))
             print(f"t {t}: eps of {name} is off by {100 * error:.2f} % of its rms")
             worst[name] = max(worst.get(name, 0.0), error)
-    assert 0 < worst["8 bits"] < 0.02
+    assert 0 < worst["8 bits"] < 1.5 * worst["bfloat16"]
 
 
 @pytest.mark.parametrize(

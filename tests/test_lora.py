@@ -315,6 +315,15 @@ def moved(work):
     return [jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), *one) for one in both], metrics
 
 
+def assert_moved_alike(found, plain):
+    """Args: of `moved`."""
+    for ours, expected in zip(found, plain):
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+        assert largest > 1e-3
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(a, b, atol=2e-5 * largest)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("own_base", [True, False], ids=["two bases", "one base"])
 def test_a_step_is_the_same_looped_and_on_eight_devices(monkeypatch, own_base):
@@ -324,12 +333,8 @@ def test_a_step_is_the_same_looped_and_on_eight_devices(monkeypatch, own_base):
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split
     mesh = sharding.make_mesh(2, 2, 2)
     many, on_many = moved(made(mesh=mesh, scheme="looped"))
-    for found in (looped, many):
-        for ours, expected in zip(found, plain):
-            largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-            assert largest > 1e-3
-            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected)):
-                np.testing.assert_allclose(a, b, atol=2e-5 * largest)
+    assert_moved_alike(looped, plain)
+    assert_moved_alike(many, plain)
     assert on_many["generator/loss"] == pytest.approx(float(metrics["generator/loss"]), rel=2e-4)
 
 

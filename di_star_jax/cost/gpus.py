@@ -38,6 +38,18 @@ class Gpu(NamedTuple):
 
 
 # NVIDIA's data sheets and CUDA's table of compute capabilities; memory as drivers show it.
+_H100 = Gpu(
+    "NVIDIA H100 80GB HBM3",
+    (9, 0),
+    cores=132,
+    lanes=128,
+    threads=2048,
+    shared=233472,
+    cache=50 * 2**20,
+    clock=1.98,
+    memory=84_942_979_072,
+    bandwidth=3.352e12,
+)
 GPUS = {
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB",
@@ -51,30 +63,8 @@ GPUS = {
         memory=85_097_971_712,
         bandwidth=2.039e12,
     ),
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3",
-        (9, 0),
-        cores=132,
-        lanes=128,
-        threads=2048,
-        shared=233472,
-        cache=50 * 2**20,
-        clock=1.98,
-        memory=84_942_979_072,
-        bandwidth=3.352e12,
-    ),
-    "h200": Gpu(
-        "NVIDIA H200",
-        (9, 0),
-        cores=132,
-        lanes=128,
-        threads=2048,
-        shared=233472,
-        cache=50 * 2**20,
-        clock=1.98,
-        memory=151_397_597_184,
-        bandwidth=4.8e12,
-    ),
+    "h100": _H100,
+    "h200": _H100._replace(kind="NVIDIA H200", memory=151_397_597_184, bandwidth=4.8e12),
     "rtx4090": Gpu(
         "NVIDIA GeForce RTX 4090",
         (8, 9),
