@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both gradients of a Diff-Instruct* step, of one device's part of the batch.
 
-`separate` is the step as the paper has it; schemes.py rearranges it for cost, and configs/sdxl.py
-takes its `looped`. But for `draw`, all here runs inside `sharding.on_each`: b is the images of this
-device, K the generator's steps; latents are [b, h, w, 4], images [b, H, W, 3]. Sums over devices
-are the caller's: a device returns its share of the gradients of the whole batch's mean, and
-per-sample figures.
+`of_generator` and `of_samples` are the step as the paper has it, the two losses sharing x0 alone;
+schemes.py rearranges them for cost, and configs/sdxl.py takes its `looped`. But for `draw`, all
+here runs inside `sharding.on_each`: b is the images of this device, K the generator's steps;
+latents are [b, h, w, 4], images [b, H, W, 3]. Sums over devices are the caller's: a device returns
+its share of the gradients of the whole batch's mean, and per-sample figures.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Settings:
     generator_times: tuple[int, int]  # first and last, both included
     assistant_times: tuple[int, int]
     assistant_updates: int
-    scheme: str  # a key of schemes.SCHEMES
+    scheme: str  # "separate", or a key of schemes.SCHEMES
     generator: FewStep  # what learns is of this form
     latent_shape: tuple[int, ...]
     ema_half_life: float  # in images
@@ -456,34 +456,6 @@ def gradient_at_x0(
     return of_x0, Figures(x0, reward, rewards, loss, pull, draws.t, gap, jnp.zeros(len(x0)))
 
 
-def separate(
-    method: Method,
-    trained: Trained,
-    frozen: dict,
-    token_ids: dict,
-    draws: Draws,
-    scale: jax.Array,
-) -> tuple[Gradients, Figures]:
-    """(gradients of generator and assistant, figures); the two losses share x0 alone.
-
-    What acts on x0 is differentiated there first, one part after the other, so that the decoder's
-    activations and the score networks' need not be held together.
-
-    Args: scale, of the reward.
-    """
-    generator, assistant = method.networks(trained, frozen)
-    conditions = method.encode_text(frozen, token_ids)
-    x0, pull_back = generate(method, generator, draws, conditions[0])
-    networks = score_networks(method, assistant.params, frozen["reference"], conditions)
-    predict = functools.partial(evaluate, method.objective, networks, draws.t)
-    scored = jax.vjp(predict, method.noise(x0, draws.t, draws.eps).x_t)
-    of_x0, figures = gradient_at_x0(method, x0, scored, (frozen, token_ids, draws), scale)
-    of_assistant, loss = assistant_gradient(
-        method, assistant, *noised_for_assistant(method, x0, draws), conditions[0]
-    )
-    return (pull_back(of_x0)[0], of_assistant), figures._replace(assistant=loss)
-
-
 def of_generator(
     method: Method,
     trained: Trained,
@@ -492,7 +464,13 @@ def of_generator(
     draws: Draws,
     scale: jax.Array,
 ) -> tuple[Params, Figures]:
-    """As `separate`, of the generator alone, against an assistant that has learnt already."""
+    """The generator's gradient and figures, without a loss of the assistant.
+
+    What acts on x0 is differentiated there first, one part after the other, so that the decoder's
+    activations and the score networks' need not be held together.
+
+    Args: scale, of the reward.
+    """
     generator, assistant = method.networks(trained, frozen)
     conditions = method.encode_text(frozen, token_ids)
     x0, pull_back = generate(method, generator, draws, conditions[0])
@@ -510,6 +488,21 @@ def noised_for_assistant(
 ) -> tuple[Point, jax.Array]:
     """(x0 noised for the assistant's loss, its times)."""
     return method.noise(x0, draws.t_psi, draws.eps_psi), draws.t_psi
+
+
+def of_samples(
+    method: Method,
+    assistant: Params,
+    frozen: dict,
+    token_ids: dict,
+    draws: Draws,
+    x0: jax.Array,
+) -> tuple[Params, jax.Array]:
+    """`assistant_gradient` on samples that are there. Args: assistant, what is learnt of it."""
+    condition = method.encode_text(frozen, token_ids)[0]
+    network = Network(assistant, method.bases(frozen)[1])
+    point, t = noised_for_assistant(method, x0, draws)
+    return assistant_gradient(method, network, point, t, condition)
 
 
 def of_assistant(

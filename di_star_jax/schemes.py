@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gradients.separate` rearranged for cost: fewer forward passes, or fewer traced networks.
+"""Both gradients of a step at once, for cost: fewer forward passes, or fewer traced networks.
 
-Shapes are those of gradients.py.
+Shapes are those of gradients.py; "apart" is its `of_generator`, then its `of_samples`.
 """
 
 import functools
@@ -24,7 +24,6 @@ from di_star_jax.gradients import (
     mean_share,
     noised_for_assistant,
     score_networks,
-    separate,
     simulate,
     x0_of,
 )
@@ -41,7 +40,7 @@ def shared(
     draws: Draws,
     scale: jax.Array,
 ) -> tuple[Gradients, Figures]:
-    """As `separate`, with one x_t, and one forward pass of the assistant, for both losses.
+    """As apart, with one x_t, and one forward pass of the assistant, for both losses.
 
     The assistant learns at the generator's times, then, not at its own. The pass is linearised once
     and pulled back twice: to its input for the generator, to its parameters for itself.
@@ -92,7 +91,7 @@ def looped(
     draws: Draws,
     scale: jax.Array,
 ) -> tuple[Gradients, Figures]:
-    """As `separate` with a denoiser traced three times in place of seven, for slow compilers.
+    """As apart with a denoiser traced three times in place of seven, for slow compilers.
 
     Once forward for x0, once as a loop over the score networks (of objectives with guidance inside;
     others evaluate theirs one by one), once as a loop over the two that learn, unless these have
@@ -192,4 +191,4 @@ def select(
     return jax.tree.map(leaf, a, b)
 
 
-SCHEMES = {"separate": separate, "shared": shared, "looped": looped}
+SCHEMES = {"shared": shared, "looped": looped}

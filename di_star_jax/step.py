@@ -131,7 +131,9 @@ def make_train_step(
     """
     if method.settings.assistant_first:
         return _assistant_first(method, optimizers, mesh)
-    return _together(method, optimizers, mesh)
+    if method.settings.scheme in SCHEMES:
+        return _together(method, optimizers, mesh)
+    return _in_turn(method, optimizers, mesh)
 
 
 def _together(
@@ -139,10 +141,10 @@ def _together(
     optimizers: Optimizers,
     mesh: Mesh,
 ) -> Step:
-    """Both learn on the same samples; then the assistant's further updates, if there are any."""
+    """Both gradients by a scheme that makes them at once, on the same samples."""
     settings = method.settings
     both_gradients = functools.partial(SCHEMES[settings.scheme], method)
-    learn = make_assistant_update(method, optimizers.assistant, mesh)
+    more = _more_updates(method, optimizers, mesh)
 
     def train_step(
         state: TrainState,
@@ -158,16 +160,80 @@ def _together(
         grads, figures = on_devices((trained, frozen), batch)
 
         state, logged = update_generator(state, grads[0], figures, optimizers.generator, settings)
-        learnt = (state.assistant, state.opt_assistant)
-        learnt, norm = update(optimizers.assistant, grads[1], *learnt, settings.clip_norms[1])
-        of_assistant = assistant_metrics(figures.assistant, norm, settings)
-        if settings.assistant_updates > 1:
-            networks = (state.generator, frozen)
-            learnt, of_assistant = assistant_updates(learn, learnt, networks, token_ids[1:], key)
-        state = state._replace(assistant=learnt[0], opt_assistant=learnt[1])
-        return state, finish(logged | of_assistant)
+        state, learnt = more(state, frozen, grads[1], figures.assistant, token_ids, key)
+        return state, finish(logged | learnt)
 
     return train_step
+
+
+def _in_turn(
+    method: Method,
+    optimizers: Optimizers,
+    mesh: Mesh,
+) -> Step:
+    """The generator learns, then the assistant on the same samples: one gradient at a time.
+
+    Those of SDXL's two networks are 10 GB each.
+    """
+    settings = method.settings
+    of_generator = functools.partial(gradients.of_generator, method)
+    of_assistant = functools.partial(gradients.of_samples, method)
+    more = _more_updates(method, optimizers, mesh)
+
+    def train_step(
+        state: TrainState,
+        frozen: dict,
+        token_ids: tuple[dict, ...],
+        key: jax.Array,
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        draws = draw(mesh, key, token_ids[0], settings)
+        networks = ((state.generator, state.assistant), frozen)
+        batch = (token_ids[0], draws, reward_scale(state.balance, settings))
+        on_devices = spread(mesh, of_generator, networks, batch, state.generator, settings)
+        grads, figures = on_devices(networks, batch)
+        state, logged = update_generator(state, grads, figures, optimizers.generator, settings)
+
+        # Nothing of the second gradient before the first is used up.
+        state, x0 = jax.lax.optimization_barrier((state, figures.x0))
+        networks, batch = (state.assistant, frozen), (token_ids[0], draws, x0)
+        on_devices = spread(mesh, of_assistant, networks, batch, state.assistant, settings)
+        grads, loss = on_devices(networks, batch)
+        state, learnt = more(state, frozen, grads, loss, token_ids, key)
+        return state, finish(logged | learnt)
+
+    return train_step
+
+
+def _more_updates(
+    method: Method,
+    optimizers: Optimizers,
+    mesh: Mesh,
+) -> Callable:
+    """Returns the assistant's update, and its further ones, if there are any.
+
+    more(state, frozen, grads, loss [B], token_ids, key) -> state, metrics.
+    """
+    settings = method.settings
+    learn = make_assistant_update(method, optimizers.assistant, mesh)
+
+    def more(
+        state: TrainState,
+        frozen: dict,
+        grads: Params,
+        loss: jax.Array,
+        token_ids: tuple[dict, ...],
+        key: jax.Array,
+    ) -> tuple[TrainState, Metrics]:
+        learnt = (state.assistant, state.opt_assistant)
+        learnt, norm = update(optimizers.assistant, grads, *learnt, settings.clip_norms[1])
+        logged = assistant_metrics(loss, norm, settings)
+        if settings.assistant_updates > 1:
+            networks = (state.generator, frozen)
+            learnt, logged = assistant_updates(learn, learnt, networks, token_ids[1:], key)
+        return state._replace(assistant=learnt[0], opt_assistant=learnt[1]), logged
+
+    return more
 
 
 def _assistant_first(

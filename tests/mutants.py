@@ -196,10 +196,12 @@ MUTANTS = r"""
 + eps_psi = method.denoiser(assistant.having(learnt))(point.x0, t, condition)
 - loss = objectives.denoising_score_matching(eps_psi, point.eps)
 + loss = objectives.denoising_score_matching(eps_psi, point.x0)
-- method, assistant, *noised_for_assistant(method, x0, draws), conditions[0]
-+ method, assistant, *noised_for_assistant(method, x0, draws), conditions[1]
-- method, assistant, *noised_for_assistant(method, x0, draws), conditions[0]
-+ method, generator, *noised_for_assistant(method, x0, draws), conditions[0]
+- network = Network(assistant, method.bases(frozen)[1])
++ network = Network(assistant, method.bases(frozen)[0])
+- condition = method.encode_text(frozen, token_ids)[0]
+-     network
++ condition = method.encode_text(frozen, token_ids)[1]
++     network
 # what is logged
 - return grads, loss / point.x0[0].size
 + return grads, loss
@@ -443,25 +445,17 @@ MUTANTS = r"""
 + keys = [key for i in range(len(token_ids))]
 - turns = (jax.tree.map(lambda *ids: jnp.stack(ids), *token_ids[1:]), jnp.stack(keys[1:]))
 + turns = (jax.tree.map(lambda *ids: jnp.stack(ids), *token_ids[:-1]), jnp.stack(keys[1:]))
--             networks = (state.generator, frozen)
--             learnt, of_assistant = assistant_updates(learn, learnt, networks, token_ids[1:], key)
-+             networks = (trained[0], frozen)
-+             learnt, of_assistant = assistant_updates(learn, learnt, networks, token_ids[1:], key)
--             learnt, of_assistant = assistant_updates(learn, learnt, networks, token_ids[1:], key)
--         state = state
-+             learnt, of_assistant = assistant_updates(learn, learnt, networks, token_ids[:-1], key)
-+         state = state
+-             learnt, logged = assistant_updates(learn, learnt, networks, token_ids[1:], key)
++             learnt, logged = assistant_updates(learn, learnt, networks, token_ids[:-1], key)
+- networks, batch = (state.assistant, frozen), (token_ids[0], draws, x0)
++ networks, batch = (state.assistant, frozen), (token_ids[-1], draws, x0)
 -         state = state._replace(assistant=learnt[0], opt_assistant=learnt[1])
 -
 -         networks = ((state.generator, state.assistant), frozen)
 +         networks = ((state.generator, state.assistant), frozen)
 +         state = state._replace(assistant=learnt[0], opt_assistant=learnt[1])
-- both_gradients = functools.partial(SCHEMES[settings.scheme], method)
--     learn = make_assistant_update(method, optimizers.assistant, mesh)
-+ both_gradients = functools.partial(SCHEMES[settings.scheme], method)
-+     learn = make_assistant_update(method, optimizers.generator, mesh)
-- learnt, norm = update(optimizers.assistant, grads[1], *learnt, settings.clip_norms[1])
-+ learnt, norm = update(optimizers.generator, grads[1], *learnt, settings.clip_norms[1])
+- learnt, norm = update(optimizers.assistant, grads, *learnt, settings.clip_norms[1])
++ learnt, norm = update(optimizers.generator, grads, *learnt, settings.clip_norms[1])
 - return settings.assistant_updates + settings.assistant_first
 + return settings.assistant_updates
 @ step.py | test_by_hand.py | assistants_own
@@ -528,8 +522,8 @@ MUTANTS = r"""
 @ step.py | test_step.py | clipping
 - (generator, opt), norm = update(optimizer, grads, *learnt, settings.clip_norms[0])
 + (generator, opt), norm = update(optimizer, grads, *learnt, settings.clip_norms[1])
-- learnt, norm = update(optimizers.assistant, grads[1], *learnt, settings.clip_norms[1])
-+ learnt, norm = update(optimizers.assistant, grads[1], *learnt, settings.clip_norms[0])
+- learnt, norm = update(optimizers.assistant, grads, *learnt, settings.clip_norms[1])
++ learnt, norm = update(optimizers.assistant, grads, *learnt, settings.clip_norms[0])
 - shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-30))
 + shrink = clip_norm / jnp.maximum(norm, 1e-30)
 - updates, opt_state = optimizer.update(clipped, opt_state, params)

@@ -14,7 +14,16 @@ import pytest
 from small_pipelines import TRANSFORMER
 from test_config import dry, load
 from test_plan import SDXL
-from test_step import BATCH, CONFIGS, IDS, assert_close, one_device, plain_sgd, small_world
+from test_step import (
+    BATCH,
+    CONFIGS,
+    IDS,
+    assert_close,
+    one_device,
+    plain_sgd,
+    separate,
+    small_world,
+)
 from test_train import UNET, config_for, write_pipeline
 
 from di_star_jax import (
@@ -188,7 +197,7 @@ CASES = [
 def test_all_objectives_and_schemes_learn_on_a_base_as_without(objective, scheme):
     whole, learns, frozen, (plain, adapted) = added(objective=objective)
     draws = gradients.draw(jax.random.key(0), BATCH, whole.settings)
-    gradient = schemes.SCHEMES[scheme]
+    gradient = schemes.SCHEMES.get(scheme, separate)
 
     @jax.jit
     def both(draws):

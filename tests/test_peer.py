@@ -12,7 +12,7 @@ import pytest
 import torch
 from flax import nnx
 from parity import port, randomise
-from test_step import CONFIGS, SCHEDULE, SETTINGS, TEXT
+from test_step import CONFIGS, SCHEDULE, SETTINGS, TEXT, separate
 
 from di_star_jax import assembly, diffusion, gradients
 from di_star_jax.cost import peer
@@ -180,7 +180,7 @@ class World:
         frozen = {name: model.params for name, model in models.items()}
         trained = frozen.pop("generator"), frozen.pop("assistant")
         frozen["reference"] = frozen.pop("denoiser")
-        step = jax.jit(functools.partial(gradients.separate, method))
+        step = jax.jit(functools.partial(separate, method))
         return step(trained, frozen, self.ids, self.draws, jnp.ones(()))
 
 

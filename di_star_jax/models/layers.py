@@ -44,9 +44,17 @@ def checkpointed(
     if remat == "none":
         return module(*args)
     graphdef, params = nnx.split(module)
-    return jax.checkpoint(
-        lambda params, *args: nnx.merge(graphdef, params)(*args), policy=REMAT[remat]
-    )(params, *args)
+    shared = any("adapter" in path for path, _ in nnx.to_flat_state(params))
+
+    def run(params: nnx.State, *args) -> jax.Array:
+        # With adapters the block has a base that networks of a loop share: what is made of it
+        # alone, whole from its shards or wide from 8 bits, would be made outside of the loop, for
+        # all blocks at once, and kept.
+        if shared:
+            params, _ = jax.lax.optimization_barrier((params, jax.lax.stop_gradient(args[0])))
+        return nnx.merge(graphdef, params)(*args)
+
+    return jax.checkpoint(run, policy=REMAT[remat])(params, *args)
 
 
 def stacked(

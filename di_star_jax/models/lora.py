@@ -167,9 +167,13 @@ def _attach(
 def silenced(base: dict, learnt: dict) -> dict:
     """Parameters with adapters like those that are learnt, all zero: they add nothing.
 
-    With them a network that has none can be traced as one that has.
+    With them a network that has none can be traced as one that has. They are in the precision of
+    the base, in which it computes.
     """
-    return base | jax.tree.map(jnp.zeros_like, learnt)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(base)}
+    floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    dtype = min(floats, key=lambda dtype: dtype.itemsize)
+    return base | jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), learnt)
 
 
 def modules(learnt: dict, alpha: float) -> dict[Path, tuple[Any, Any, float]]:
