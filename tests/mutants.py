@@ -198,10 +198,8 @@ MUTANTS = r"""
 + loss = objectives.denoising_score_matching(eps_psi, point.x0)
 - network = Network(assistant, method.bases(frozen)[1])
 + network = Network(assistant, method.bases(frozen)[0])
-- condition = method.encode_text(frozen, token_ids)[0]
--     network
-+ condition = method.encode_text(frozen, token_ids)[1]
-+     network
+- return assistant_gradient(method, network, point, t, condition)
++ return assistant_gradient(method, network, point, t, jax.tree.map(jnp.zeros_like, condition))
 # what is logged
 - return grads, loss / point.x0[0].size
 + return grads, loss
@@ -268,8 +266,8 @@ MUTANTS = r"""
 - loops = denoiser if config.compute.loop_networks and not config.lora.rank else 0
 + loops = denoiser if config.compute.loop_networks else 0
 @ cost/activations.py | test_plan.py | within_15
-- "gradients of both": Phase(4 * learnt + loops * trained, of_image.learning),
-+ "gradients of both": Phase(8 * learnt + loops * trained, of_image.learning),
+- "gradients and learning": Phase(4 * grads + loops * trained, of_image.learning),
++ "gradients and learning": Phase(8 * grads + loops * trained, of_image.learning),
 @ cost/plan.py | test_plan.py | within_15
 - left_out = encoders(self.known) if self.config.data.cache else ()
 + left_out = ()
@@ -311,7 +309,9 @@ MUTANTS = r"""
 - x_t, t = simulate(method, generator.params, draws, condition)
 + x_t, t = simulate(method, assistant.params, draws, condition)
 - condition = method.encode_text(frozen, token_ids)[0]
+-     x_t
 + condition = method.encode_text(frozen, token_ids)[1]
++     x_t
 @ gradients.py | test_by_hand.py | draws
 - t, eps = times_and_noise(key_generator, settings.generator_times, shape)
 + t, eps = times_and_noise(key_generator, settings.assistant_times, shape)
@@ -479,10 +479,8 @@ MUTANTS = r"""
 +         on_devices = spread(mesh, both
 - opt_generator=opt,
 + opt_generator=state.opt_generator,
-- state = state._replace(assistant=learnt[0], opt_assistant=learnt[1])
--         return state, finish(logged | of_assistant)
-+ state = state._replace(assistant=learnt[0])
-+         return state, finish(logged | of_assistant)
+- return state._replace(assistant=learnt[0], opt_assistant=learnt[1]), logged
++ return state._replace(assistant=learnt[0]), logged
 - state = state._replace(step=state.step + 1, assistant=learnt[0], opt_assistant=learnt[1])
 + state = state._replace(step=state.step + 1, assistant=learnt[0])
 - learnt, logged = learn(learnt, networks, token_ids[0], keys[0])

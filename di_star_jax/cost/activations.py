@@ -75,12 +75,12 @@ class Phase(NamedTuple):
 def phases(
     config,
     denoiser: float,
-    learnt: float,
+    grads: float,
     of_image: Activations,
 ) -> dict[str, Phase]:
     """What a step holds beside its state, one after the other.
 
-    Args: denoiser, learnt, numbers on a device, of one network and of both networks' learnt.
+    Args: denoiser, grads, numbers on a device, of one network and of gradients held at once.
 
     Gradients of parameters are not there yet while dL/dx0 is found, nor is the decoder's part when
     they are. A loop over networks copies the one that it picks, in float32 where it learns; bases
@@ -94,5 +94,5 @@ def phases(
     return {
         "scores of assistant and reference": Phase(loops * picked, waiting + of_image.scores),
         "decoder and reward": decoded if size else Phase(0.0, waiting + of_image.decoder),
-        "gradients of both": Phase(4 * learnt + loops * trained, of_image.learning),
+        "gradients and learning": Phase(4 * grads + loops * trained, of_image.learning),
     }

@@ -113,8 +113,10 @@ class Plan:
         """What a device holds beside the state, one after the other; {} as of `state`."""
         if self.learnt is None:
             return {}
-        sizes = (self._networks[DENOISER] / self.shards, sum(self.learnt) / self.shards)
-        return phases(self.config, *sizes, activations(self.config, *widths(self.known)))
+        denoiser = self._networks[DENOISER] / self.shards
+        grads = gradients_at_once(self.config, self.learnt) / self.shards
+        of_image = activations(self.config, *widths(self.known))
+        return phases(self.config, denoiser, grads, of_image)
 
     @property
     def _networks(self) -> dict[str, int]:
@@ -307,6 +309,13 @@ def learnt_counts(config, denoiser) -> Learnt:
     return Learnt(*(adapters if low_rank.adapts(name) else whole for name in Learnt._fields))
 
 
+def gradients_at_once(config, learnt: Learnt) -> int:
+    """Numbers whose gradients a step holds together; see `step.make_train_step`."""
+    looped, sharing = config.compute.loop_networks, config.assistant.sharing
+    apart = config.assistant.first or (not looped and sharing == "x0")
+    return max(learnt) if apart else sum(learnt)
+
+
 def memory_per_chip(
     config,
     counts: dict[str, int],
@@ -339,7 +348,8 @@ def memory_per_chip(
     if has_own_base(config):
         state[f"base of the generator, {kinds[0]}"] = own
     if config.compute.microbatches > 1:
-        state["gradients' sums over microbatches"] = both * 4
+        sums = gradients_at_once(config, Learnt(generator, assistant)) / shards
+        state["gradients' sums over microbatches"] = 4 * sums
     # A block's weights are gathered while it is at work; SDXL has its largest in a thirtieth of
     # the UNet.
     if shards > 1:
