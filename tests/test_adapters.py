@@ -143,8 +143,10 @@ def _assert_same(ours: dict, theirs: dict, tolerance: float = 1e-5) -> None:
 # Out, to diffusers.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("sdxl", marks=pytest.mark.slow), pytest.param("sd15", marks=pytest.mark.long)],
+)
 def test_diffusers_draws_by_the_printed_code_what_we_draw(runs, tmp_path, kind):
     """Adapters of attention, feed-forward, projections and convolutions, beside the UNet and
     fused with it."""
@@ -180,9 +182,15 @@ def test_diffusers_draws_by_the_printed_code_what_we_draw(runs, tmp_path, kind):
         np.testing.assert_allclose(ours, images, atol=2 / 255)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
-@pytest.mark.parametrize("names", adapters.FORMATS)
+@pytest.mark.parametrize(
+    "names, kind",
+    [
+        pytest.param("diffusers", "sdxl", marks=pytest.mark.slow),
+        pytest.param("kohya", "sd15", marks=pytest.mark.slow),
+        pytest.param("diffusers", "sd15", marks=pytest.mark.long),
+        pytest.param("kohya", "sdxl", marks=pytest.mark.long),
+    ],
+)
 def test_both_formats_fused_by_diffusers_are_our_merged_network(runs, tmp_path, kind, names):
     run, file = runs(kind), tmp_path / "a.safetensors"
     _convert(run, file, names, "float32")

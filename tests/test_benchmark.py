@@ -66,7 +66,7 @@ def tiny(folder, **changes):
     return config
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flop_counts_are_the_known_constants():
     vae = pipeline.abstract_model(published.VAE_SDXL)
     decode = flops.count(
@@ -105,7 +105,7 @@ def test_flop_counts_of_the_second_papers_models_are_the_known_constants(config,
     assert found == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_model_flop_do_not_depend_on_how_memory_is_saved(folder):
     plain = aot.model_flop("train", tiny(folder), jax.devices()[0])
     saving = tiny(

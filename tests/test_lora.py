@@ -333,8 +333,13 @@ def assert_moved_alike(found, plain):
             np.testing.assert_allclose(a, b, atol=2e-5 * largest)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("own_base", [True, False], ids=["two bases", "one base"])
+@pytest.mark.parametrize(
+    "own_base",
+    [
+        pytest.param(True, marks=pytest.mark.slow, id="two bases"),
+        pytest.param(False, marks=pytest.mark.long, id="one base"),
+    ],
+)
 def test_a_step_is_the_same_looped_and_on_eight_devices(monkeypatch, own_base):
     made = functools.partial(tiny_step, Lora(8, 4.0, ALL), own_base=own_base)
     plain, metrics = moved(made())

@@ -485,9 +485,9 @@ def test_from_main_to_the_unet_it_is_six_calls_at_most(world, monkeypatch, schem
     "changes, forwards",
     [
         pytest.param({}, 12, marks=pytest.mark.slow),
-        pytest.param({"scheme": "shared"}, 11, marks=pytest.mark.slow),
-        pytest.param({"objective": "di_star_outside", "omega": 1.0}, 11, marks=pytest.mark.slow),
-        pytest.param({"objective": "kl"}, 9, marks=pytest.mark.slow),
+        pytest.param({"scheme": "shared"}, 11, marks=pytest.mark.long),
+        pytest.param({"objective": "di_star_outside", "omega": 1.0}, 11, marks=pytest.mark.long),
+        pytest.param({"objective": "kl"}, 9, marks=pytest.mark.long),
     ],
     ids=str,
 )
