@@ -8,10 +8,10 @@
 Two networks are frozen in bfloat16, 5.1 GB each: SDXL, which is the reference and what the
 assistant's adapters are added to, and the one-step generator. Only adapters of rank 64 learn, 170 M
 numbers for each. By the dry run that is 20.6 GB at 1024 pixels and one image, by the CUDA compiler
-22.2 (docs/performance.md), and a checkpoint is 3.4 GB; no card has run it. With lora.int8=True both
-are held in 8 bits, 15.4 GB in all; a weights.generator that is a LoRA file, such as DMD2's of four
-steps (with generator.steps=4), or empty, SDXL itself, needs no second network: 15.4 GB, too, and
-what the file holds. A sample is 10.9 forward passes of the UNet, 74 TFLOP, for a whole run's
+21.2 (docs/performance.md), and a checkpoint is 3.4 GB; no card has run it. With lora.int8=True both
+are held in 8 bits, 16.3 GB in all; a weights.generator that is a LoRA file, such as DMD2's of four
+steps (with generator.steps=4), or empty, SDXL itself, needs no second network: 16.1 GB, and what
+the file holds. A sample is 10.9 forward passes of the UNet, 74 TFLOP, for a whole run's
 twelve, and decoder and reward as there. Rates are ours and not tuned. To resume, run the same
 command again.
 """
