@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from flax import nnx, traverse_util
 from test_config import load
 from test_lora import (
     ALL,
@@ -26,7 +26,7 @@ from test_step import assert_close
 from di_star_jax import checks, sharding
 from di_star_jax.cost import plan
 from di_star_jax.errors import UserError
-from di_star_jax.models import int8, published
+from di_star_jax.models import int8, layers, published
 from di_star_jax.models.lora import Lora
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.prompts.tokens import token_batch
@@ -91,6 +91,34 @@ def test_the_network_and_its_gradients_are_those_of_the_numbers_that_it_stands_f
 
     ours, expected = (both(base, x_t, learnt) for base in (rounded, widened(rounded)))
     assert_close(ours, expected, rtol=1e-4)
+
+
+def test_a_loop_over_networks_keeps_no_widened_matrices_of_their_base():
+    """jax.lax.scan makes, and keeps, outside of the loop what does not vary in it."""
+    module = layers.stacked(lambda rngs: Block(rngs=rngs), 2, nnx.Rngs(0))
+
+    def loop(x):
+        def one(x, first):
+            return first * layers.scan_blocks(module, x, remat="full"), None
+
+        return jax.lax.scan(one, x, jnp.array([1.0, 0.0]))[0]
+
+    program = jax.make_jaxpr(lambda x: jax.vjp(loop, x)[1](x))(jnp.ones((4, 8)))
+    found = [v.aval for eqn in program.jaxpr.eqns for v in eqn.outvars]
+    assert not [x for x in found if x.shape == (2, 8, 8)], program
+
+
+class Block(nnx.Module):
+    """One matrix in 8 bits, with an adapter."""
+
+    def __init__(self, rngs):
+        self.linear = layers.Linear(8, 8, rngs=rngs)
+        self.linear.kernel = nnx.Param(jnp.ones((8, 8), jnp.int8))
+        self.linear.kernel_scale = nnx.Param(jnp.ones(8))
+        self.linear.adapter = layers.Adapter(jnp.ones((8, 2)), jnp.ones((2, 8)), 2, 1.0)
+
+    def __call__(self, x):
+        return jnp.tanh(self.linear(x))
 
 
 def test_sdxl_in_8_bits_is_half_as_large():
