@@ -198,11 +198,33 @@ def _in_turn(
         state, x0 = jax.lax.optimization_barrier((state, figures.x0))
         networks, batch = (state.assistant, frozen), (token_ids[0], draws, x0)
         on_devices = spread(mesh, of_assistant, networks, batch, state.assistant, settings)
-        grads, loss = on_devices(networks, batch)
+        grads, loss = by_itself(on_devices, mesh, state.step)(networks, batch)
         state, learnt = more(state, frozen, grads, loss, token_ids, key)
         return state, finish(logged | learnt)
 
     return train_step
+
+
+def by_itself(
+    fn: Callable,
+    mesh: Mesh,
+    step: jax.Array,
+) -> Callable:
+    """`fn`, with nothing of it done beforehand.
+
+    XLA makes the zeros that the loops of all backward passes begin with in one kernel, and so holds
+    both networks' gradients from there on. On GPUs, where it has been seen, `fn` is therefore a
+    branch, which is always taken, but XLA cannot know.
+
+    Args: step, of the state.
+    """
+    if mesh.devices.flat[0].platform != "gpu":
+        return fn
+
+    def zeros(*args) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, *args))
+
+    return lambda *args: jax.lax.cond(step >= 0, fn, zeros, *args)
 
 
 def _more_updates(
