@@ -572,7 +572,7 @@ def _convert(args: Any, repository: str) -> dict[str, Path]:
         args.output,
         step=args.step,
         dtype=args.dtype or "float32",
-        reference=args.reference_pipeline,
+        reference=single.as_folder(given) if given else None,
         scores=scores,
         repository=repository,
     )
@@ -583,3 +583,4 @@ def _convert(args: Any, repository: str) -> dict[str, Path]:
 if __name__ == "__main__":
     _define_flags()
     run(main)
+    given = args.reference_pipeline

@@ -43,8 +43,8 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Workdir of a run, folder of a pipeline or of a denoiser, an address (gs://, s3://) of "
-        "one, or Hub name.",
+        "Workdir of a run, folder of a pipeline or of a denoiser, SDXL or SD 1.5 in one "
+        "FILE.safetensors, an address (gs://, s3://) of one, or Hub name.",
     )
     flags.DEFINE_string(
         "reference_pipeline",

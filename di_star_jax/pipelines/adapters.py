@@ -32,8 +32,8 @@ from di_star_jax.pipelines import original
 from di_star_jax.pipelines.export import denoiser_in, in_workdir, weights_name
 from di_star_jax.pipelines.families import family_at, is_denoiser
 from di_star_jax.pipelines.folder import abstract_model, class_name, read_config
-from di_star_jax.storage import folders, weights
-from di_star_jax.storage.files import expand, user_cache
+from di_star_jax.storage import buckets, folders, weights
+from di_star_jax.storage.files import digest_of, expand, user_cache
 from di_star_jax.storage.weights import Stored
 
 FORMATS = ("diffusers", "kohya")
@@ -321,13 +321,17 @@ def _names(config: dict) -> dict[str, dict[str, str]]:
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """Whether a user's input is a file of adapters on this machine.
+    """Whether a user's input is a file of adapters, on this machine or in a bucket.
 
     Raises: UserError for a file that is no safetensors file, or was cut off.
     """
-    if "://" in str(path) or not expand(path).is_file():
+    if buckets.is_remote(path):
+        if not str(path).endswith(".safetensors"):
+            return False
+    elif not expand(path).is_file():
         return False
-    with weights.opened(expand(path)) as stored:
+    here = buckets.local(path)
+    with buckets.named(here, str(path)), weights.opened(here) as stored:
         return original.is_lora(stored)
 
 
@@ -440,7 +444,7 @@ def as_folder(file: str, reference: str) -> str:
     Raises: UserError as of `read`.
     """
     base = denoiser_folder(reference)
-    path = expand(file)
+    path = buckets.local(file)
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256")
     digest.update(folders.digest(base).encode())
@@ -449,7 +453,8 @@ def as_folder(file: str, reference: str) -> str:
         log.say(f"{file}: it was merged with the denoiser of {reference} in {folder}")
         return str(folder)
     config = read_config(base)
-    adapters = read(path, config)
+    with buckets.named(path, file):
+        adapters = read(path, config)
     log.say(
         f"{file}: a LoRA of {_ranks(adapters)} in {len(adapters)} modules{_made_for(path, base)}; "
         f"merging it once with the denoiser of {reference}, into {folder}"

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from di_star_jax.pipelines.families import FAMILIES
 from di_star_jax.pipelines.family import Family
 from di_star_jax.pipelines.folder import abstract_model, check_pipeline, read_config
 from di_star_jax.pipelines.scheduler import SchedulerFile, predicts_v
-from di_star_jax.storage import folders, weights
+from di_star_jax.storage import buckets, folders, weights
 from di_star_jax.storage.files import digest_of, expand, user_cache, whole, write_text
 from di_star_jax.storage.weights import Stored
 
@@ -57,8 +57,10 @@ _KNOW_ZERO_SNR = (
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """Whether a user's input is one file on this machine."""
-    return "://" not in str(path) and expand(path).is_file()
+    """Whether a user's input is one file on this machine, or by its name one in a bucket."""
+    if buckets.is_remote(path):
+        return str(path).endswith(".safetensors")
+    return expand(path).is_file()
 
 
 # In.
@@ -89,6 +91,19 @@ def hub_name(family: Family) -> str:
 def _family(file: str, stored: Mapping[str, Stored]) -> Family:
     name = original.family_name(file, stored)
     return next(family for family in FAMILIES.values() if family.name == name)
+
+
+@contextlib.contextmanager
+def _opened(file: str | os.PathLike) -> Iterator[tuple[Path, Mapping[str, Stored]]]:
+    """A file's path on this machine, and its tensors."""
+    here = buckets.local(file)
+    with buckets.named(here, str(file)), weights.opened(here) as stored:
+        yield here, stored
+
+
+def _name(file: str | os.PathLike) -> str:
+    """As cards name it, which others read."""
+    return str(file).rpartition("/")[2]
 
 
 def _looked_at(
@@ -136,7 +151,7 @@ def to_folder(
     """Writes a single file as a pipeline's folder.
 
     Args:
-      file: SDXL or SD 1.5 in the original layout.
+      file: SDXL or SD 1.5 in the original layout, here or in a bucket.
       output: replaced as a whole if it is an earlier export.
       dtype: of all weights, one of export.DTYPES; None leaves each tensor as it is stored.
       reference: folder or Hub name of the pipeline whose tokenizers, scheduler and settings count;
@@ -147,9 +162,9 @@ def to_folder(
     Raises: UserError for a file that is something else, or does not fit, before anything is
       written.
     """
-    file = expand(file)
-    folders.check_output(output, [file])
-    with weights.opened(file) as stored:
+    folders.check_output(output)
+    named = _name(file)
+    with _opened(file) as (file, stored):
         family = _family(str(file), stored)
         name = reference or hub_name(family)
         folder = _settings(file, name, given=reference is not None)
@@ -174,11 +189,11 @@ def as_folder(source: str, reference: str | None = None) -> str:
 
     A file is converted once into the user's cache, where its content is what it is known by.
 
-    Args: reference, as of `to_folder`. Raises: as there.
+    Args: source, here or in a bucket; reference, as of `to_folder`. Raises: as there.
     """
     if not is_file(source):
         return source
-    with expand(source).open("rb") as content:
+    with buckets.local(source).open("rb") as content:
         digest = hashlib.file_digest(content, "sha256")
     digest.update((reference or "").encode())
     folder = user_cache() / "single" / digest.hexdigest()
@@ -302,8 +317,7 @@ def to_params(
 
     Args, Raises: as of `to_folder`.
     """
-    file = expand(file)
-    with weights.opened(file) as stored:
+    with _opened(file) as (file, stored):
         family = _family(str(file), stored)
         if original.V_PREDICTION in stored:
             raise UserError(
