@@ -503,7 +503,8 @@ def _write_extracted(
     rank = args.extract_lora
     reference = single.as_folder(args.reference_pipeline)
     settings = reference if folders.is_pipeline(reference) else None
-    finetuned = adapters.denoiser_folder(single.as_folder(args.input, settings))
+    given = single.as_folder(args.input, settings)
+    finetuned = adapters.denoiser_folder(given)
     base = adapters.denoiser_folder(reference)
     config = read_config(base)
     adapters.check_format(config, how["kind"])
@@ -517,7 +518,7 @@ def _write_extracted(
         "network": f"extracted from {shown(args.input)}",
     }
     adapters.write(file, found.adapters, config, about=about, **how)
-    bases = (*card.bases_of(reference), *card.bases_of(str(finetuned)))
+    bases = (*card.bases_of(reference), *card.bases_of(given))
     name = bases[0].name
     use = f'In diffusers, on a pipeline with {name}: `pipe.load_lora_weights("{file.name}")`.'
     made = About("", bases, lora=f"rank {rank}, alpha {rank}")
