@@ -571,7 +571,7 @@ def test_a_folder_becomes_a_file_that_diffusers_loads_and_back_byte_for_byte(
     single.to_folder(again, tmp_path / "back", reference=str(settings))
     names = [str(p.relative_to(tmp_path / "folder")) for p in (tmp_path / "folder").rglob("*.*")]
     names = [name for name in names if name not in (card.FILE, card.FACTS, folders.MARKER)]
-    assert len(names) > 10
+    assert len(names) >= 10  # weights, settings and tokenizers of SD 1.5
     _, changed, missing = filecmp.cmpfiles(
         tmp_path / "folder", tmp_path / "back", names, shallow=False
     )
