@@ -463,5 +463,6 @@ def _without_weights(
         or os.path.exists(value.split("/")[0])
     )
     if value and looks_local and not os.path.isdir(value):
-        return [(f"{name}={value}: no such folder", advice)]
+        what = "is a file, expected a folder" if os.path.isfile(value) else "no such folder"
+        return [(f"{name}={value}: {what}", advice)]
     return []

@@ -31,6 +31,7 @@ from di_star_jax.command import run
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import held_out, results, table
+from di_star_jax.models.unet import V_PREDICTION
 from di_star_jax.pipelines import adapters, card, single, trained
 from di_star_jax.pipelines.card import PICTURE, About
 from di_star_jax.pipelines.export import (
@@ -52,9 +53,13 @@ from di_star_jax.pipelines.folder import (
     class_name,
     load_denoiser,
     read_config,
+    with_prediction,
 )
+from di_star_jax.pipelines.scheduler import SchedulerFile
 from di_star_jax.storage import buckets, checkpoint, folders, hub, weights
-from di_star_jax.storage.files import expand, shown
+from di_star_jax.storage.files import digest_of, expand, shown, write_text
+
+_PREDICTS = "predicts"  # of a checkpoint's metadata
 
 
 def _model_folders(folder: Path) -> dict[str, Path]:
@@ -75,12 +80,14 @@ def to_orbax(source: str | os.PathLike, output: str | os.PathLike) -> None:
     folder = folders.resolve(str(source))
     parts = _model_folders(folder)
     configs = {name: read_config(part) for name, part in parts.items()}
+    reference = str(source) if folders.is_pipeline(folder) else None
+    if reference:
+        configs[DENOISER] = with_prediction(configs[DENOISER], _scheduler_of(folder))
     trees = {name: abstract_model(config).params for name, config in configs.items()}
     state = {name: weights.load(parts[name], tree) for name, tree in trees.items()}
-    reference = str(source) if folders.is_pipeline(folder) else None
     metadata = {"configs": configs, "reference": reference, "directory": str(Path.cwd())}
     if reference:
-        metadata |= folders.identity(folder)
+        metadata |= folders.identity(folder) | _predicts(configs[DENOISER])
     if DENOISER in configs:
         metadata["denoiser_config"] = configs[DENOISER]
     with checkpoint.Checkpoints(output, keep=None) as checkpoints:
@@ -91,18 +98,45 @@ def file_to_orbax(
     file: str | os.PathLike,
     output: str | os.PathLike,
     reference: str | None,
+    prediction_type: str | None = None,
 ) -> None:
     """As `to_orbax`, of one file of the original layout. Args: as of `single.to_params`."""
     _check_checkpoint(output)
-    configs, state = single.to_params(file, reference)
+    configs, state = single.to_params(file, reference, prediction_type)
     metadata = {
         "configs": configs,
         "reference": None,
         "directory": str(Path.cwd()),
         "denoiser_config": configs[DENOISER],
+        **_predicts(configs[DENOISER]),
     }
     with checkpoint.Checkpoints(output, keep=None) as checkpoints:
         checkpoints.save(0, state, metadata)
+
+
+def _predicts(config: dict) -> dict:
+    """What a checkpoint says of its denoiser, {_PREDICTS: betas of its v, or None}."""
+    return {_PREDICTS: config.get(V_PREDICTION)}
+
+
+def _scheduler_of(pipeline: Path) -> SchedulerFile:
+    path = pipeline.joinpath(*folders.SCHEDULER)
+    return SchedulerFile(folders.read_config(pipeline, *folders.SCHEDULER), str(path))
+
+
+def _check_predicts(metadata: dict, reference: Path) -> None:
+    """Raises: UserError for a reference by whose scheduler a checkpoint's network is misread."""
+    if _PREDICTS not in metadata:  # of a run, an older one, or a network that came alone
+        return
+    scheduler = _scheduler_of(reference)
+    ours = metadata[_PREDICTS]
+    if with_prediction({}, scheduler).get(V_PREDICTION) != ours:
+        what = f"v, by the schedule {ours}" if ours else "noise"
+        raise UserError(
+            f"the checkpoint's network predicts {what}, which is not what {scheduler.file} says; "
+            "give a --reference whose scheduler says it, such as --to=diffusers makes of the "
+            "file or folder itself"
+        )
 
 
 def _check_checkpoint(output: str | os.PathLike) -> None:
@@ -125,8 +159,8 @@ def _is_taken(output: str | os.PathLike) -> bool:
 class _Source(NamedTuple):
     """What `to_diffusers` reads.
 
-    metadata: the run's. network: in words. params: of its denoiser. picture, scores: what the run
-    has found of this network, as of `About`.
+    metadata: the run's. network: in words; "" of one that no run has trained. params: of its
+    denoiser. picture, scores: what the run has found of this network, as of `About`.
     """
 
     metadata: dict
@@ -212,8 +246,12 @@ def _read_denoiser(folder: os.PathLike, reference: str | None) -> _Source:
         )
     family, scheduler = check_pipeline(folders.resolve(reference))
     denoiser = load_denoiser(folders.resolve(str(folder)), family, scheduler)
-    metadata = {"denoiser_config": denoiser.config, "reference": reference}
-    return _Source(metadata, folder.resolve().name, denoiser.params)
+    metadata = {
+        "denoiser_config": denoiser.config,
+        "reference": reference,
+        "initial": str(folder),
+    }
+    return _Source(metadata, "", denoiser.params)
 
 
 def to_diffusers(
@@ -259,6 +297,7 @@ def to_diffusers(
             return None
         sources.append(checkpoint.reference_of(checkpoint.located(metadata), reference))
         check_export(sources[0], output)
+        _check_predicts(metadata, sources[0])
         return sources[0]
 
     if folders.is_model(folder):
@@ -318,10 +357,10 @@ def _check_push(
     output: str,
 ) -> None:
     """Raises: UserError for what cannot be pushed, before it is made."""
-    if to in ("orbax", "lora"):
+    if to == "orbax":
         raise UserError(
             f"--push_to_hub={name} with --to={to}, which writes no model card; give "
-            "--to=diffusers or --to=single"
+            "--to=diffusers, --to=single or --to=lora"
         )
     if buckets.is_remote(output):
         raise UserError(
@@ -332,13 +371,17 @@ def _check_push(
 
 
 def _to_lora(args: flags.FlagValues) -> str:
-    """What is said of the file of adapters that was written."""
+    """What is said of the file of adapters that was written, with its model card beside it."""
     file = expand(args.output)
     weights.check_new_file(file)
-    if single.is_file(args.input):
+    if _card_beside(file).exists():
         raise UserError(
-            f"{args.input} is a file, expected the workdir of a run, or with --extract_lora a "
-            "denoiser's folder; --to=diffusers makes a folder of a file"
+            f"{_card_beside(file)} is there, so it is not overwritten; give another output"
+        )
+    if single.is_file(args.input) and args.extract_lora is None:
+        raise UserError(
+            f"{args.input} is a file, expected the workdir of a run; give one, or --extract_lora "
+            "with the --reference that the file was trained from"
         )
     how = {"kind": args.format or "diffusers", "dtype": args.dtype or "float16"}
     if args.extract_lora is None:
@@ -380,33 +423,75 @@ def _write_learnt(
         "timesteps": form.timesteps,
         "input": form.input,
     }
-    usage = _lora_usage(checkpoint.located(metadata), args, file)
+    located = checkpoint.located(metadata)
+    use = _lora_use(located, args, file)
     found = adapters.of_run(learnt, low_rank)
     adapters.write(file, found, config, about=about, **how)
-    return f"{_written(file, found, how)}\n{usage}"
+    network = f"{which}, step {step}"
+    picture, scores = _found(folder, which, step)
+    run = About.of_run(located, network, picture, scores)
+    _write_lora_card(file, run, use.goes_on, use.card, how)
+    return f"{_written(file, found, how)}\n{use.said}"
 
 
-def _lora_usage(
+def _card_beside(file: Path) -> Path:
+    return file.with_suffix(".md")
+
+
+def _write_lora_card(
+    file: Path,
+    about: About,
+    goes_on: str,
+    use: str,
+    how: dict,
+) -> None:
+    """The model card of a file of adapters. Args: as of `card.text_of_adapters`."""
+    stored = f"Numbers are {how['dtype']}, names those of {how['kind']}."
+    text = card.text_of_adapters(about, file.name, goes_on, use, stored, digest_of(file))
+    write_text(_card_beside(file), text)
+
+
+class _Use(NamedTuple):
+    """How diffusers draws with a run's adapters. said: by this machine's folders, for the terminal.
+    goes_on, card: for a model card, by names that others know.
+    """
+
+    said: str
+    goes_on: str
+    card: str
+
+
+def _lora_use(
     metadata: dict,
     args: flags.FlagValues,
     file: Path,
-) -> str:
-    """On what a run's adapters go, and how diffusers draws with them. Args: metadata, located."""
+) -> _Use:
+    """On what a run's adapters go, and how to draw with it. Args: metadata, located."""
     initial, given = metadata["initial"], metadata["reference"]
+    is_reference = initial == given
     said = (
         f"it goes on {initial}, the generator that the run began with"
-        f"{'' if initial == given else f', not on the reference {given}'}"
+        f"{'' if is_reference else f', not on the reference {given}'}"
     )
+    names = [" with ".join(base.name for base in card.bases_of(s)) for s in (initial, given)]
+    goes_on = names[0] + ("" if is_reference else f", the generator, not on {names[1]}")
     reference = checkpoint.reference_of(metadata, args.reference_pipeline)
     family, form = family_at(reference), form_of_run(metadata)
     scheduler = generator_scheduler(reference, form, keeps_offset=family.keeps_offset)
     if not adapters.has_readers(metadata["denoiser_config"]):
-        return f"{said}; diffusers has no load_lora_weights for it, see docs/convert.md"
+        none = "diffusers has no load_lora_weights for it, see docs/convert.md"
+        return _Use(f"{said}; {none}", goes_on, f"{none} of di_star_jax.")
     times = form.timesteps if calls_by_timesteps(scheduler) else ()
     call = card.Call(args.dtype or "float16", len(form.timesteps), times, family.call)
-    base = None if initial == given else str(denoiser_in(Path(initial), family))
+    base = None if is_reference else str(denoiser_in(Path(initial), family))
     lines = card.usage_of_adapters(str(reference), base, str(file), scheduler, call)
-    return f"{said}; to draw with it in diffusers:\n{lines}"
+    pipeline = card.bases_of(given)[0]
+    of_pipeline = "path/to/the/reference" if pipeline.sha256 else pipeline.name
+    of_base = base and "path/to/the/generator"
+    named = card.usage_of_adapters(of_pipeline, of_base, file.name, scheduler, call)
+    return _Use(
+        f"{said}; to draw with it in diffusers:\n{lines}", goes_on, f"```python\n{named}\n```"
+    )
 
 
 def _write_extracted(
@@ -416,8 +501,11 @@ def _write_extracted(
 ) -> str:
     """The low-rank part of what a denoiser has learnt. Args: how, of `adapters.write`."""
     rank = args.extract_lora
-    finetuned = adapters.denoiser_folder(args.input)
-    base = adapters.denoiser_folder(args.reference_pipeline)
+    reference = single.as_folder(args.reference_pipeline)
+    settings = reference if folders.is_pipeline(reference) else None
+    given = single.as_folder(args.input, settings)
+    finetuned = adapters.denoiser_folder(given)
+    base = adapters.denoiser_folder(reference)
     config = read_config(base)
     adapters.check_format(config, how["kind"])
     with log.waiting("taking the difference of two denoisers apart", "20 minutes for SDXL"):
@@ -430,6 +518,11 @@ def _write_extracted(
         "network": f"extracted from {shown(args.input)}",
     }
     adapters.write(file, found.adapters, config, about=about, **how)
+    bases = (*card.bases_of(reference), *card.bases_of(given))
+    name = bases[0].name
+    use = f'In diffusers, on a pipeline with {name}: `pipe.load_lora_weights("{file.name}")`.'
+    made = About("", bases, lora=f"rank {rank}, alpha {rank}")
+    _write_lora_card(file, made, name, use, how)
     return (
         f"{_written(file, found.adapters, how)}\nit keeps {found.kept:.1%} of the squared norm of "
         f"the difference in these, which have {found.adapted:.1%} of that of the whole network; it "
@@ -525,6 +618,13 @@ def main() -> None:
         for name in ("format", "extract_lora"):
             if args[name].value is not None:
                 raise UserError(f"--{name}={args[name].value} with --to={args.to}, give --to=lora")
+    of_file = args.to in ("orbax", "diffusers") and single.is_file(args.input)
+    if args.prediction_type and not of_file:
+        raise UserError(
+            f"--prediction_type={args.prediction_type} with --to={args.to} and "
+            f"--input={args.input}, whose scheduler says what it predicts; leave it out, or give a "
+            "single file as --input and --to=diffusers or --to=orbax"
+        )
     if args.public and not args.push_to_hub:
         raise UserError("--public without --push_to_hub; give both, or none")
     if args.push_to_hub:
@@ -541,7 +641,8 @@ def _convert(args: Any, repository: str) -> dict[str, Path]:
     """Converts, and says so. Returns: the files, where they are not those of a folder."""
     if args.to == "lora":
         print(_to_lora(args))
-        return {}
+        file = expand(args.output)
+        return {file.name: file, card.FILE: _card_beside(file)}
     is_file = single.is_file(args.input)
     scores = _scores(args.evaluation)
     if args.to == "single":
@@ -551,7 +652,8 @@ def _convert(args: Any, repository: str) -> dict[str, Path]:
         return files
     if args.to == "orbax":
         if is_file:
-            file_to_orbax(args.input, args.output, args.reference_pipeline)
+            reference = args.reference_pipeline
+            file_to_orbax(args.input, args.output, reference, args.prediction_type)
         else:
             to_orbax(args.input, args.output)
         print(f"wrote {args.output}")
@@ -563,16 +665,18 @@ def _convert(args: Any, repository: str) -> dict[str, Path]:
             dtype=args.dtype,
             reference=args.reference_pipeline,
             prediction_type=args.prediction_type,
+            repository=repository,
         )
         print(f"wrote {args.output}; tokenizers, scheduler and settings are those of {settings}")
         return {}
+    given = args.reference_pipeline
     usage = to_diffusers(
         args.input,
         args.which,
         args.output,
         step=args.step,
         dtype=args.dtype or "float32",
-        reference=args.reference_pipeline,
+        reference=single.as_folder(given) if given else None,
         scores=scores,
         repository=repository,
     )

@@ -235,16 +235,19 @@ def load(
 
     Args:
       source: pipeline folder, workdir, folder of a single denoiser, address of one, Hub name, or a
-        file of the original layout, whose tokenizers and settings are then the reference's.
+        file of the original layout, here or in a bucket, whose tokenizers and settings are then the
+        reference's.
       which: item of the checkpoint: "ema", "generator" or "assistant"; or "initial", the generator
         before the run. Of what has one network, "ema".
       mesh: of devices that share the parameters; None for one device.
       dtype: of parameters and computation.
-      reference: pipeline folder or Hub name of what a denoiser lacks; None for the one of the run.
+      reference: pipeline of what a denoiser lacks, a folder, Hub name or such a file; None for the
+        one of the run.
     Raises: UserError for what is not there or does not go together.
     """
     if single.is_file(source):
         source, reference = single.as_folder(source, reference), None
+    reference = single.as_folder(reference) if reference else None
     shardings = None if mesh is None else functools.partial(sharding.params_sharding, mesh)
     options = Options(dtype=dtype, param_dtype=dtype, shardings=shardings)
     if is_run(source):
@@ -267,6 +270,8 @@ def load(
 
 def is_run(source: str) -> bool:
     """Whether this is a folder, here or in a bucket, that is neither a pipeline's nor a model's."""
+    if single.is_file(source):
+        return False
     is_remote = buckets.is_remote(source)
     folder = source if is_remote else expand(source)
     there = buckets.exists(source) if is_remote else folder.is_dir()

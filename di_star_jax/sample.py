@@ -43,8 +43,8 @@ def define_flags() -> None:  # not at import: other commands have flags of the s
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Workdir of a run, folder of a pipeline or of a denoiser, an address (gs://, s3://) of "
-        "one, or Hub name.",
+        "Workdir of a run, folder of a pipeline or of a denoiser, SDXL or SD 1.5 in one "
+        "FILE.safetensors, an address (gs://, s3://) of one, or Hub name.",
     )
     flags.DEFINE_string(
         "reference_pipeline",
@@ -179,14 +179,25 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _folder(name: str) -> Iterator[Path]:
-    """The folder for the pictures, opened; of a bucket a new one, which is uploaded in the end."""
+    """The folder for the pictures, opened; of a bucket a new one, which is uploaded in the end.
+
+    A new one goes again where an error comes before the first picture.
+    """
     if buckets.is_remote(name):
         with buckets.new_folder(name) as out:
             yield out
         log.say(f"uploaded all to {name}")
         return
-    open_folder(expand(name))
-    yield expand(name)
+    out = expand(name)
+    is_new = not out.exists()
+    open_folder(out)
+    try:
+        yield out
+    except UserError:
+        if is_new:
+            with contextlib.suppress(OSError):  # there are pictures in it
+                out.rmdir()
+        raise
 
 
 def _draw(prompts: list[str], out: Path) -> None:

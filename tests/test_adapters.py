@@ -4,10 +4,12 @@
 What a run's own export is made of stands in test_lora.py.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import types
 from pathlib import Path
 
 import diffusers
@@ -27,12 +29,12 @@ from test_convert import _error, _pipeline, _run
 from test_sd15 import ASKED, noise, to_nhwc, write_sd15
 from test_train import config_for, write_pipeline
 
-from di_star_jax import assembly, drawing, sharding
+from di_star_jax import assembly, convert, drawing, sharding
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import lora, published
 from di_star_jax.models.lora import Lora
-from di_star_jax.pipelines import adapters, single, trained
+from di_star_jax.pipelines import adapters, card, single, trained
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.family import DENOISER
 from di_star_jax.storage import checkpoint, folders, weights
@@ -273,6 +275,11 @@ def test_a_file_is_of_half_precision_and_says_what_it_is(runs, tmp_path):
     assert about["rank"] == RANK and about["alpha"] == ALPHA and about["timesteps"] == [399]
     assert about["base_digest"] == folders.digest(run.parent / "generator")
     assert about["network"] == "generator, step 7"
+    page = file.with_suffix(".md").read_text()
+    assert f"LoRA adapters (rank {RANK}, alpha {ALPHA:g})" in page and "generator, step 7" in page
+    assert "they go on generator, the generator, not on reference" in page
+    assert 'load_lora_weights("a.safetensors")' in page and str(run.parent) not in page
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in page
     start = "lora_unet_input_blocks_3_1_transformer_blocks_1_attn1_to_q"
     down = tensors[f"{start}.lora_down.weight"]
     assert down.dtype == np.float16 and down.shape == (RANK, 32)
@@ -428,6 +435,8 @@ def test_a_generators_file_becomes_the_references_denoiser_with_it(
     config = _config(run.parent / "generator", file)
     single.with_folders(config)
     folder = Path(config.weights.generator)
+    facts = card.bases_of(str(folder))
+    assert [base.name for base in facts] == ["generator", "a.safetensors"] and facts[1].sha256
     assert folder.parent == cache and folders.is_model(folder)
     assert f"a LoRA of rank {RANK} in " in capsys.readouterr().out
     with weights.opened(folder) as stored:
@@ -489,6 +498,27 @@ def test_names_and_scales_of_other_programs_are_read_as_they_read_them(runs, tmp
     assert {a.alpha for name, a in found.items() if name.endswith("to_k")} == {10.0}
 
 
+def test_the_difference_is_also_that_of_a_file_and_a_folder(runs, cache, tmp_path):
+    """As a checkpoint is downloaded that somebody has trained."""
+    reference, trained_file = runs("sdxl").parent / "reference", tmp_path / "all.safetensors"
+    single.from_folder(reference, trained_file, dtype="float32")
+    tensors = safetensors.torch.load_file(trained_file)
+    name = "model.diffusion_model.middle_block.1.proj_in.weight"
+    change = torch.ones_like(tensors[name])
+    safetensors.torch.save_file(tensors | {name: tensors[name] + change}, trained_file)
+    asked = {"input": trained_file, "reference_pipeline": str(reference), "extract_lora": 1}
+    args = types.SimpleNamespace(**asked)
+    file = tmp_path / "a.safetensors"
+    said = convert._write_extracted(args, file, {"kind": "kohya", "dtype": "float32"})
+    assert "keeps 100.0%" in said
+    page = (tmp_path / "a.md").read_text()
+    assert "what all.safetensors has learnt from the weights of reference" in page
+    assert "(rank 1, alpha 1)" in page and str(tmp_path) not in page
+    found = adapters.read(file, folders.read_config(reference, "unet"))
+    product = found["mid_block.attentions.0.proj_in"].product(change.shape)
+    np.testing.assert_allclose(product, change.numpy(), atol=1e-5)
+
+
 # Bad input.
 
 
@@ -502,7 +532,9 @@ _BAD = {
     "adapters of another network": {
         "unet.down_blocks.7.attentions.0.proj_in.lora_A.weight": (4, 9)
     },
-    "is a LoRA file with text encoders": {"lora_te1_text_model_encoder_x.lora_up.weight": (4, 4)},
+    "is a LoRA file of text encoders alone": {
+        "lora_te1_text_model_encoder_x.lora_up.weight": (4, 4)
+    },
     "LoHa": {f"{_KEY}.hada_w1_a": (4, 4), f"{_KEY}.lora_A.weight": (4, 32)},
     "DoRA": {f"{_KEY}.lora_A.weight": (4, 32), f"{_KEY}.dora_scale": (4,)},
     "three matrices": {f"{_KEY}.lora_mid.weight": (4, 4, 3, 3)},
@@ -521,6 +553,45 @@ def test_a_file_for_another_base_is_refused_and_nothing_is_left(runs, cache, tmp
     reference = runs("sdxl").parent / "reference"
     assert said in _error(single.with_folders, _config(reference, file))
     assert not cache.exists() or not os.listdir(cache)
+
+
+@pytest.mark.parametrize("names", adapters.FORMATS)
+@pytest.mark.parametrize("base, other", [("sdxl", "sd15"), ("sd15", "sdxl")])
+def test_a_lora_of_the_other_family_is_named(runs, cache, tmp_path, base, other, names):
+    config = folders.read_config(runs(other).parent / "generator")
+    shapes = weights.shapes(pipeline.abstract_model(config).params)
+    ends = {name.removesuffix(".weight"): shape for name, shape in shapes.items()}
+    found = {
+        name: adapters.Adapter(np.ones((2, ends[name][1])), np.ones((ends[name][0], 2)), 2.0)
+        for name in ends
+        if re.search(r"attn\d\.to_[qkv]$", name)
+    }
+    about = {"kind": names, "dtype": "float16", "about": {}}
+    adapters.write(tmp_path / "a.safetensors", found, config, **about)
+    reference = runs(base).parent / "reference"
+    message = _error(single.with_folders, _config(reference, tmp_path / "a.safetensors"))
+    assert re.search("has adapters of another network|is of another base", message), message
+    assert "weights.reference" in message and not cache.exists()
+
+
+def test_adapters_of_text_encoders_are_left_out_and_said_to_be(runs, cache, tmp_path, capsys):
+    """Published LoRAs of kohya's often have them; a run's text encoders are the reference's."""
+    name, text = "unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.x"
+    shapes = {"lora_A": (4, 32), "lora_B": (32, 4)}
+    files = {}
+    for which, modules in {"plain": [name], "both": [name, text]}.items():
+        parts = {f"{m}.{p}.weight": shape for m in modules for p, shape in shapes.items()}
+        files[which] = _file(tmp_path / f"{which}.safetensors", parts)
+    config = folders.read_config(runs("sdxl").parent / "reference", "unet")
+    plain, both = (adapters.read(file, config) for file in files.values())
+    assert list(both) == list(plain) == [name.removeprefix("unet.")]
+    reference = runs("sdxl").parent / "reference"
+    for _ in range(2):  # merged, then found
+        single.with_folders(_config(reference, files["both"]))
+        said = capsys.readouterr().out
+        assert "both.safetensors has adapters of text encoders too, 2 tensors" in said
+    single.with_folders(_config(reference, files["plain"]))
+    assert "text encoders" not in capsys.readouterr().out
 
 
 def test_a_file_of_adapters_is_no_reference_and_no_assistant(runs, cache, tmp_path):

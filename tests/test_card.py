@@ -4,7 +4,9 @@
 import json
 
 import huggingface_hub
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from di_star_jax import convert, record
 from di_star_jax.errors import UserError
@@ -143,6 +145,71 @@ def test_another_pipeline_is_its_own_base(tmp_path, kept):
     source(folder, "license: openrail++")
     (folder / card.FACTS).write_text(json.dumps(kept))
     assert card.About.of_export(folder).bases == (card.Base("sdxl", False, "openrail++"),)
+
+
+# What was trained, and what was not.
+
+
+MINE = card.Base("mine.safetensors", sha256="ab12")
+
+
+def test_a_plain_conversion_names_its_file_and_claims_no_training(tmp_path):
+    about = card.About("", (MINE,))
+    said = card.text(about, "mine", card.Call("float16", 0, ()), "draw()", {"unet/a": "cd34"})
+    assert "A diffusion model, converted by di_star_jax. These are the weights of mine." in said
+    assert "nothing was trained here" in said and "- mine.safetensors (SHA-256 `ab12`): no" in said
+    assert "Diff-Instruct" not in said and "written by" not in said and "made from" not in said
+    _, text = written(tmp_path, MINE)
+    assert "written by di_star_jax: ema, step 5. It was made from mine.safetensors." in text
+
+
+def test_a_whole_network_in_which_adapters_have_learnt_says_so(tmp_path):
+    low_rank = {"rank": 64, "alpha": 32.0, "generator": True, "assistant": False}
+    metadata = {"reference": "me/sdxl", "initial": "me/dmd2", "lora": low_rank}
+    about = card.About.of_run(metadata, "ema, step 5")
+    assert about.lora == "rank 64, alpha 32"
+    said = card.text(about, "mine", CALL, "draw()", {})
+    assert "a whole network: the adapters that have learnt (rank 64, alpha 32) are merged" in said
+    for which, of in (("assistant, step 5", low_rank), ("ema, step 5", None)):
+        about = card.About.of_run(metadata | {"lora": of}, which)
+        assert about.lora == "" and "adapters" not in card.text(about, "mine", CALL, "draw()", {})
+
+
+def test_a_file_of_adapters_says_that_it_is_no_whole_network_and_on_what_it_goes():
+    about = card.About("ema, step 5", (SDXL, card.Base("dmd2")), objective="sim", lora="rank 4")
+    said = card.text_of_adapters(about, "a.safetensors", "dmd2", "load it", "float16", "ab12")
+    assert "# a\n\nLoRA adapters (rank 4), written by di_star_jax: ema, step 5. They were" in said
+    assert "**These are adapters alone, no whole network**: they go on dmd2." in said
+    assert "## Use\n\nload it\n" in said and "| a.safetensors | `ab12` |" in said
+    made = card.About("", (SDXL, MINE), lora="rank 4")
+    said = card.text_of_adapters(made, "a.safetensors", "x", "load it", "float16", "ab12")
+    assert "low-rank part of what mine.safetensors has learnt from the weights of stab" in said
+    assert "nothing was trained here" in said
+
+
+def test_the_licence_of_a_file_is_that_of_its_own_card_or_of_its_header(tmp_path):
+    file = tmp_path / "a.safetensors"
+
+    def licence(text):
+        more = {"modelspec.license": text} if text else {}
+        safetensors.numpy.save_file({"x": np.zeros(1)}, file, metadata=more)
+        return card.base_of_file(file, "a.safetensors", "ab12")
+
+    assert licence("") == card.Base("a.safetensors", sha256="ab12")
+    found = licence("CreativeML Open RAIL++-M License")
+    assert (found.licence, found.more) == ("other", "creativeml-open-rail++-m-license")
+    assert licence("CC BY-NC 4.0").non_commercial
+    (tmp_path / "a.md").write_text("---\nlicense: mit\n---\n")
+    assert licence("x") == card.Base("a.safetensors", licence="mit", sha256="ab12")
+
+
+def test_a_converted_folder_stands_for_its_file_and_an_aligned_one_for_itself(tmp_path):
+    (tmp_path / card.FACTS).write_text(json.dumps(card.About("", (MINE,)).facts()))
+    assert card.bases_of(str(tmp_path)) == (MINE,)
+    metadata = {"reference": str(tmp_path), "initial": str(tmp_path)}
+    assert card.About.of_run(metadata, "ema").bases == (MINE,)
+    (tmp_path / card.FACTS).write_text(json.dumps(card.About("ema", (MINE,)).facts()))
+    assert card.bases_of(str(tmp_path)) == (card.Base(tmp_path.name),)
 
 
 # What a run has found.

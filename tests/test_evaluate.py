@@ -41,6 +41,7 @@ from di_star_jax import command as commands
 from di_star_jax.evaluation.run import STORE
 from di_star_jax.evaluation.scores import params_digest
 from di_star_jax.evaluation.store import Store
+from di_star_jax.pipelines import single
 from di_star_jax.pipelines.folder import load_model
 from di_star_jax.rewards.reward import Reward
 from di_star_jax.storage import checkpoint, folders, weights
@@ -52,6 +53,7 @@ CAPTIONS = [
     for more in ("", " a", " red", " blue")
 ][:12]
 FILES = ("results.json", "scores.parquet", "table.md", "page.html")
+FLUX = weights.Stored((2,), "F32", lambda: np.zeros(2, np.float32))
 SHAPES = ROOT / "di_star_jax" / "shapes" / "checkpoint"
 
 
@@ -224,6 +226,31 @@ def test_an_evaluation_of_a_run_leaves_results_scores_table_and_page(straight, f
     )
     page = (straight / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 24 and 'src="http' not in page
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_one_file_has_the_numbers_of_its_folder(
+    command, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "mine.safetensors"
+    single.from_folder(folder, file, dtype="float32")
+    given = {"metrics": "saturation", "sampler": "euler", "steps": 2}
+    of_file = {"checkpoint": file, "reference_pipeline": folder}
+    for name, more in (("file", of_file), ("folder", {"checkpoint": folder})):
+        arguments = arguments_for(folder, folder, tmp_path / name, **given, **more)
+        code, _, error = command(*arguments)
+        assert code == 0, error
+    assert same_numbers(tmp_path / "file", tmp_path / "folder")
+    assert results_of(tmp_path / "file")["name"] == "mine.safetensors"
+
+
+def test_a_file_of_another_kind_is_refused_before_anything_is_made(command, folder, tmp_path):
+    file = tmp_path / "flux.safetensors"
+    weights.write_file(file, {"double_blocks.0.x": FLUX}, jnp.dtype("float32"))
+    code, _, error = command(*arguments_for(file, folder, tmp_path / "out"))
+    assert code == 2 and f"{file} is a FLUX checkpoint" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.case("first hour 19")

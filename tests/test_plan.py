@@ -58,12 +58,13 @@ def test_dry_run_of_sdxl_counts_parameters_without_weights_or_devices(sdxl):
 
 def test_dry_run_says_on_which_chips_it_fits(sdxl):
     lines = sdxl.splitlines()
-    assert "fits: v5p, tpu7x, GPUs of 48, 80, 141 GB" in lines  # eight images a chip
+    # eight images a chip, 42.02 GB: 87 % of what a GPU of 48 GB gives
+    assert "fits, with 12% to spare: v5p, tpu7x, GPUs of 48, 80, 141 GB" in lines
     assert next(line for line in lines if "fit a TPU" in line).endswith(
-        "v4 6, v5e 2, v5p 20, v6e 6, tpu7x 20"
+        "v4 5, v5e 2, v5p 18, v6e 5, tpu7x 18"
     )
     one_each = lines_of(dry(**{"mesh.data": 8}), 1)
-    assert "v5e" in next(line for line in one_each if line.startswith("fits: "))
+    assert "v5e" in next(line for line in one_each if line.startswith("fits, "))
 
 
 def test_state_is_what_two_networks_with_adam_and_average_take():
@@ -163,6 +164,7 @@ def test_the_peak_is_within_15_percent_of_the_compilers(name, chip, count, chang
     found = plan.make(config, count, chips.device_kind(chip), count).bytes / 1e9
     print(f"{found:.2f} GB, {found / peak - 1:+.1%}")
     assert found == pytest.approx(peak, rel=0.15)
+    assert found / peak > plan.ROOM, "else a chip that it is said to fit need not hold it"
 
 
 def test_gradients_are_held_twice_where_they_are_summed_over_microbatches():
@@ -338,18 +340,20 @@ def fields_of(steps):
 def test_the_shortest_list_of_fields_makes_it_fit_and_is_what_the_config_then_takes():
     whole = plan.make(dry(**ALONE), 1, "cpu")
     steps = advice.to_fit(whole, chips.CARDS[24])
-    assert fields_of(steps) == ["lora.rank=64"]
-    steps = advice.to_fit(whole, 18e9)
+    # With adapters alone it is 22.2 of 24.1 GB, which is more than an estimate may fill.
+    assert fields_of(steps) == ["data.cache=./text_cache", "lora.rank=64"]
+    assert fields_of(advice.to_fit(whole, chips.CARDS[48])) == ["lora.rank=64"]
+    steps = advice.to_fit(whole, 20e9)
     assert fields_of(steps) == ["lora.rank=64", "lora.int8=True"]
     anew = plan.make(dry(**ALONE, **{"lora.rank": 64, "lora.int8": True}), 1, "cpu")
-    assert steps[-1][0].bytes == anew.bytes <= 18e9
+    assert steps[-1][0].bytes == anew.bytes <= plan.ROOM * 20e9
     assert advice.to_fit(whole, 8e9) == []
 
 
 def test_of_a_fields_values_the_first_that_is_enough_is_named(sdxl):
     eight_each = plan.make(dry(), 16, "TPU v5 lite", 16)
-    assert fields_of(advice.to_fit(eight_each, 16e9)) == ["compute.microbatches=4"]
-    assert fields_of(advice.to_fit(eight_each, 12e9)) == ["compute.microbatches=8"]
+    assert fields_of(advice.to_fit(eight_each, 17e9)) == ["compute.microbatches=4"]
+    assert fields_of(advice.to_fit(eight_each, 16e9)) == ["compute.microbatches=8"]
     sliced = dry(**{"decode.slice": 4})
     assert advice.options(plan.make(sliced, 1, "cpu"))[0] == ("compute.microbatches", [2])
     assert "to fit 24 GB: compute.microbatches=4 (-27.3 GB); then 14.7 of 24.1 GB" in sdxl
@@ -389,7 +393,7 @@ def test_a_dry_run_is_read_on_a_terminal_of_100_columns(name):
     lines = report.describe(planned_of(name))
     assert max(map(len, lines)) <= 100 and len(lines) <= 32
     begin = {line.split(":")[0] for line in lines}
-    assert {"memory per device", "fits", "checkpoint", "work"} <= begin
+    assert {"memory per device", "fits, with 12% to spare", "checkpoint", "work"} <= begin
     assert any(line.startswith(("seconds a sample at 40 %", "time: not known")) for line in lines)
 
 
@@ -406,3 +410,23 @@ def test_a_chip_that_the_plan_does_not_fit_is_told_which_fields_would():
     assert lines[-2].startswith("on v5e: 42.02 of 16.91 GB, does not fit")
     assert lines[-1] == "to fit v5e: compute.microbatches=4 (-27.3 GB); then 14.7 of 16.9 GB"
     assert not any(line.startswith("work") for line in lines)  # which takes seconds
+
+
+def test_what_fits_leaves_room_in_the_verdict_in_the_images_and_in_the_advice(monkeypatch):
+    """An estimate that fills a chip to the brim is said to be tight, and is not refused."""
+    eight_each = plan.make(dry(dry_run=False), 16, "TPU v5 lite")
+    known = chips.CHIPS["v5e"]
+
+    def verdict(share):
+        memory = eight_each.bytes / share
+        monkeypatch.setitem(chips.CHIPS, "v5e", known._replace(memory=memory))
+        assert eight_each.fits(memory) is (eight_each.images_in(memory) >= 8)
+        return "\n".join(report.describe(eight_each)).partition("on v5e: ")[2]
+
+    assert verdict(plan.ROOM - 0.01).endswith("GB, fits")
+    tight = verdict(0.99)
+    assert "GB, has less than 12% to spare, which a compiler may need\nto fit v5e: " in tight
+    plan.check_memory(eight_each)
+    assert "GB, does not fit\nto fit v5e: " in verdict(1.01)
+    with pytest.raises(UserError, match="the step needs 42.0 GB a device"):
+        plan.check_memory(eight_each)

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import test_evaluate
 from moto.server import ThreadedMotoServer
 from PIL import Image
@@ -25,6 +26,7 @@ from test_train import UNET, config_for, write_pipeline
 from di_star_jax import benchmark, checks, convert, drawing, models
 from di_star_jax.cost import plan
 from di_star_jax.errors import UserError
+from di_star_jax.pipelines import adapters, single
 from di_star_jax.pipelines.folder import load_model
 from di_star_jax.prompts import source
 from di_star_jax.rewards import custom
@@ -146,6 +148,42 @@ def test_a_reward_of_ones_own_may_lie_in_a_bucket(s3):
     buckets._connect(s3).pipe_file(f"{s3}/my.py", code)
     found = custom.entry(f"{s3}/my.py:bright", 16).load(None, None)
     assert found.reward({}, np.ones((2, 16, 16, 3), np.float32), None).tolist() == [1, 1]
+
+
+@pytest.fixture
+def file(s3, folder, tmp_path):
+    """Address of the pipeline in one file, float32."""
+    single.from_folder(folder, tmp_path / "all.safetensors", dtype="float32")
+    url = f"{s3}/files/all.safetensors"
+    buckets._connect(url).put_file(str(tmp_path / "all.safetensors"), url)
+    return url
+
+
+def test_a_single_file_in_a_bucket_stands_for_its_folder(file, folder):
+    loaded = drawing.load(file, "ema", reference=str(folder))
+    expected = load_model(folder / "unet").params
+    assert same(loaded.models["denoiser"].params, expected) and not drawing.is_run(file)
+    config = config_for(folder, **{"weights.generator": file})
+    single.with_folders(config)
+    assert same(load_model(Path(config.weights.generator) / "unet").params, expected)
+
+
+def test_a_bad_single_file_in_a_bucket_is_named_by_its_address(s3, folder, tmp_path):
+    np_file = tmp_path / "lora.safetensors"
+    tensors = {"lora_unet_x.lora_up.weight": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(tensors, np_file)
+    fs = buckets._connect(s3)
+    fs.put_file(str(np_file), f"{s3}/files/lora.safetensors")
+    fs.pipe_file(f"{s3}/files/cut.safetensors", np_file.read_bytes()[:-5])
+    for name, said in (("cut", "download it again"), ("none", "nothing at")):
+        url = f"{s3}/files/{name}.safetensors"
+        for call in (single.as_folder, adapters.is_file):
+            message = _error(call, url)
+            assert said in message and url in message and str(files.user_cache()) not in message
+    url = f"{s3}/files/lora.safetensors"
+    assert adapters.is_file(url) and "is a LoRA file" in _error(single.as_folder, url, str(folder))
+    message = _error(single.with_folders, config_for(folder, **{"weights.generator": url}))
+    assert f"{url} has adapters of another network" in message
 
 
 # Written.

@@ -25,10 +25,11 @@ import safetensors.torch
 import torch
 import transformers
 
-from di_star_jax import convert, drawing
+from di_star_jax import convert, drawing, sample
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.models import published
+from di_star_jax.models.unet import V_PREDICTION
 from di_star_jax.pipelines import card, original, single
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.export import generator_scheduler
@@ -225,6 +226,12 @@ def abstract():
         yield
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "di_star_jax" / "single"
+
+
 # In.
 
 
@@ -295,6 +302,28 @@ def test_dtype_casts_and_names_the_variant(sdxl, tmp_path):
         tmp_path / "out", torch_dtype=torch.float16, variant="fp16"
     )
     assert pipe.text_encoder.dtype == torch.float16
+
+
+def test_the_card_of_a_converted_file_names_it_and_so_does_that_of_the_file_made_of_it(
+    sdxl, tmp_path
+):
+    file = _file(tmp_path / "theirs.safetensors", _tensors("sdxl"))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    for out, dtype, loaded in (
+        ("as_it_is", None, 'from_pretrained("as_it_is", torch_dtype=torch.float16)'),
+        ("half", "float16", 'from_pretrained("half", torch_dtype=torch.float16, variant="fp16")'),
+    ):
+        single.to_folder(file, tmp_path / out, dtype=dtype, reference=str(sdxl))
+        page = (tmp_path / out / "README.md").read_text()
+        assert loaded in page and f"theirs.safetensors (SHA-256 `{digest}`)" in page
+        assert "A diffusion model, converted by di_star_jax" in page and str(tmp_path) not in page
+        assert "Weights are stored as: unet float16, vae float16, text_encoder float16" in page
+        own = tmp_path / out / "unet" / f"diffusion_pytorch_model{'.fp16' * (dtype is not None)}"
+        hashed = hashlib.sha256(Path(f"{own}.safetensors").read_bytes()).hexdigest()
+        assert f"| unet/{own.name}.safetensors | `{hashed}` |" in page
+    single.from_folder(tmp_path / "as_it_is", tmp_path / "again.safetensors")
+    page = (tmp_path / "again.md").read_text()
+    assert f"theirs.safetensors (SHA-256 `{digest}`)" in page and "nothing was trained" in page
 
 
 def test_what_old_and_full_files_hold_besides_is_left_out(sdxl, tmp_path):
@@ -381,6 +410,54 @@ def test_a_changed_file_is_named_and_nothing_is_written(sdxl, tmp_path, said):
     file = _file(tmp_path / "it.safetensors", _like(_CHANGED[said]()))
     assert said in _error(single.to_folder, file, tmp_path / "out", reference=str(sdxl))
     assert os.listdir(tmp_path) == ["it.safetensors"]
+
+
+def _as_generator(file, settings):
+    given = {"reference": str(settings), "generator": str(file), "assistant": ""}
+    single.with_folders(ml_collections.ConfigDict({"weights": given}))
+
+
+_ENTRANCES = {
+    "sample": lambda file, settings: drawing.load(str(file), "ema", reference=str(settings)),
+    "generator": _as_generator,
+    "orbax": lambda file, settings: convert.file_to_orbax(file, f"{file}.out", str(settings)),
+}
+
+
+@pytest.mark.parametrize("entrance", _ENTRANCES)
+@pytest.mark.parametrize("said", [*_BY_NAME.values(), *_CHANGED, "download it again", "a GGUF"])
+def test_whoever_takes_a_file_names_another_and_leaves_nothing(
+    sdxl, cache, tmp_path, entrance, said
+):
+    file = tmp_path / "it.safetensors"
+    if said in _CHANGED:
+        _file(file, _like(_CHANGED[said]()))
+    elif said == "a GGUF":
+        file.write_bytes(b"GGUF\x03" + bytes(100))
+    else:
+        names = [name for name, words in _BY_NAME.items() if words == said]
+        _file(file, {name: torch.ones(32, 4, 3, 3) for name in names or ["thing"]})
+        if not names:
+            file.write_bytes(file.read_bytes()[:-10])
+    message = _error(_ENTRANCES[entrance], file, sdxl)
+    is_generators = entrance == "generator" and said == "is a LoRA file"
+    assert ("adapters of another network" if is_generators else said) in message
+    assert str(file) in message
+    assert os.listdir(tmp_path) == ["it.safetensors"] or not os.listdir(cache)
+
+
+def test_a_refused_file_leaves_no_folder_for_pictures(tmp_path):
+    def refuse(name, picture=False):
+        with pytest.raises(UserError), sample._folder(str(tmp_path / name)) as out:
+            if picture:
+                (out / "0000.png").touch()
+            raise UserError("it is a FLUX checkpoint")
+
+    refuse("new")
+    (tmp_path / "there").mkdir()
+    refuse("there")
+    refuse("drawn", picture=True)
+    assert sorted(os.listdir(tmp_path)) == ["drawn", "there"]
 
 
 def test_a_file_without_vae_is_said_to_lack_it(sdxl, tmp_path):
@@ -493,7 +570,8 @@ def test_a_folder_becomes_a_file_that_diffusers_loads_and_back_byte_for_byte(
     assert written.form is None and PIPELINES[kind].__name__ in written.usage
     single.to_folder(again, tmp_path / "back", reference=str(settings))
     names = [str(p.relative_to(tmp_path / "folder")) for p in (tmp_path / "folder").rglob("*.*")]
-    assert len(names) > 10
+    names = [name for name in names if name not in (card.FILE, card.FACTS, folders.MARKER)]
+    assert len(names) >= 10  # weights, settings and tokenizers of SD 1.5
     _, changed, missing = filecmp.cmpfiles(
         tmp_path / "folder", tmp_path / "back", names, shallow=False
     )
@@ -610,7 +688,45 @@ def test_the_empty_tensors_of_a_v_prediction_file_reach_the_scheduler_and_back(s
     single.from_folder(tmp_path / "folder", tmp_path / "back.safetensors")
     with weights.opened(tmp_path / "back.safetensors") as stored:
         assert {name: stored[name].shape for name in marks} == {"v_pred": (0,), "ztsnr": (0,)}
-    assert "--to=diffusers" in _error(convert.file_to_orbax, file, tmp_path / "o", str(sdxl))
+
+
+@pytest.mark.parametrize("asked, marks", [("v_prediction", ()), (None, ("v_pred", "ztsnr"))])
+def test_a_checkpoint_of_a_v_prediction_file_says_so_to_its_export(sdxl, tmp_path, asked, marks):
+    """A reference of another prediction would make noise of it without a word."""
+    tensors = _tensors("sdxl") | {name: torch.zeros(0) for name in marks}
+    file = _file(tmp_path / "v.safetensors", tensors)
+    convert.file_to_orbax(file, tmp_path / "orbax", str(sdxl), asked)
+    with checkpoint.existing(tmp_path / "orbax") as store:
+        config = store.metadata(0)["denoiser_config"]
+    assert bool(config[V_PREDICTION]["rescale_betas_zero_snr"]) is ("ztsnr" in marks)
+    single.to_folder(file, tmp_path / "v", reference=str(sdxl), prediction_type=asked)
+    single.to_folder(file, tmp_path / "eps", reference=str(sdxl), prediction_type="epsilon")
+
+    def export(reference):
+        output, how = tmp_path / "out", {"step": None, "dtype": "float16"}
+        orbax = tmp_path / "orbax"
+        convert.to_diffusers(orbax, "denoiser", output, reference=str(tmp_path / reference), **how)
+        return output
+
+    message = _error(export, "eps")
+    assert "network predicts v" in message and "eps/scheduler/scheduler_config.json" in message
+    assert not (tmp_path / "out").exists()
+    made = folders.read_config(export("v"), *folders.SCHEDULER)
+    assert made == folders.read_config(tmp_path / "v", *folders.SCHEDULER)
+    convert.to_orbax(tmp_path / "v", tmp_path / "again")
+    with checkpoint.existing(tmp_path / "again") as store:
+        assert store.metadata(0)["denoiser_config"][V_PREDICTION] == config[V_PREDICTION]
+
+
+def test_what_a_file_predicts_is_no_flag_for_a_folder(sdxl, tmp_path):
+    done = _run(
+        "--to=orbax",
+        f"--input={sdxl}",
+        f"--output={tmp_path / 'out'}",
+        "--prediction_type=v_prediction",
+    )
+    assert done.returncode == 2 and "--prediction_type=v_prediction with --to=orbax" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -667,12 +783,6 @@ def test_a_v_prediction_file_is_drawn_as_diffusers_draws_it(tmp_path):
 
 
 # In the place of folders.
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "di_star_jax" / "single"
 
 
 def test_a_file_is_converted_once_and_known_by_its_content(sdxl, cache, tmp_path, capsys):

@@ -45,7 +45,7 @@ def _fits(
     if plan.config.lora.int8 and not plan.config.lora.rank:  # only what is frozen
         return []
     try:
-        if plan.bytes > memory:
+        if not plan.fits(memory):
             return []
         check_mesh(plan)
     except UserError:  # a rank above a matrix, a mesh that cannot split the denoiser or the image

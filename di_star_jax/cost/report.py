@@ -5,7 +5,7 @@ import textwrap
 
 from di_star_jax.cost import advice, work
 from di_star_jax.cost.chips import CARDS, CHIPS, FRACTION, chip_of
-from di_star_jax.cost.plan import CPU, PROGRAM, Plan, ram_here
+from di_star_jax.cost.plan import CPU, PROGRAM, ROOM, Plan, ram_here
 
 _ADVISED = (24, 48, 80)  # cards that a dry run says how to fit
 _TPUS = {name: chip.memory for name, chip in CHIPS.items() if name.startswith(("v", "tpu"))}
@@ -59,13 +59,14 @@ def _memory_lines(plan: Plan) -> list[str]:
         for name, phase in plan.phases.items()
     ]
     lines.append(f"{plan.bytes / 1e9:8.2f} GB at the peak, an estimate")
-    fits = [name for name, memory in _TPUS.items() if plan.bytes <= memory]
-    cards = [str(size) for size, memory in CARDS.items() if plan.bytes <= memory]
+    fits = [name for name, memory in _TPUS.items() if plan.fits(memory)]
+    cards = [str(size) for size, memory in CARDS.items() if plan.fits(memory)]
     fits += [f"GPUs of {', '.join(cards)} GB"] if cards else []
     of_gpu = {f"{size} GB": memory for size, memory in CARDS.items()}
+    named = ", ".join(fits) or "no device that is known"
     return [
         *(f"memory per device: {line}" for line in lines),
-        f"fits: {', '.join(fits) or 'no device that is known'}",
+        *_wrapped(f"fits, with {1 - ROOM:.0%} to spare: {named}"),
         *_wrapped(f"images at a time that fit a TPU: {_most(plan, _TPUS)}"),
         *_wrapped(f"images at a time that fit a GPU: {_most(plan, of_gpu)}"),
         f"memory of a GPU: of 24 GB {CARDS[24] / 1e9:.1f}, with "
@@ -127,13 +128,15 @@ def _verdict(plan: Plan) -> list[str]:
     name = chip_of(plan.device_kind)
     if name and plan.devices == plan.devices_here:
         have = CHIPS[name].memory
-        fits = plan.bytes <= have
-        verdict = f"{plan.bytes / 1e9:.2f} of {have / 1e9:.2f} GB, "
-        line = f"on {name}: {verdict}{'fits' if fits else 'does not fit'}"
-        return [line] if fits else [line, *_advice(plan, name, have)]
+        line = f"on {name}: {plan.bytes / 1e9:.2f} of {have / 1e9:.2f} GB, "
+        if plan.fits(have):
+            return [f"{line}fits"]
+        tight = f"has less than {1 - ROOM:.0%} to spare, which a compiler may need"
+        verdict = "does not fit" if plan.bytes > have else tight
+        return [f"{line}{verdict}", *_advice(plan, name, have)]
     if not plan.config.dry_run:
         return []
-    needy = [size for size in _ADVISED if plan.bytes > CARDS[size]]
+    needy = [size for size in _ADVISED if not plan.fits(CARDS[size])]
     return [line for size in needy for line in _advice(plan, f"{size} GB", CARDS[size])]
 
 

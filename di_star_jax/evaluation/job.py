@@ -12,6 +12,7 @@ from di_star_jax.drawing import Asked, is_run
 from di_star_jax.errors import UserError, suggest
 from di_star_jax.evaluation import cleanfid, metrics, results
 from di_star_jax.evaluation.images import Shot, check_given, evenly_listed, find_images
+from di_star_jax.pipelines import single
 from di_star_jax.prompts import sets
 from di_star_jax.prompts.files import Prompt
 from di_star_jax.prompts.sets import PROMPT_SETS
@@ -247,7 +248,7 @@ def check(request: Request) -> None:
     """Raises: UserError for what does not go together."""
     if (request.checkpoint is None) == (request.images is None):
         raise UserError(
-            "give one of --checkpoint (a run's workdir, a pipeline folder or a Hub name) and "
+            "give one of --checkpoint (a run's workdir, a pipeline's folder, file or Hub name) and "
             "--images (a folder)"
         )
     if request.out is None:
@@ -296,7 +297,9 @@ def _find_baseline(request: Request) -> None:
 
 
 def _find_checkpoint(request: Request) -> None:
-    if request.checkpoint and _is_path(request.checkpoint):
+    if request.checkpoint and single.is_file(request.checkpoint):
+        single.as_folder(request.checkpoint, request.reference_pipeline)
+    elif request.checkpoint and _is_path(request.checkpoint):
         if not is_remote(request.checkpoint) or not is_run(request.checkpoint):
             folders.resolve(request.checkpoint)
         run_metadata(request.checkpoint)

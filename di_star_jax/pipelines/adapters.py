@@ -28,12 +28,12 @@ from di_star_jax import log
 from di_star_jax.errors import UserError
 from di_star_jax.models import lora
 from di_star_jax.models.lora import ADAPTERS, FROZEN, Lora
-from di_star_jax.pipelines import original
+from di_star_jax.pipelines import card, original
 from di_star_jax.pipelines.export import denoiser_in, in_workdir, weights_name
 from di_star_jax.pipelines.families import family_at, is_denoiser
 from di_star_jax.pipelines.folder import abstract_model, class_name, read_config
-from di_star_jax.storage import folders, weights
-from di_star_jax.storage.files import expand, user_cache
+from di_star_jax.storage import buckets, folders, weights
+from di_star_jax.storage.files import digest_of, expand, user_cache
 from di_star_jax.storage.weights import Stored
 
 FORMATS = ("diffusers", "kohya")
@@ -50,13 +50,13 @@ _PARTS = {
     ".lora_up.weight": "up",
     ".alpha": "alpha",
 }
-# Names of what is no plain pair of matrices, or not of a denoiser, and what it is.
+# Names of what is no plain pair of matrices, and what it is.
 _OTHERS = (
     (r"\.(hada_|lokr_|oft_|diff$|diff_b$)", "a file of LoHa, LoKr or other adapters"),
     (r"\.(dora_scale|lora_magnitude_vector)", "a file of DoRA's adapters"),
     (r"\.lora_mid\.", "a file of adapters of three matrices"),
-    (r"^(lora_te\d?_|text_encoder(_\d)?\.|lora_prior_te_)", "a LoRA file with text encoders"),
 )
+_OF_TEXT = re.compile(r"^(lora_te\d?_|text_encoder(_\d)?\.|lora_prior_te_)")
 
 
 class Adapter(NamedTuple):
@@ -321,21 +321,25 @@ def _names(config: dict) -> dict[str, dict[str, str]]:
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """Whether a user's input is a file of adapters on this machine.
+    """Whether a user's input is a file of adapters, on this machine or in a bucket.
 
     Raises: UserError for a file that is no safetensors file, or was cut off.
     """
-    if "://" in str(path) or not expand(path).is_file():
+    if buckets.is_remote(path):
+        if not str(path).endswith(".safetensors"):
+            return False
+    elif not expand(path).is_file():
         return False
-    with weights.opened(expand(path)) as stored:
+    here = buckets.local(path)
+    with buckets.named(here, str(path)), weights.opened(here) as stored:
         return original.is_lora(stored)
 
 
 def read(file: Path, config: dict) -> Adapters:
-    """The adapters in a file, of either format.
+    """The adapters of a denoiser in a file, of either format; those of text encoders are left out.
 
     Args: config, config.json of the denoiser that they are for.
-    Raises: UserError for a file of another denoiser, of other adapters, or with text encoders.
+    Raises: UserError for a file of another denoiser, of other adapters, or of text encoders alone.
     """
     names = _names(config)
     # diffusers' save_lora_adapter leaves out what stands before a module's name.
@@ -345,7 +349,13 @@ def read(file: Path, config: dict) -> Adapters:
     with weights.opened(file) as stored:
         _check_kind(file, stored)
         parts = {}
-        for name, tensor in stored.items():
+        of_denoiser = {name: tensor for name, tensor in stored.items() if not _OF_TEXT.match(name)}
+        if not of_denoiser:
+            raise UserError(
+                f"{file} is a LoRA file of text encoders alone, expected one of a denoiser; give "
+                "one"
+            )
+        for name, tensor in of_denoiser.items():
             suffix = next((end for end in _PARTS if name.endswith(end)), None)
             module = suffix and module_of.get(name.removesuffix(suffix))
             if module is None:
@@ -440,16 +450,18 @@ def as_folder(file: str, reference: str) -> str:
     Raises: UserError as of `read`.
     """
     base = denoiser_folder(reference)
-    path = expand(file)
+    path = buckets.local(file)
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256")
     digest.update(folders.digest(base).encode())
     folder = user_cache() / "lora" / digest.hexdigest()
+    _say_what_is_left_out(file, path)
     if folders.is_model(folder):
         log.say(f"{file}: it was merged with the denoiser of {reference} in {folder}")
         return str(folder)
     config = read_config(base)
-    adapters = read(path, config)
+    with buckets.named(path, file):
+        adapters = read(path, config)
     log.say(
         f"{file}: a LoRA of {_ranks(adapters)} in {len(adapters)} modules{_made_for(path, base)}; "
         f"merging it once with the denoiser of {reference}, into {folder}"
@@ -458,9 +470,24 @@ def as_folder(file: str, reference: str) -> str:
         folders.write_object(partial / "config.json", config)
         (partial / _BESIDE).mkdir()
         shutil.copyfile(path, partial / _BESIDE / f"{folders.digest(base)}.safetensors")
+        lora_file = card.base_of_file(path, file.rpartition("/")[2], digest_of(path))
+        about = card.About("", (*card.bases_of(reference), lora_file))
+        folders.write_object(partial / card.FACTS, about.facts())
         name = weights_name(folders.DIFFUSERS, "float32")
         weights.write_tensors(partial, merged(base, config, adapters), name, jnp.float32)
     return str(folder)
+
+
+def _say_what_is_left_out(file: str, path: Path) -> None:
+    with weights.opened(path) as stored:
+        count = sum(bool(_OF_TEXT.match(name)) for name in stored)
+    if count:
+        log.say(
+            f"warning: {file} has adapters of text encoders too, {count} tensors, which are left "
+            "out: a run's text encoders are the reference's; to have them, merge the file with a "
+            "whole pipeline (in diffusers load_lora_weights, fuse_lora and save_pretrained) and "
+            "give that as weights.reference"
+        )
 
 
 def is_merged(folder: Path) -> bool:

@@ -39,12 +39,14 @@ class Call(NamedTuple):
     dtype: of its weights. steps: of a generator, 0 for another network.
     timesteps: of the steps where the call must name them, else ().
     more: another argument, or "".
+    variant: whether files in float16 have diffusers' variant in their names.
     """
 
     dtype: str
     steps: int
     timesteps: tuple[int, ...]
     more: str = ""
+    variant: bool = True
 
 
 class Base(NamedTuple):
@@ -52,7 +54,7 @@ class Base(NamedTuple):
 
     name: on the Hub, or of a folder or file. on_hub: whether it is there. licence: as its model
     card names it, "" where it has none. more: the name of a licence that is "other", and link,
-    where it stands; or "".
+    where it stands; or "". sha256: of a file.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Base(NamedTuple):
     licence: str = ""
     more: str = ""
     link: str = ""
+    sha256: str = ""
 
     @property
     def non_commercial(self) -> bool:
@@ -70,9 +73,11 @@ class Base(NamedTuple):
 class About(NamedTuple):
     """What a model card says.
 
-    network: such as "ema, step 500". bases: the pipeline that it was trained from, and the
-    generator that it began as. trained_on: scale of each reward, by name. objective: of the run, or
-    "". scores: tables and sentences, as Markdown, or "". picture: a PNG file of samples, or None.
+    network: such as "ema, step 500"; "" of weights that were converted alone. bases: the pipeline
+    that it was trained from, and the generator that it began as. trained_on: scale of each reward,
+    by name. objective: of the run, or "". scores: tables and sentences, as Markdown, or "".
+    picture: a PNG file of samples, or None. lora: where adapters alone have learnt, as "rank 64,
+    alpha 64"; else "".
     """
 
     network: str
@@ -81,6 +86,7 @@ class About(NamedTuple):
     objective: str = ""
     scores: str = ""
     picture: Path | None = None
+    lora: str = ""
 
     @classmethod
     def of_run(
@@ -92,13 +98,15 @@ class About(NamedTuple):
     ) -> "About":
         """From what a checkpoint says of its run. Args: metadata, as of `checkpoint.located`."""
         sources = [metadata["reference"], metadata.get("initial")]
+        bases = [base for source in sources if source for base in bases_of(source)]
         return cls(
             network,
-            tuple(base_of(source) for source in dict.fromkeys(sources) if source),
+            tuple(dict.fromkeys(bases)),
             metadata.get("trained_on", {}),
             metadata.get("objective", ""),
             scores,
             picture,
+            _adapted(metadata, network),
         )
 
     @classmethod
@@ -112,6 +120,11 @@ class About(NamedTuple):
         except (KeyError, TypeError):  # no export of ours, or of another version
             return cls("", (base_of(str(folder)),))
 
+    @property
+    def is_converted(self) -> bool:
+        """Whether nothing has trained it."""
+        return not (self.network or self.objective or self.trained_on)
+
     def facts(self) -> dict[str, Any]:
         """As `of_export` reads it."""
         kept = self._asdict() | {"bases": [base._asdict() for base in self.bases]}
@@ -119,7 +132,44 @@ class About(NamedTuple):
         return kept
 
 
+def _adapted(metadata: dict, network: str) -> str:
+    """As of `About.lora`. Args: of a run; network, which begins with its name."""
+    low_rank = metadata.get("lora")
+    which = "assistant" if network.startswith("assistant") else "generator"
+    if not low_rank or not low_rank.get(which, True):
+        return ""
+    return f"rank {low_rank['rank']}, alpha {low_rank['alpha']:g}"
+
+
 # What it was made from.
+
+
+def bases_of(source: str) -> tuple[Base, ...]:
+    """What a folder was converted from, as its own facts have it; of any other, `base_of`."""
+    path = Path(source).expanduser() / FACTS
+    if not buckets.is_remote(source) and path.is_file():
+        about = About.of_export(path.parent)
+        if about.is_converted:
+            return about.bases
+    return (base_of(source),)
+
+
+def base_of_file(
+    file: Path,
+    name: str,
+    sha256: str,
+) -> Base:
+    """A single file. Its licence is that of the card beside it, NAME.md, or of its own header.
+
+    Args: file, here; name, as it is to be called.
+    """
+    base = Base(name, sha256=sha256)
+    if file.with_suffix(".md").is_file():
+        return base._replace(**_licence_in(file.with_suffix(".md")))
+    # As Stability's ModelSpec has it, which may be any text.
+    text = (folders.open_weights(file).metadata() or {}).get("modelspec.license", "")
+    short = re.sub(r"[^a-z0-9.+]+", "-", text[:80].lower()).strip("-")
+    return base._replace(licence="other", more=short) if short else base
 
 
 def base_of(source: str) -> Base:
@@ -129,11 +179,17 @@ def base_of(source: str) -> Base:
     card = _card_of(source, on_hub)
     if card is None:
         return Base(name, on_hub)
+    return Base(name, on_hub, **_licence_in(card))
+
+
+def _licence_in(card: Path) -> dict[str, str]:
+    """Fields of `Base`, by a model card."""
     found = {}
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         found = huggingface_hub.metadata_load(card) or {}
-    texts = [found.get(key) for key in ("license", "license_name", "license_link")]
-    return Base(name, on_hub, *(" ".join(t.split()) if isinstance(t, str) else "" for t in texts))
+    keys = {"licence": "license", "more": "license_name", "link": "license_link"}
+    texts = {field: found.get(key) for field, key in keys.items()}
+    return {k: " ".join(t.split()) if isinstance(t, str) else "" for k, t in texts.items()}
 
 
 def _is_local(source: str) -> bool:
@@ -160,7 +216,7 @@ def usage(folder: str, call: Call) -> str:
     how = []
     if call.dtype != "float32":
         how.append(f", torch_dtype=torch.{call.dtype}")
-    if call.dtype == "float16":
+    if call.dtype == "float16" and call.variant:
         how.append(', variant="fp16"')
     load = f'pipe = DiffusionPipeline.from_pretrained("{folder}"{"".join(how)})'
     return _lines("DiffusionPipeline", [load], call)
@@ -274,34 +330,94 @@ def text(
     *,
     picture: str = PICTURE,
     comfyui: str = "",
+    numbers: str = "",
 ) -> str:
-    """The model card.
+    """The model card of a whole network.
 
     Args: code, that draws; hashes, SHA-256 of the files of weights by name; picture, where that of
-      `about` lies; comfyui, what is said of it, or "".
+      `about` lies; comfyui, what is said of it, or ""; numbers, what the weights are stored as
+      where it is not all the call's dtype.
     """
     steps = {0: "A diffusion model", 1: "A one-step generator"}
     kind = steps.get(call.steps, f"A generator of {call.steps} steps")
-    network = f": {about.network}" if about.network else ""
+    return _page(
+        about,
+        title,
+        f"{_written(kind, about)} {_origin(about)}{_merged(about)}",
+        {
+            "Use": ["```python", code, "```", *(["", _GENERATOR] if call.steps else [])],
+            "In ComfyUI": [comfyui] if comfyui else [],
+            "Scores": _scores(about),
+            "Files": _files(numbers or f"All weights are {call.dtype}.", hashes),
+        },
+        picture,
+    )
+
+
+def text_of_adapters(
+    about: About,
+    file: str,
+    goes_on: str,
+    use: str,
+    stored: str,
+    sha256: str,
+) -> str:
+    """The model card of a file of adapters.
+
+    Args: file, its name; goes_on, for which network it is; use, how to draw with it, as Markdown;
+      stored, what its numbers and names are.
+    """
+    kind = f"LoRA adapters ({about.lora})"
+    origin = f"They were{_origin(about).removeprefix('It was')}"
+    if about.is_converted:
+        before, after = (about.bases[i].name for i in (0, -1))
+        origin = (
+            f"They are the low-rank part of what {after} has learnt from the weights of {before}; "
+            "nothing was trained here."
+        )
+    said = (
+        f"{_written(kind, about)} {origin} **These are adapters alone, no whole network**: "
+        f"they go on {goes_on}."
+    )
     sections = {
-        "Use": ["```python", code, "```", *(["", _GENERATOR] if call.steps else [])],
-        "In ComfyUI": [comfyui] if comfyui else [],
-        "Scores": [about.scores] if about.scores else [],
-        "Files": [
-            f"All weights are {call.dtype}.",
-            "",
-            "| file | SHA-256 |",
-            "|---|---|",
-            *(f"| {name} | `{digest}` |" for name, digest in hashes.items()),
-        ],
-        "Licence": _licences(about.bases),
+        "Use": [use],
+        "Scores": _scores(about),
+        "Files": _files(stored, {file: sha256}),
     }
+    return _page(about._replace(picture=None), Path(file).stem, said, sections)
+
+
+def _scores(about: About) -> list[str]:
+    return [about.scores] if about.scores else []
+
+
+def _files(numbers: str, hashes: Mapping[str, str]) -> list[str]:
+    rows = (f"| {name} | `{digest}` |" for name, digest in hashes.items())
+    return [numbers, "", "| file | SHA-256 |", "|---|---|", *rows]
+
+
+def _written(kind: str, about: About) -> str:
+    """The first sentence: what it is, and by whom it was written."""
+    if about.is_converted:
+        return f"{kind}, converted by di_star_jax."
+    return f"{kind}, written by di_star_jax{f': {about.network}' if about.network else ''}."
+
+
+def _page(
+    about: About,
+    title: str,
+    said: str,
+    sections: Mapping[str, list[str]],
+    picture: str = PICTURE,
+) -> str:
+    """A card of what is said first and of sections, with what all cards have."""
+    sections = {**sections, "Licence": _licences(about.bases)}
     return "\n".join(
         [
             *_header(about.bases),
             f"# {title}",
             "",
-            f"{kind}, written by di_star_jax{network}. {_origin(about)}",
+            said,
             *([""] if about.picture else []),
             *([f"![samples]({picture})"] if about.picture else []),
             *(["", _PICTURED] if about.picture else []),
@@ -344,7 +460,7 @@ def _common(bases: tuple[Base, ...]) -> Base | None:
     strict = [base for base in bases if base.non_commercial]
     if strict:
         return strict[0]
-    known = {base[2:] for base in bases}
+    known = {(base.licence, base.more, base.link) for base in bases}
     if len(known) == 1 and bases[0].licence:
         return bases[0]
     return Base("", licence="other") if all(base.licence for base in bases) and bases else None
@@ -357,7 +473,9 @@ def _yaml(value: str) -> str:
 def _origin(about: About) -> str:
     """Base, method, rewards."""
     names = [base.name for base in about.bases]
-    began = f", beginning with the generator {names[1]}" if len(names) > 1 else ""
+    if about.is_converted:
+        return f"These are the weights of {' and '.join(names)}, of which nothing was trained here."
+    began = f", beginning with the generator {' and '.join(names[1:])}" if len(names) > 1 else ""
     if not about.objective:
         rewards = _rewards(about)
         return f"It was made from {names[0]}{began}{f', {rewards}' if rewards else ''}."
@@ -367,6 +485,15 @@ def _origin(about: About) -> str:
     )
     rewards = _rewards(about) or "without a reward"
     return f"It was made from {names[0]}{began}, by {method}, {rewards}."
+
+
+def _merged(about: About) -> str:
+    """Of a whole network in which adapters have learnt."""
+    return (
+        f" It is a whole network: the adapters that have learnt ({about.lora}) are merged into it."
+        if about.lora
+        else ""
+    )
 
 
 def _rewards(about: About) -> str:
@@ -379,6 +506,7 @@ def _licences(bases: tuple[Base, ...]) -> list[str]:
     lines = ["Made from the weights of the following, whose licences hold for these files too:", ""]
     for base in bases:
         where = f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else base.name
+        where += f" (SHA-256 `{base.sha256}`)" if base.sha256 else ""
         if base.licence:
             known = [f"`{base.licence}`", base.more, base.link]
             lines.append(f"- {where}: {', '.join(part for part in known if part)}")

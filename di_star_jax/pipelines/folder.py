@@ -279,6 +279,26 @@ def load_denoiser(
     return load_model(folder, options, config=with_prediction(read_config(folder), scheduler))
 
 
+def _check_prediction(
+    around: Path,
+    own: dict | None,
+    reference: dict | None,
+) -> None:
+    """Raises: UserError where one of two networks predicts v and the other noise, or v of another
+    schedule. Args: around, the pipeline of the first; what stands under V_PREDICTION.
+    """
+    if own == reference:
+        return
+    ours = "noise" if own is None else "v"
+    if own is not None and reference is not None:
+        ours = "v, of another schedule"
+    raise UserError(
+        f"the denoiser of {around} predicts {ours} (its {'/'.join(folders.SCHEDULER)} says so), "
+        f"but the reference predicts {'noise' if reference is None else 'v'}; give a network that "
+        "predicts what the reference does"
+    )
+
+
 def check_like(folder: Path, config: dict) -> None:
     """Looks whether a folder's weights may be run as a network of another folder.
 
@@ -295,6 +315,7 @@ def check_like(folder: Path, config: dict) -> None:
         own |= {name: config[name] for name in (V_PREDICTION,) if name in config}
     elif is_denoiser(class_name(own)):
         own = with_prediction(own, check_pipeline(around)[1])
+        _check_prediction(around, own.get(V_PREDICTION), config.get(V_PREDICTION))
     _, found = model_class(own)
     _, expected = model_class(config)
     if type(found) is not type(expected):

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +31,15 @@ from di_star_jax.pipelines.export import (
     workflow_of,
 )
 from di_star_jax.pipelines.families import FAMILIES
-from di_star_jax.pipelines.family import Family
-from di_star_jax.pipelines.folder import abstract_model, check_pipeline, read_config
+from di_star_jax.pipelines.family import DENOISER, Family
+from di_star_jax.pipelines.folder import (
+    abstract_model,
+    check_pipeline,
+    read_config,
+    with_prediction,
+)
 from di_star_jax.pipelines.scheduler import SchedulerFile, predicts_v
-from di_star_jax.storage import folders, weights
+from di_star_jax.storage import buckets, folders, weights
 from di_star_jax.storage.files import digest_of, expand, user_cache, whole, write_text
 from di_star_jax.storage.weights import Stored
 
@@ -57,8 +62,10 @@ _KNOW_ZERO_SNR = (
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """Whether a user's input is one file on this machine."""
-    return "://" not in str(path) and expand(path).is_file()
+    """Whether a user's input is one file on this machine, or by its name one in a bucket."""
+    if buckets.is_remote(path):
+        return str(path).endswith(".safetensors")
+    return expand(path).is_file()
 
 
 # In.
@@ -84,6 +91,19 @@ class Source(NamedTuple):
 def hub_name(family: Family) -> str:
     """The published pipeline of a family."""
     return next(name for name, (cls, _) in published.PIPELINES.items() if FAMILIES[cls] is family)
+
+
+@contextlib.contextmanager
+def _opened(file: str | os.PathLike) -> Iterator[tuple[Path, Mapping[str, Stored]]]:
+    """A file's path on this machine, and its tensors."""
+    here = buckets.local(file)
+    with buckets.named(here, str(file)), weights.opened(here) as stored:
+        yield here, stored
+
+
+def _name(file: str | os.PathLike) -> str:
+    """As cards name it, which others read."""
+    return str(file).rpartition("/")[2]
 
 
 def _family(file: str, stored: Mapping[str, Stored]) -> Family:
@@ -132,24 +152,26 @@ def to_folder(
     dtype: str | None = None,
     reference: str | None = None,
     prediction_type: str | None = None,
+    repository: str = "",
 ) -> str:
-    """Writes a single file as a pipeline's folder.
+    """Writes a single file as a pipeline's folder, with its model card.
 
     Args:
-      file: SDXL or SD 1.5 in the original layout.
+      file: SDXL or SD 1.5 in the original layout, here or in a bucket.
       output: replaced as a whole if it is an earlier export.
       dtype: of all weights, one of export.DTYPES; None leaves each tensor as it is stored.
       reference: folder or Hub name of the pipeline whose tokenizers, scheduler and settings count;
         its weights are not looked at. None for the published one.
       prediction_type: what the denoiser predicts, one of PREDICTION_TYPES; None for what the file
         says, by an empty tensor, else the reference.
+      repository: on the Hub, where it is to go; "" for nowhere.
     Returns: what the reference was.
     Raises: UserError for a file that is something else, or does not fit, before anything is
       written.
     """
-    file = expand(file)
-    folders.check_output(output, [file])
-    with weights.opened(file) as stored:
+    folders.check_output(output)
+    named = _name(file)
+    with _opened(file) as (file, stored):
         family = _family(str(file), stored)
         name = reference or hub_name(family)
         folder = _settings(file, name, given=reference is not None)
@@ -166,7 +188,50 @@ def to_folder(
             folders.write_object(partial.joinpath(*folders.SCHEDULER), scheduler)
             index = _index(folder, family) | {"scheduler": ["diffusers", scheduler["_class_name"]]}
             folders.write_object(partial / "model_index.json", index)
+            base = card.base_of_file(file, named, digest_of(file))
+            title = repository or Path(output).resolve().name
+            _write_folders_card(partial, base, title, source, scheduler, dtype)
     return name
+
+
+def _write_folders_card(
+    folder: Path,
+    base: card.Base,
+    title: str,
+    source: Source,
+    scheduler: dict,
+    dtype: str | None,
+) -> None:
+    """The model card of a folder that is whole otherwise. Args: as of `to_folder`."""
+    about = card.About("", (base,))
+    stored = {part: dtype or source.dtype(name) for name, part in _folders(source.family).items()}
+    call = _call(scheduler, source.family, stored[source.family.parts[DENOISER].folder])
+    numbers = ", ".join(f"{part} {kind}" for part, kind in stored.items())
+    hashes = {
+        path.relative_to(folder).as_posix(): digest_of(path)
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+    code = card.usage(title, call._replace(variant=dtype is not None))
+    text = card.text(
+        about, Path(title).name, call, code, hashes, numbers=f"Weights are stored as: {numbers}."
+    )
+    folders.write_object(folder / card.FACTS, about.facts())
+    write_text(folder / card.FILE, text)
+
+
+def _folders(family: Family) -> dict[str, str]:
+    return {name: part.folder for name, part in family.parts.items()}
+
+
+def _call(
+    scheduler: dict,
+    family: Family,
+    dtype: str,
+) -> card.Call:
+    """How diffusers draws with a pipeline. Args: scheduler, content of scheduler_config.json."""
+    form = form_of(scheduler, family.one_step)
+    named = form.timesteps if form and calls_by_timesteps(scheduler) else ()
+    return card.Call(dtype, 0 if form is None else len(form.timesteps), named, family.call)
 
 
 def as_folder(source: str, reference: str | None = None) -> str:
@@ -174,11 +239,11 @@ def as_folder(source: str, reference: str | None = None) -> str:
 
     A file is converted once into the user's cache, where its content is what it is known by.
 
-    Args: reference, as of `to_folder`. Raises: as there.
+    Args: source, here or in a bucket; reference, as of `to_folder`. Raises: as there.
     """
     if not is_file(source):
         return source
-    with expand(source).open("rb") as content:
+    with buckets.local(source).open("rb") as content:
         digest = hashlib.file_digest(content, "sha256")
     digest.update((reference or "").encode())
     folder = user_cache() / "single" / digest.hexdigest()
@@ -297,24 +362,24 @@ def _write_part(
 def to_params(
     file: str | os.PathLike,
     reference: str | None = None,
+    prediction_type: str | None = None,
 ) -> tuple[dict[str, dict], dict[str, Any]]:
     """config.json and the float32 parameters of each component of a single file.
 
+    The denoiser's config says whether it predicts v, as of `folder.with_prediction`.
+
     Args, Raises: as of `to_folder`.
     """
-    file = expand(file)
-    with weights.opened(file) as stored:
+    with _opened(file) as (file, stored):
         family = _family(str(file), stored)
-        if original.V_PREDICTION in stored:
-            raise UserError(
-                f"{file} predicts v, which a checkpoint of single networks does not say; give "
-                "--to=diffusers, whose scheduler does"
-            )
         configs = published.PIPELINES[hub_name(family)][1]
-        if reference is not None:
-            folder = _settings(file, reference, given=True)
-            _checked(file, family, reference, folder)
+        said = prediction_type or ("v_prediction" if original.V_PREDICTION in stored else "epsilon")
+        if reference is not None or said == "v_prediction":  # which is by a scheduler's betas
+            name = reference or hub_name(family)
+            folder = _settings(file, name, given=reference is not None)
+            scheduler = _scheduler(_checked(file, family, name, folder), stored, prediction_type)
             configs = _configs(folder, family)
+            configs[DENOISER] = with_prediction(configs[DENOISER], SchedulerFile(scheduler))
         source = _looked_at(str(file), family, configs, stored)
         params = {
             name: weights.from_stored(
@@ -374,9 +439,7 @@ def from_folder(
     about = card.About.of_export(source)
     about = about._replace(scores=scores or about.scores)
     form = form_of(scheduler.config, family.one_step)
-    steps = 0 if form is None else len(form.timesteps)
-    named = form.timesteps if form and calls_by_timesteps(scheduler.config) else ()
-    call = card.Call(dtype, steps, named, family.call)
+    call = _call(scheduler.config, family, dtype)
     kind = family.index.fixed["_class_name"][0]
     with contextlib.ExitStack() as stack:
         tensors = {}

@@ -288,7 +288,7 @@ def new_folder(url: str) -> Iterator[Path]:
     folder = place / _name(url)
     folder.mkdir()
     try:
-        with _named(folder, url):
+        with named(folder, url):
             yield folder
         upload(folder, url)
     finally:
@@ -315,19 +315,19 @@ def continued_folder(path: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(fetch(path), folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _named(folder, path):
+    with named(folder, path):
         yield folder
     upload(folder, path)
     get(child(path, MARKER), seen)
 
 
 @contextlib.contextmanager
-def _named(folder: Path, url: str) -> Iterator[None]:
-    """What a user can mend in a folder that stands for a bucket's, by the name of the bucket's."""
+def named(here: Path, url: str) -> Iterator[None]:
+    """What a user can mend in what stands here for a bucket's, by the name of the bucket's."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace(str(folder), url)) from None
+        raise UserError(str(error).replace(str(here), url)) from None
 
 
 def put(file: Path, url: str) -> None:

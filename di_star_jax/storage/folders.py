@@ -323,18 +323,28 @@ def open_weights(path: Path) -> Any:
     except (safetensors.SafetensorError, OSError) as error:
         if _begins_as_pickle(path):
             raise _pickle_error(path) from None
+        if _first(path, 4) == b"GGUF":
+            raise UserError(
+                f"{path} is a GGUF file, whose weights are quantised, expected safetensors in F32, "
+                "F16 or BF16; give the file that it was made from"
+            ) from None
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path} is not a readable safetensors file ({reason}); download it again"
         ) from None
 
 
-def _begins_as_pickle(path: Path) -> bool:
+def _first(path: Path, count: int) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
     try:
         with path.open("rb") as file:
-            start = file.read(9)
+            return file.read(count)
     except OSError:
-        return False
+        return b""
+
+
+def _begins_as_pickle(path: Path) -> bool:
+    start = _first(path, 9)
     # A safetensors file may begin with 0x80 too, but its ninth byte is "{".
     return start[:2] == b"PK" or (start[:1] == b"\x80" and start[8:] != b"{")
 
