@@ -87,7 +87,7 @@ def rows(found: dict[str, Any], compute_s: float | None) -> list[tuple[str, str]
         return [("operation by operation", f"{text}; {unknown}")]
     parts = found["seconds_by"].items()
     by = ", ".join(f"{seconds:.3g} s bound by {bound}" for bound, seconds in parts)
-    total = f"at least {found['seconds']:.4g} s a step"
+    total = f"{found['seconds']:.4g} s a step, one after the other"
     if compute_s:
         total += f" ({found['seconds'] / compute_s:.2f} times the roofline of compute)"
     return [

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from di_star_jax.cost import hlo
 from di_star_jax.cost.hlo import Array, Instruction
 
-# An mma of tensor cores: rows or columns, and depth.
-_ROWS, _DEPTH = 8, 16
+_ROWS, _DEPTH = 8, 16  # of an mma of tensor cores, rows or columns
+_LANES, _SUBLANES = 128, 8  # of a TPU
 
 
 class Product(NamedTuple):
@@ -103,17 +103,25 @@ def _padding(
 ) -> float:
     """By which a product grows to fill its tiles.
 
-    On a TPU each axis to the tiles that its arrays have, 128 lanes and 8 sublanes. On tensor cores
-    rows, columns and depth to those of an instruction.
+    On tensor cores rows, columns and depth to those of an instruction. On a TPU depth, and rows or
+    columns, to the sides of its array of multipliers; or each axis to the tiles of its arrays,
+    whichever is more. (The arrays of v6e and tpu7x, 256 wide, count as two of 128.)
     """
     if not any(array.tile for array, _ in labelled):
-        extents = ((rows, _ROWS), (columns, _ROWS), (depth, _DEPTH))
-        return math.prod(-(-n // tile) * tile / n if n else 1.0 for n, tile in extents)
+        return _grown(rows, _ROWS) * _grown(columns, _ROWS) * _grown(depth, _DEPTH)
+    flat = min(
+        _grown(rows, _SUBLANES) * _grown(columns, _LANES),
+        _grown(rows, _LANES) * _grown(columns, _SUBLANES),
+    )
     growth: dict[str, float] = {}
     for array, labels in labelled:
         for label, n, padded in zip(labels, array.dims, array.padded):
             growth[label] = max(growth.get(label, 1.0), padded / n if n else 1.0)
-    return math.prod(growth.values())
+    return max(_grown(depth, _LANES) * flat, math.prod(growth.values()))
+
+
+def _grown(n: int, tile: int) -> float:
+    return -(-n // tile) * tile / n if n else 1.0
 
 
 def _custom_call(one: Instruction, operands: list[Array]) -> Product | None:
