@@ -231,6 +231,77 @@ def entry(*lines):
     return HEADER + "ENTRY %main (a: f32[8]) -> f32[8] {\n" + "\n".join(body) + "\n}\n"
 
 
+def fused(*lines):
+    """A program of one fusion of so many lines; the entry gives it a stack, a row and a place."""
+    body = [*(f"  %{line}" for line in lines[:-1]), f"  ROOT %{lines[-1]}"]
+    inside = "%f (s: f32[64,1024], r: f32[1,1024], i: s32[]) -> f32[8] {\n" + "\n".join(body)
+    result = lines[-1].split(" = ")[1].split(" ")[0]
+    call = f"x = {result} fusion(%stack, %row, %place), kind=kLoop, calls=%f"
+    arguments = (
+        "stack = f32[64,1024]{1,0} parameter(0)",
+        "row = f32[1,1024]{1,0} parameter(1)",
+        "place = s32[] parameter(2)",
+    )
+    text = entry(*arguments, call)
+    return text.replace("ENTRY", f"{inside}\n}}\n\nENTRY")
+
+
+ARGUMENTS = (
+    "s = f32[64,1024]{1,0} parameter(0)",
+    "r = f32[1,1024]{1,0} parameter(1)",
+    "i = s32[] parameter(2)",
+    "zero = s32[] constant(0)",
+)
+ROW = 4 * 1024
+
+
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        # The update is read, its place is written.
+        (["x = f32[64,1024]{1,0} dynamic-update-slice(%s, %r, %i, %zero)"], 2 * ROW + 4),
+        # What an update is made of comes from the stack: all of it is read, a row is written.
+        (
+            [
+                "m = f32[1024]{0} reduce(%s, %zero), dimensions={0}, to_apply=%add",
+                "u = f32[1,1024]{1,0} bitcast(%m)",
+                "x = f32[64,1024]{1,0} dynamic-update-slice(%s, %u, %i, %zero)",
+            ],
+            64 * ROW + ROW + 4,
+        ),
+        # No place to be written: all of it is another array.
+        (
+            [
+                "n = f32[64,1024]{1,0} negate(%s)",
+                "x = f32[64,1024]{1,0} dynamic-update-slice(%n, %r, %i, %zero)",
+            ],
+            64 * ROW + ROW + 4 + 64 * ROW,
+        ),
+        # Of what is cut out of, or of what is computed for that alone, a row.
+        (
+            [
+                "n = f32[64,1024]{1,0} negate(%s)",
+                "c = f32[1,1024]{1,0} dynamic-slice(%n, %i, %zero), dynamic_slice_sizes={1,1024}",
+                "x = f32[1,1024]{1,0} add(%c, %r)",
+            ],
+            3 * ROW + 4,
+        ),
+        # Two rows of one stack.
+        (
+            [
+                "a = f32[1,1024]{1,0} slice(%s), slice={[0:1], [0:1024]}",
+                "b = f32[1,1024]{1,0} slice(%s), slice={[1:2], [0:1024]}",
+                "x = f32[1,1024]{1,0} add(%a, %b)",
+            ],
+            3 * ROW,
+        ),
+    ],
+)
+def test_what_is_fused_reads_and_writes_what_it_must(lines, expected):
+    (op,) = counted(fused(*ARGUMENTS, *lines))
+    assert op.bytes == expected
+
+
 @pytest.mark.parametrize(
     "groups, members",
     [

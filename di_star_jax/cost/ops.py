@@ -131,7 +131,7 @@ class _Counter:
         )
         if not collective:
             return op
-        received = self._received(one, scope, collective)
+        received = self._received(one, collective)
         kind = COLLECTIVES[collective]
         return op._replace(kind=kind, received=received, module=origin.COLLECTIVES)
 
@@ -244,24 +244,19 @@ class _Counter:
         )
         return "reduce-scatter" if is_scatter else (found[0] if found else "")
 
-    def _received(
-        self,
-        one: Instruction,
-        scope: Computation,
-        collective: str,
-    ) -> float:
+    def _received(self, one: Instruction, collective: str) -> float:
         """Bytes that a device receives."""
         n = self._members(one)
         if n < 2:
             return 0.0
-        operands = sum(_all(scope.instructions[name].result) for name in one.operands)
         results = _all(_outputs(one))
-        share = (n - 1) / n
-        if collective == "all-reduce":
-            return 2 * share * results
-        if collective == "reduce-scatter":
-            return share * max(operands, n * results if operands < results else operands)
-        return results if collective == "collective-permute" else share * max(results, operands)
+        factors = {
+            "all-reduce": 2 * (n - 1) / n,
+            "reduce-scatter": n - 1,
+            "collective-permute": 1,
+            "collective-broadcast": 1,
+        }
+        return factors.get(collective, (n - 1) / n) * results
 
     def _members(self, one: Instruction) -> int:
         """Of a collective's group."""
