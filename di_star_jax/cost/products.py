@@ -33,22 +33,30 @@ def of(one: Instruction, operands: list[Array]) -> Product | None:
 
 def _dot(one: Instruction, operands: list[Array]) -> Product:
     left, right = operands[:2]
-    summed = {axis: f"k{i}" for i, axis in enumerate(hlo.integers(one, "lhs_contracting_dims"))}
-    batch = {axis: f"b{i}" for i, axis in enumerate(hlo.integers(one, "lhs_batch_dims"))}
-    of_left = [(summed | batch).get(axis, f"m{axis}") for axis in range(len(left.dims))]
-    summed = {axis: f"k{i}" for i, axis in enumerate(hlo.integers(one, "rhs_contracting_dims"))}
-    batch = {axis: f"b{i}" for i, axis in enumerate(hlo.integers(one, "rhs_batch_dims"))}
-    of_right = [(summed | batch).get(axis, f"n{axis}") for axis in range(len(right.dims))]
+    of_left = _axes(one, "lhs", left, "m")
+    of_right = _axes(one, "rhs", right, "n")
     of_result = [label for label in of_left if label[0] == "b"]
-    of_result += [label for label in of_left if label[0] == "m"]
-    of_result += [label for label in of_right if label[0] == "n"]
+    of_result += [label for label in [*of_left, *of_right] if label[0] in "mn"]
     extents = dict(zip([*of_left, *of_right], [*left.dims, *right.dims]))
-    flop = 2.0 * math.prod(extents.values())
-    labelled = [(left, of_left), (right, of_right), (one.result[0], of_result)]
     rows, columns, depth = (
         math.prod(n for label, n in extents.items() if label[0] == kind) for kind in "mnk"
     )
+    labelled = [(left, of_left), (right, of_right), (one.result[0], of_result)]
+    flop = 2.0 * math.prod(extents.values())
     return Product(flop, flop * _padding(labelled, rows, columns, depth), "matmul")
+
+
+def _axes(
+    one: Instruction,
+    side: str,
+    array: Array,
+    free: str,
+) -> list[str]:
+    """A dot's operand's axes by name: b for batch, k for what is summed over, and a free one."""
+    names = {axis: f"b{i}" for i, axis in enumerate(hlo.integers(one, f"{side}_batch_dims"))}
+    summed = hlo.integers(one, f"{side}_contracting_dims")
+    names |= {axis: f"k{i}" for i, axis in enumerate(summed)}
+    return [names.get(axis, f"{free}{axis}") for axis in range(len(array.dims))]
 
 
 def _convolution(one: Instruction, operands: list[Array]) -> Product:
