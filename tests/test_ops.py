@@ -302,6 +302,17 @@ def test_what_is_fused_reads_and_writes_what_it_must(lines, expected):
     assert op.bytes == expected
 
 
+def test_slices_that_stand_alone_cost_what_they_cut_out():
+    read, written = counted(
+        entry(
+            *ARGUMENTS,
+            "c = f32[1,1024]{1,0} dynamic-slice(%s, %i, %zero), dynamic_slice_sizes={1,1024}",
+            "x = f32[64,1024]{1,0} dynamic-update-slice(%s, %c, %i, %zero)",
+        )
+    )
+    assert (read.bytes, written.bytes) == (2 * ROW + 8, 2 * ROW)
+
+
 @pytest.mark.parametrize(
     "groups, members",
     [
@@ -365,6 +376,26 @@ def test_a_kernels_attributes_may_have_line_breaks():
     (op,) = counted(text)
     flop = 2 * 2 * 2 * 4 * 1024 * 1024 * 64
     assert (op.kind, op.flop, op.padded) == ("attention", flop, 2 * flop)
+
+
+@pytest.mark.parametrize(
+    "kernel, result, window, labels, flop",
+    [
+        # As XLA writes for TPUs a product with the kernels of 20 heads, and a batch of products.
+        ("20,64,128", "32,20,64", "size=20 pad=19_19 rhs_reversal=1", "bf0_0oi->b0f", 20 * 64),
+        ("4,16,128", "4,32,16", "size=4 stride=3 lhs_dilate=4", "0bf_0oi->0bf", 4 * 16),
+    ],
+)
+def test_products_that_are_written_as_convolutions(kernel, result, window, labels, flop):
+    image = "4,32,128" if "lhs_dilate" in window else "32,128,1"
+    (op,) = counted(
+        entry(
+            f"a = f32[{image}] parameter(0)",
+            f"b = f32[{kernel}] parameter(1)",
+            f"x = f32[{result}] convolution(%a, %b), window={{{window}}}, dim_labels={labels}",
+        )
+    )
+    assert op.flop == 2 * 32 * 128 * flop
 
 
 LIMITS = Chip(flops=1e9, memory=0.0, bandwidth=1e6, network=1e3)

@@ -65,7 +65,8 @@ def _convolution(one: Instruction, operands: list[Array]) -> Product:
     taps = dict(zip(of_right, right.dims))
     axes = hlo.window(one)
     pairs = math.prod(
-        _pairs(result.dims[of_result.index(f"{i}")], axis) for i, axis in enumerate(axes)
+        _pairs(result.dims[of_result.index(f"{i}")], left.dims[of_left.index(f"{i}")], axis)
+        for i, axis in enumerate(axes)
     )
     channels = result.dims[of_result.index("f")]
     batch = result.dims[of_result.index("b")]
@@ -88,14 +89,27 @@ def _labels(one: Instruction) -> tuple[list[str], list[str], list[str]]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _pairs(outputs: int, axis: hlo.Axis) -> int:
+def _pairs(
+    outputs: int,
+    inputs: int,
+    axis: hlo.Axis,
+) -> int:
     """Along an axis, the products of an output's and a tap's place.
 
     Those with the zeros around an image count as work, those with the holes of a dilation do not:
-    so does `flops.count`, and XLA for TPUs writes a batch of matrix products as such holes.
+    so does `flops.count`. XLA for TPUs writes a batch of matrix products as such holes, and one
+    product with many heads' kernels as a window that is wider than its image: then what lies
+    outside does not count either.
     """
-    if axis.lhs_dilate == 1:
+    if axis.lhs_dilate == 1 and inputs >= axis.size:
         return outputs * axis.size
+    if axis.lhs_dilate == 1:
+        places = (
+            place * axis.stride + tap * axis.rhs_dilate - axis.pad[0]
+            for place in range(outputs)
+            for tap in range(axis.size)
+        )
+        return sum(0 <= place < inputs for place in places)
     holes = axis.lhs_dilate
     taps = [0] * holes
     for tap in range(axis.size):
