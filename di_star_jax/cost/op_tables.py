@@ -85,13 +85,13 @@ def rows(found: dict[str, Any], compute_s: float | None) -> list[tuple[str, str]
     if "seconds" not in found:
         unknown = "no seconds: the bandwidth of this device's memory is not known"
         return [("operation by operation", f"{text}; {unknown}")]
-    parts = found["seconds_by"].items()
-    by = ", ".join(f"{seconds:.3g} s bound by {bound}" for bound, seconds in parts)
     total = f"{found['seconds']:.4g} s a step, one after the other"
     if compute_s:
-        total += f" ({found['seconds'] / compute_s:.2f} times the roofline of compute)"
+        total += f", {found['seconds'] / compute_s:.2f} times the roofline of compute"
+    by = [f"{seconds:.3g} s of it by {bound}" for bound, seconds in found["seconds_by"].items()]
     return [
-        ("operation by operation", f"{total}: {by}"),
+        ("operation by operation", total),
+        ("bound", ", ".join(by)),
         ("in all", f"{text}; tiles add {100 * padding:.1f} % to products"),
         ("without a source line", f"{100 * found['unnamed']:.1f} % of the time"),
     ]
@@ -121,7 +121,7 @@ def _lines(
 
 def _heads(whole: float | None) -> list[str]:
     times = ["ms", "%", "bound"] if whole else []
-    return [*times, "TF", "GB", "GB sent", "runs"]
+    return [*times, "TF", "GB", "net GB", "runs"]
 
 
 def _cells(row: dict[str, Any], whole: float | None) -> list[str]:
