@@ -171,6 +171,8 @@ def stack_of(*places):
         ([("models/layers.py", "Attention.__call__"), ("models/vae.py", "f")], "VAE"),
         ([("models/clip.py", "CLIPMLP.__call__"), ("step.py", "f")], "text encoders"),
         ([("models/clip.py", "CLIPMLP.__call__"), ("rewards/similarity.py", "f")], "reward"),
+        ([("models/layers.py", "ResnetBlock2D.f"), ("rewards/views.py", "_map_slices")], "VAE"),
+        ([("models/layers.py", "LayerNorm.f"), ("rewards/views.py", "_map_slices")], "reward"),
         ([("models/layers.py", "GroupNorm.f"), ("models/layers.py", "ResnetBlock2D.f")], "norms"),
         ([("models/layers.py", "scan_blocks"), ("models/layers.py", "Attention.f")], "weights"),
         ([("models/layers.py", "Attention.f"), ("models/layers.py", "scan_blocks")], "attention"),

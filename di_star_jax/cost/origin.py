@@ -18,6 +18,9 @@ _WHOLE = {
     "models/clip.py": "text encoders",
     "models/t5.py": "text encoders",
 }
+# The decoder's, which a reward's loop over slices calls; no reward has such layers. XLA does not
+# know all who called a layer that is computed again.
+_DECODER = re.compile(r"(ResnetBlock2D|Upsample2D|GroupNorm|Attention)\.")
 # What loops over layers or networks cut out of their stacks, and what makes kernels ready.
 _WEIGHTS = re.compile(r"scan_blocks|gather_param|whole_kernel|scanned_scores|looped|leaf")
 # By the function that is nearest.
@@ -47,7 +50,8 @@ def module(stack: Sequence[Frame]) -> str:
     ours = [(frame, _ours(frame)) for frame in stack if _ours(frame)]
     for start, group in _WHOLE.items():
         if any(file.startswith(start) for _, file in ours):
-            return group
+            is_decoder = any(_DECODER.match(frame.function) for frame, _ in ours)
+            return "VAE" if group == "reward" and is_decoder else group
     if ours and _WEIGHTS.fullmatch(ours[0][0].function.rpartition("<locals>.")[2]):
         return "weights"
     for frame, file in ours:
