@@ -325,8 +325,6 @@ MUTANTS = r"""
 - return tuple(each for each in one.result if each.dtype not in ("u8", "s8"))
 + return one.result
 @ cost/products.py | test_ops.py | closed_form and not tpu and not gpu
-- taps[tap * axis.rhs_dilate % holes] += 1
-+ taps[0] += 1
 - return sum(taps[(axis.pad[0] - place * axis.stride) % holes] for place in range(outputs))
 + return sum(taps) * outputs
 @ cost/products.py | test_ops.py | written_as_convolutions
