@@ -2,6 +2,7 @@
 """What a step costs, and how far from the limit it is; random weights, nothing is downloaded.
 
     di-star benchmark --config=sdxl --topology=v5e:4x4  # no TPU needed
+    di-star benchmark --config=sdxl_lora --topology=rtx4090:1 --ops  # where the time goes
     di-star benchmark --config=sdxl --config.mesh.fsdp=1 --config.data.batch_size=4 --vs=torch
     di-star benchmark --config=shapes --what=denoiser --vs=torch
 
@@ -40,7 +41,7 @@ from di_star_jax import assembly, log, sharding, xla_flags
 from di_star_jax.checks import check
 from di_star_jax.command import run as run_command
 from di_star_jax.cost import compile as aot
-from di_star_jax.cost import plan
+from di_star_jax.cost import op_tables, plan
 from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError, check_all
 from di_star_jax.pipelines.family import DENOISER
@@ -66,6 +67,7 @@ class Request:
       effort: of XLA; None is -1 for a topology, else 0.
       per_device: images, in place of data.batch_size; None is 1 for a topology, for the config's
         batch is meant for a larger one.
+      ops: whether the compiled program's operations are counted one by one.
     """
 
     what: str
@@ -75,6 +77,7 @@ class Request:
     repeats: int = 20
     effort: float | None = None
     per_device: int | None = None
+    ops: bool = False
 
 
 def materialise(args: tuple, seed: int = 0) -> tuple:
@@ -236,7 +239,9 @@ def report(result: dict) -> str:
     """The result as lines to read."""
     rows = [*_compiled_rows(result), *_measured_rows(result)]
     width = max(len(name) for name, _ in rows)
-    return "\n".join([*_heading(result), *(f"  {name:<{width}}  {text}" for name, text in rows)])
+    tables = op_tables.tables(result["ops"]) if "ops" in result else []
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+    return "\n".join([*_heading(result), *lines, *tables])
 
 
 def _heading(result: dict) -> list[str]:
@@ -282,6 +287,8 @@ def _compiled_rows(result: dict) -> list[tuple[str, str]]:
             f"at least {max(least.values()):.3f} s a step"
         )
         rows.append(("roofline", text))
+    if "ops" in result:
+        rows += op_tables.rows(result["ops"], result.get("roofline", {}).get("compute_s"))
     return rows
 
 
@@ -342,6 +349,10 @@ def run(config, request: Request) -> dict:
         "model_flop": model_flop,
         **_compilation(compiled, mesh, model_flop * config.data.batch_size / len(devices)),
     }
+    if request.ops:
+        with log.waiting("counting operations"):
+            chip = CHIPS.get(chip_of(devices[0].device_kind))
+            result["ops"] = op_tables.of_text(compiled.run.as_text(), chip)
     if not request.topology:
         calls = {"ours": _our_call(work, compiled), **theirs}
         result |= _measurement(work, result, apart | times_of(calls, request.repeats))
@@ -542,6 +553,7 @@ def main() -> None:
         repeats=args.repeats,
         effort=args.effort,
         per_device=args.per_device,
+        ops=args.ops,
     )
     file = _json_file(args.json)
     result = run(args.config, request)
@@ -595,6 +607,12 @@ def define_flags() -> None:
         None,
         "Images on each device, in place of data.batch_size; 1 for a topology, if not given.",
         lower_bound=1,
+    )
+    flags.DEFINE_bool(
+        "ops",
+        False,
+        "Also what each operation of the compiled program costs at least, by source line and "
+        "module.",
     )
     flags.DEFINE_enum("vs", None, ["torch"], "Measures the same work in PyTorch too.")
     flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 
+from di_star_jax.cost.chips import CHIPS, chip_of
 from di_star_jax.errors import UserError
 
 EXAMPLES = "h100:1, h200:8 or rtx4090:1"
@@ -22,7 +23,8 @@ class Gpu(NamedTuple):
 
     kind: as its driver names it. capability: CUDA's, (major, minor). cores: multiprocessors.
     lanes: of float32 in each. threads: that a core holds. shared: bytes of shared memory a core,
-    1024 of them the system's. cache: bytes of L2. clock: GHz. memory: bytes; bandwidth: bytes/s.
+    1024 of them the system's. cache: bytes of L2. clock: GHz. memory: bytes. Its bandwidth is in
+    `chips.CHIPS`.
     """
 
     kind: str
@@ -34,7 +36,6 @@ class Gpu(NamedTuple):
     cache: int
     clock: float
     memory: int
-    bandwidth: float
 
 
 # NVIDIA's data sheets and CUDA's table of compute capabilities; memory as drivers show it.
@@ -48,7 +49,6 @@ _H100 = Gpu(
     cache=50 * 2**20,
     clock=1.98,
     memory=84_942_979_072,
-    bandwidth=3.352e12,
 )
 GPUS = {
     "a100": Gpu(
@@ -61,10 +61,9 @@ GPUS = {
         cache=40 * 2**20,
         clock=1.41,
         memory=85_097_971_712,
-        bandwidth=2.039e12,
     ),
     "h100": _H100,
-    "h200": _H100._replace(kind="NVIDIA H200", memory=151_397_597_184, bandwidth=4.8e12),
+    "h200": _H100._replace(kind="NVIDIA H200", memory=151_397_597_184),
     "rtx4090": Gpu(
         "NVIDIA GeForce RTX 4090",
         (8, 9),
@@ -75,7 +74,6 @@ GPUS = {
         cache=72 * 2**20,
         clock=2.52,
         memory=25_393_692_672,
-        bandwidth=1.008e12,
     ),
 }
 
@@ -102,6 +100,7 @@ def parse(name: str) -> Gpus | None:
 def description(gpu: Gpu) -> str:
     """Text form of XLA's `GpuTargetConfigProto`."""
     major, minor = gpu.capability
+    bandwidth = CHIPS[chip_of(gpu.kind)].bandwidth
     return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -115,7 +114,7 @@ gpu_device_info {{
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: {int(gpu.bandwidth)}
+  memory_bandwidth: {int(bandwidth)}
   l2_cache_size: {gpu.cache}
   clock_rate_ghz: {gpu.clock}
   device_memory_size: {gpu.memory}
