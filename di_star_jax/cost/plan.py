@@ -123,7 +123,14 @@ class Plan:
         if self.learnt is None:
             return {}
         sizes = (self._networks[DENOISER] / self.shards, sum(self.learnt) / self.shards)
-        return phases(self.config, *sizes, activations(self.config, *widths(self.known)))
+        of_image = activations(self.config, *widths(self.known), flash=self._is_flash)
+        return phases(self.config, *sizes, of_image)
+
+    @property
+    def _is_flash(self) -> bool:
+        """Whether long self-attention keeps no maps."""
+        asked = self.config.compute.attention
+        return asked in ("splash", "cudnn") or (asked == "auto" and self.device_kind != CPU)
 
     @property
     def _networks(self) -> dict[str, int]:
