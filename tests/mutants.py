@@ -325,10 +325,12 @@ MUTANTS = r"""
 - best = min(tried, key=lambda row: row.need)
 + best = tried[0]
 @ cost/remat.py | test_remat.py | earlier_one or anew or left_alone or first_one or known_memory
-- if kept.get("question") == question:
-+ if kept:
-- if kept.get("question") == question:
-+ if False:
+- return Choice(**kept["choice"])._asdict() if kept["question"] == question else None
++ return Choice(**kept["choice"])._asdict()
+- return Choice(**kept["choice"])._asdict() if kept["question"] == question else None
++ return None
+- except (OSError, ValueError, TypeError, KeyError):
++ except (OSError, TypeError, KeyError):
 - "versions": record.versions(),
 + "versions": {},
 - "device": [planned.device_kind, planned.devices, memory],

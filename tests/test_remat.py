@@ -297,7 +297,7 @@ def test_without_a_known_memory_the_plan_decides(config, mesh, monkeypatch):
     found = remat.search(config, mesh, None, effort=0.0)
     assert found == Found(NOTHING, [], None)
     told = remat.told(found, None, "cpu")
-    assert told.endswith("as the plan has it, for of cpu its compiler is not asked")
+    assert told.endswith("as the plan has it, for cpu has no memory of its own that is known")
     assert remat.memory_of(jax.devices()[0]) is None
 
 
@@ -363,8 +363,19 @@ def test_another_config_device_or_version_searches_anew(
     assert starts() == 4
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
     assert starts() == 5
-    (tmp_path / remat.FILE).write_text("{")
-    assert starts() == 6
+    for damaged in ("{", "[]", "{}", '{"question": 1}'):
+        searches.clear()
+        (tmp_path / remat.FILE).write_text(damaged)
+        assert starts() == 1
+
+
+def test_a_process_takes_what_the_first_one_has_whatever_it_sees_itself(
+    config, mesh, searches, tmp_path, monkeypatch
+):
+    first = json.dumps(ALL._replace(reward="none")._asdict())
+    monkeypatch.setattr(processes, "gather", lambda name, text: [first, text])
+    assert Choice.of(remat.settled(config, mesh, tmp_path)) == ALL._replace(reward="none")
+    assert not searches
 
 
 def test_a_config_that_does_not_ask_is_left_alone(config, mesh, searches, tmp_path):

@@ -35,6 +35,7 @@ _BESIDE = (
     "dry_run",
     "train.",
     "ema.",
+    "assistant.warmup_steps",
     "data.prompts",
     "data.prompts_file",
     "data.column",
@@ -87,9 +88,10 @@ def settled(
     planned = _planned(config, mesh)
     memory = memory_of(device)
     question = _question(planned, memory)
-    kept = json.loads(_of_first(json.dumps(_kept(folder / FILE))))
-    if kept.get("question") == question:
-        choice = Choice(**kept["choice"])
+    # Compared by the first one alone, for the others may see another memory, or another folder.
+    kept = json.loads(_of_first(json.dumps(_kept(folder / FILE, question))))
+    if kept is not None:
+        choice = Choice(**kept)
         log.say(f"compute.remat=auto: {choice}, as {FILE} of an earlier start has it")
         return with_choice(config, choice)
     found = search(config, mesh, memory, effort=0.0)
@@ -231,7 +233,7 @@ def told(
 ) -> str:
     """What was chosen and why, with the table of what was tried. Args: memory, of a device."""
     if memory is None:
-        why = f"as the plan has it, for of {device_kind} its compiler is not asked"
+        why = f"as the plan has it, for {device_kind} has no memory of its own that is known"
         return f"compute.remat=auto: {found.choice}: {why}"
     why = f"the first that fits {memory / 1e9:.1f} GB of {device_kind} with {SPARE:.0%} to spare"
     return f"{table(found.tried)}\ncompute.remat=auto: {found.choice}: {why}"
@@ -300,13 +302,13 @@ def _question(planned: Plan, memory: float | None) -> dict[str, Any]:
     return json.loads(json.dumps(content))
 
 
-def _kept(file: Path) -> dict[str, Any]:
-    """What an earlier start has found; {} where that cannot be read."""
+def _kept(file: Path, question: dict[str, Any]) -> dict[str, Any] | None:
+    """The choice of an earlier start that had the same question; None where there is none."""
     try:
         kept = files.read_json(file)
-        return kept if isinstance(kept, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        return Choice(**kept["choice"])._asdict() if kept["question"] == question else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _of_first(text: str) -> str:
