@@ -302,6 +302,10 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.compute.microbatches = 1
     # one traced denoiser serves several passes: compiles in half the time, 6 % more work
     config.compute.loop_networks = True
+    # "auto" chooses the three fields below, compute.microbatches and decode.slice: of what fits the
+    # device by its compiler with 8 % to spare, the least work; kept in the workdir. Empty: as these
+    # fields say
+    config.compute.remat = ""
     # what the denoiser recomputes in the backward pass, by block: full, dots (all but matrix
     # products), none
     config.compute.remat_denoiser = "full"

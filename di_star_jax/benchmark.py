@@ -41,7 +41,7 @@ from di_star_jax import assembly, log, sharding, xla_flags
 from di_star_jax.checks import check
 from di_star_jax.command import run as run_command
 from di_star_jax.cost import compile as aot
-from di_star_jax.cost import op_tables, plan
+from di_star_jax.cost import op_tables, plan, policies, remat
 from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError, check_all
 from di_star_jax.pipelines.family import DENOISER
@@ -328,6 +328,14 @@ def run(config, request: Request) -> dict:
     _prepare(config, request, devices)
     m = config.mesh
     mesh = sharding.make_mesh(m.data, m.fsdp, m.context, devices=devices)
+    default = -1.0 if request.topology else 0.0
+    effort = default if request.effort is None else request.effort
+    chosen = None
+    if policies.is_asked(config):
+        memory = remat.memory_of(devices[0])
+        chosen = remat.search(config, mesh, memory, effort)
+        log.say(remat.told(chosen, memory, devices[0].device_kind))
+        config = remat.with_choice(config, chosen.choice)
     theirs = {"torch": _torch_call(config, request.what)} if request.versus else {}
     with log.waiting("counting FLOP"):
         work = aot.WORK[request.what](config, mesh)
@@ -337,10 +345,10 @@ def run(config, request: Request) -> dict:
     if apart:
         theirs.clear()
         _forget_torch()
-    default = -1.0 if request.topology else 0.0
-    effort = default if request.effort is None else request.effort
-    with log.waiting(f"compiling {request.what}", _compile_estimate(request, effort)):
-        compiled = aot.compile_work(work, config, effort=effort)
+    compiled = chosen and chosen.compiled
+    if compiled is None:
+        with log.waiting(f"compiling {request.what}", _compile_estimate(request, effort)):
+            compiled = aot.compile_work(work, config, effort=effort)
     result = {
         "what": request.what,
         "config": request.name,
@@ -365,6 +373,11 @@ def _prepare(
     devices: list[jax.Device],
 ) -> None:
     """Sets the batch, and refuses what cannot run."""
+    if policies.is_asked(config) and request.what != "train":
+        raise UserError(
+            f"compute.remat='auto' with --what={request.what}, but it chooses for the whole step; "
+            "use --what=train, or set compute.remat=''"
+        )
     if request.versus:
         check_all(lambda: _check_torch(config), _check_torch_is_there)
     config.dry_run = True

@@ -26,7 +26,7 @@ from di_star_jax import (
 )
 from di_star_jax.assembly import Parts
 from di_star_jax.config import fields
-from di_star_jax.cost import flops, plan, report
+from di_star_jax.cost import flops, plan, remat, report
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import held_out
 from di_star_jax.evaluation.held_out import HeldOut
@@ -108,6 +108,8 @@ def follow(
         if begun.latest is not None:
             stop.goes_on = f"stopped at step {begun.latest}; the same command goes on"
 
+        with stop.free():
+            config = remat.settled(config, mesh, workdir.folder)
         with stop.free(), log.waiting("loading weights", "minutes for SDXL"):
             agree_on_weights(config, begun.latest)
             check_export(folders.resolve(config.weights.reference), workdir.folder / FOLDER)

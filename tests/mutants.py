@@ -288,6 +288,70 @@ MUTANTS = r"""
 + return total
 - denoiser -= assistant.forward
 + pass
+@ cost/policies.py | test_remat.py | every_choice or the_plan_takes or least_cut or asks_no_compiler
+- for size in (0, *_divisors(images // count)[:-1])
++ for size in (0, *_divisors(images)[:-1])
+- fitting = [choice for choice, size in sized.items() if size <= room(memory)]
++ fitting = [choice for choice, size in sized.items() if size <= memory]
+- return min(fitting, key=lambda choice: (repeated(choice), choice.coarseness))
++ return min(fitting, key=repeated)
+- return self.microbatches, -(self.slice or math.inf)
++ return self.microbatches, self.slice
+@ cost/plan.py | test_remat.py | asks_no_compiler or machines_ram or other_fields
+- if plan.device_kind == CPU and not plan.config.dry_run:
++ if plan.device_kind == CPU and plan.config.dry_run:
+- sharing = self.mesh["data"] * self.mesh["fsdp"]
++ sharing = 1
+@ cost/activations.py | test_remat.py | sdxl_on_v5e or keeps_products
+- by_policy = {"none": (everything, 0.0), "dots": (0.46 + 3.15, 0.80), "full": (0.46, 0.80)}
++ by_policy = {"none": (everything, 0.0), "dots": (0.46, 0.80), "full": (0.46, 0.80)}
+@ cost/remat.py | test_remat.py | compiled_first or passed_over or corrects or bounded or rules
+- if size > (1 + TOLERANCE) * have or any(size >= row.planned for row in failed):
++ if size > have or any(size >= row.planned for row in failed):
+- if size > (1 + TOLERANCE) * have or any(size >= row.planned for row in failed):
++ if any(size >= row.planned for row in failed):
+- if size > (1 + TOLERANCE) * have or any(size >= row.planned for row in failed):
++ if size > (1 + TOLERANCE) * have:
+- return all(size * row.need / row.planned <= have for row in alike)
++ return True
+- if len(tried) < MOST - 1:
++ if len(tried) < MOST:
+- return None if last in {row.choice for row in tried} else last
++ return None
+- return min(may, key=lambda c: (flop[c.policies], c.coarseness, sized[c]))
++ return min(may, key=lambda c: (sized[c], flop[c.policies]))
+@ cost/remat.py | test_remat.py | first_that_fits or nothing_fits
+- tried.append(Tried(choice, flop[choice.policies], size, need, need <= have))
++ tried.append(Tried(choice, flop[choice.policies], size, need, need <= memory))
+- best = min(tried, key=lambda row: row.need)
++ best = tried[0]
+@ cost/remat.py | test_remat.py | earlier_one or anew or left_alone or first_one or known_memory
+- return Choice(**kept["choice"])._asdict() if kept["question"] == question else None
++ return Choice(**kept["choice"])._asdict()
+- return Choice(**kept["choice"])._asdict() if kept["question"] == question else None
++ return None
+- except (OSError, ValueError, TypeError, KeyError):
++ except (OSError, TypeError, KeyError):
+- "versions": record.versions(),
++ "versions": {},
+- "device": [planned.device_kind, planned.devices, memory],
++ "device": [planned.device_kind, planned.devices],
+- return processes.gather("compute.remat", text)[0]
++ return processes.gather("compute.remat", text)[-1]
+- config.dry_run = False  # for the devices of the mesh
++ pass
+@ cost/remat.py | test_remat.py | out_of_memory_of
+- return error.need, None
++ raise
+@ cost/compile.py | test_remat.py | out_of_memory_of
+- return memory.get("arguments", 0) + memory.get("temporaries", 0)
++ return memory.get("peak", 0)
+@ cost/remat.py | test_remat.py | executed_flop
+- p: count(aot.reward_work, whole._replace(**{name: p})) - behind if p != "full" else 0.0
++ p: 0.0
+@ benchmark.py | test_remat.py | benchmark_of_a_part
+- if policies.is_asked(config) and request.what != "train":
++ if False:
 @ cost/advice.py | test_plan.py | shortest_list or first_that_is or fields_that_can
 - for count in range(1, len(known) + 1):
 + for count in range(len(known), 0, -1):

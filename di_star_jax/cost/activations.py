@@ -30,12 +30,16 @@ def activations(
     config,
     width: float = 1.0,
     vae_width: float = 1.0,
+    flash: bool = False,
 ) -> Activations:
-    """Args: config; width, vae_width, as of `widths`.
+    """Args: config; width, vae_width, as of `widths`; flash, whether the attention kernel keeps no
+    maps.
 
     Counted on SDXL at 1024 pixels in bfloat16, per image (batch 1 of one network):
       UNet: keeps 0.46 GB and works in 0.80 GB (0.13 and one attention map in float32) with
-        recomputation; keeps 13.0 GB (outputs 6.9, attention maps 6.1) without;
+        recomputation; keeps 13.0 GB (outputs 6.9, attention maps 6.1) without; with that of all
+        but matrix products, these too: in 10 blocks of 4096 tokens and 640 channels and 60 of 1024
+        and 1280, 15 times the channels for each token, 3.15 GB;
       VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without.
     Scaled by pixels (of what the decoder sees, `decode.view`), width and dtype; attention maps grow
     faster than that, and the reward's own network is small beside the VAE. The scores' gradient
@@ -44,7 +48,10 @@ def activations(
 
     The decoder has a width of its own, for scaled by the denoiser's, PixArt's came out too small.
     """
-    keep, work = (0.46, 0.80) if config.compute.remat_denoiser != "none" else (13.0, 0.0)
+    everything = 6.9 if flash else 13.0
+    by_policy = {"none": (everything, 0.0), "dots": (0.46 + 3.15, 0.80), "full": (0.46, 0.80)}
+    keep, work = by_policy[config.compute.remat_denoiser]
+    # Its convolutions are no products to a policy, so "dots" keeps as little as "full".
     vae = 4.3 if config.compute.remat_vae != "none" else 13.4
     item = jnp.dtype(config.compute.dtype).itemsize / 2
     pixels = (config.data.resolution / 1024) ** 2

@@ -361,6 +361,14 @@ def _memory(compiled: Any) -> dict[str, int]:
     }
 
 
+def held(memory: dict[str, int]) -> int:
+    """Bytes that a device must have. Args: memory, as of `Compiled`; 0 where that says nothing.
+
+    Temporaries are one buffer, as large as it gets, beside arguments.
+    """
+    return memory.get("arguments", 0) + memory.get("temporaries", 0)
+
+
 def _too_large(
     error: Exception,
     config,

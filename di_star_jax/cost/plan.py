@@ -7,7 +7,7 @@ import functools
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
 from di_star_jax.assembly import has_own_base, lora_of, reference_dtype, reward_sources
+from di_star_jax.cost import policies
 from di_star_jax.cost.activations import Phase, activations, phases
 from di_star_jax.cost.chips import CHIPS, chip_of
 from di_star_jax.errors import UserError
@@ -35,6 +36,14 @@ PROGRAM = 3.6e9
 # up to 13 % more of a step than this plan (SD 1.5 on v5e, 11.02 GB for 9.72; docs/performance.md).
 ROOM = 0.88
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class OutOfMemory(UserError):
+    """A step that a device cannot hold. Attributes: need, bytes."""
+
+    def __init__(self, line: str, need: float):
+        super().__init__(line)
+        self.need = need
 
 
 class Known(NamedTuple):
@@ -118,8 +127,14 @@ class Plan:
             return {}
         denoiser = self._networks[DENOISER] / self.shards
         grads = gradients_at_once(self.config, self.learnt) / self.shards
-        of_image = activations(self.config, *widths(self.known))
+        of_image = activations(self.config, *widths(self.known), flash=self._is_flash)
         return phases(self.config, denoiser, grads, of_image)
+
+    @property
+    def _is_flash(self) -> bool:
+        """Whether long self-attention keeps no maps."""
+        asked = self.config.compute.attention
+        return asked in ("splash", "cudnn") or (asked == "auto" and self.device_kind != CPU)
 
     @property
     def _networks(self) -> dict[str, int]:
@@ -160,6 +175,22 @@ class Plan:
         """Whether a device of so many bytes holds it, with room for what an estimate lacks."""
         return self.bytes <= ROOM * memory
 
+    def having(self, fields: dict[str, Any]) -> "Plan":
+        """The plan with other values of fields on which parameters do not depend."""
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(fields)
+        made = dataclasses.replace(self, config=config)
+        # They take long to count, and hundreds of plans may be compared.
+        vars(made).update(parameters=self.parameters, learnt=self.learnt)
+        return made
+
+    @functools.cached_property
+    def choices(self) -> dict[policies.Choice, float]:
+        """All that compute.remat='auto' may choose, with the bytes of each."""
+        sharing = self.mesh["data"] * self.mesh["fsdp"]
+        known = policies.choices(self.config.data.batch_size // sharing)
+        return {choice: self.having(choice.fields).bytes for choice in known}
+
     def images_in(self, memory: float) -> int:
         """The most images at a time with which it `fits` a device of so many bytes; 0 for none."""
         room = ROOM * memory - sum(self.state.values())
@@ -176,6 +207,8 @@ def make(
 
     Args: planned, devices that it is for; None for those given, and of a dry run for as many as the
       mesh asks for.
+    Returns: of a config that asks for compute.remat='auto', with what that is by formula where the
+      device's memory is known.
     Raises: UserError for an unusable model folder, and where the mesh cannot split the denoiser or
       the image.
     """
@@ -186,7 +219,23 @@ def make(
     known = known_models(config)
     made = Plan(config, mesh, device_count, device_kind, known, abstract_models(known))
     check_mesh(made)
-    return made
+    memory = memory_of(made)
+    if not policies.is_asked(config) or memory is None:
+        return made
+    return made.having(policies.by_size(made.choices, memory).fields)
+
+
+def memory_of(plan: Plan) -> float | None:
+    """Bytes that a device has for a plan, of a CPU its share of the machine's RAM.
+
+    None where that or the models are unknown, and of a CPU that a dry run is not for.
+    """
+    chip = CHIPS.get(chip_of(plan.device_kind))
+    if plan.learnt is None:
+        return None
+    if plan.device_kind == CPU and not plan.config.dry_run:
+        return (ram_here() - PROGRAM) / plan.devices_here
+    return chip.memory if chip else None
 
 
 def check_mesh(plan: Plan) -> None:
@@ -375,14 +424,15 @@ def out_of_memory(
     have: float,
     device_kind: str,
     config,
-) -> UserError:
+) -> OutOfMemory:
     """What to do about it. Args: need, have, GB of one chip."""
     c = config.compute
-    return UserError(
+    return OutOfMemory(
         f"the step needs {need:.1f} GB a device, {device_kind} has {have:.1f}; in this order raise "
         f"compute.microbatches={c.microbatches}, set compute.remat_denoiser={c.remat_denoiser!r}, "
         f"remat_vae={c.remat_vae!r} and remat_reward={c.remat_reward!r} to 'full', raise "
-        f"mesh.fsdp={config.mesh.fsdp}, lower data.batch_size={config.data.batch_size}"
+        f"mesh.fsdp={config.mesh.fsdp}, lower data.batch_size={config.data.batch_size}",
+        need * 1e9,
     )
 
 

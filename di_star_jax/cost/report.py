@@ -3,9 +3,9 @@
 
 import textwrap
 
-from di_star_jax.cost import advice, work
+from di_star_jax.cost import advice, policies, work
 from di_star_jax.cost.chips import CARDS, CHIPS, FRACTION, chip_of
-from di_star_jax.cost.plan import CPU, PROGRAM, ROOM, Plan, ram_here
+from di_star_jax.cost.plan import CPU, PROGRAM, ROOM, Plan, memory_of, ram_here
 
 _ADVISED = (24, 48, 80)  # cards that a dry run says how to fit
 _TPUS = {name: chip.memory for name, chip in CHIPS.items() if name.startswith(("v", "tpu"))}
@@ -16,7 +16,7 @@ def describe(plan: Plan) -> list[str]:
 
     Of memory only where a chip is known or asked for: on other devices nobody runs out of it.
     """
-    lines = [_mesh_line(plan), *_batch_lines(plan)]
+    lines = [_mesh_line(plan), *_batch_lines(plan), *_remat_lines(plan)]
     lines += [f"parameters: {count:>13,} {name}" for name, count in plan.parameters.items()]
     lines += [f"parameters: unknown before its config.json is here: {f}" for f in plan.unknown]
     dry_run = plan.config.dry_run
@@ -49,6 +49,19 @@ def _batch_lines(plan: Plan) -> list[str]:
         f"steps: {c.assistant.warmup_steps} of the assistant alone, then {c.train.steps} of both, "
         f"{c.train.steps * c.data.batch_size:,} images",
     ]
+
+
+def _remat_lines(plan: Plan) -> list[str]:
+    """What compute.remat='auto' comes to before a compiler is asked."""
+    if not policies.is_asked(plan.config):
+        return []
+    choice = policies.Choice.of(plan.config)
+    if memory_of(plan) is None:
+        why = "what follows is of the fields as they are, for a device whose memory is not known"
+        more = "; --topology=v5e:4x4 or the like names one" if plan.config.dry_run else ""
+        return _wrapped(f"compute.remat=auto: {why}{more}")
+    asks = "" if plan.device_kind == CPU else "; before its first step a run asks the compiler"
+    return _wrapped(f"compute.remat=auto: {choice}, by the plan's formula{asks}")
 
 
 def _memory_lines(plan: Plan) -> list[str]:
