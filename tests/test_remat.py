@@ -139,7 +139,7 @@ def test_the_plan_of_an_accelerator_keeps_products_but_no_attention_maps():
     def kept(policy, kind):
         changes = {"compute.remat_denoiser": policy, "data.batch_size": 16}
         made = plan.make(dry(**changes), 16, kind)
-        return made.phases["gradients of both"].image / 1e9
+        return made.phases["gradients and learning"].image / 1e9
 
     full, dots, none = (kept(policy, "TPU v5 lite") for policy in ("full", "dots", "none"))
     # 10 blocks of 64 x 64 tokens and 60 of 32 x 32, of 15 outputs in bfloat16.
