@@ -498,6 +498,7 @@ def test_names_and_scales_of_other_programs_are_read_as_they_read_them(runs, tmp
     assert {a.alpha for name, a in found.items() if name.endswith("to_k")} == {10.0}
 
 
+@pytest.mark.slow
 def test_the_difference_is_also_that_of_a_file_and_a_folder(runs, cache, tmp_path):
     """As a checkpoint is downloaded that somebody has trained."""
     reference, trained_file = runs("sdxl").parent / "reference", tmp_path / "all.safetensors"
@@ -574,6 +575,7 @@ def test_a_lora_of_the_other_family_is_named(runs, cache, tmp_path, base, other,
     assert "weights.reference" in message and not cache.exists()
 
 
+@pytest.mark.slow
 def test_adapters_of_text_encoders_are_left_out_and_said_to_be(runs, cache, tmp_path, capsys):
     """Published LoRAs of kohya's often have them; a run's text encoders are the reference's."""
     name, text = "unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.x"

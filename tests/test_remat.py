@@ -345,6 +345,7 @@ def test_a_later_start_takes_what_an_earlier_one_found(config, mesh, searches, t
     )
 
 
+@pytest.mark.slow
 def test_another_config_device_or_version_searches_anew(
     config, mesh, searches, tmp_path, monkeypatch
 ):

@@ -690,7 +690,13 @@ def test_the_empty_tensors_of_a_v_prediction_file_reach_the_scheduler_and_back(s
         assert {name: stored[name].shape for name in marks} == {"v_pred": (0,), "ztsnr": (0,)}
 
 
-@pytest.mark.parametrize("asked, marks", [("v_prediction", ()), (None, ("v_pred", "ztsnr"))])
+@pytest.mark.parametrize(
+    "asked, marks",
+    [
+        ("v_prediction", ()),
+        pytest.param(None, ("v_pred", "ztsnr"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_of_a_v_prediction_file_says_so_to_its_export(sdxl, tmp_path, asked, marks):
     """A reference of another prediction would make noise of it without a word."""
     tensors = _tensors("sdxl") | {name: torch.zeros(0) for name in marks}

@@ -104,6 +104,7 @@ def test_a_run_from_a_v_prediction_reference_trains_and_exports_one(
     assert np.abs(drawn(tmp_path / "run") - drawn(tmp_path / "run" / "diffusers")).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_generator_of_the_other_prediction_is_refused_in_one_line(eps, predicts, file_of):
     """What the networks share is one graph, which predicts one thing."""
     for reference, generator, ours, theirs in (
@@ -122,6 +123,7 @@ def test_a_generator_of_the_other_prediction_is_refused_in_one_line(eps, predict
         assert "\n" not in error and "scheduler_config.json" in error
 
 
+@pytest.mark.slow
 def test_a_generator_without_a_scheduler_predicts_what_the_reference_does(eps, predicts, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(eps / "unet", alone)
