@@ -407,7 +407,7 @@ def test_executed_flop_are_those_of_the_traced_step(config, mesh):
         assert found[choice.policies] == pytest.approx(traced, rel=0.002), choice
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_smaller_device_gets_more_recomputation(config, mesh, monkeypatch):
     monkeypatch.setattr(remat, "TOLERANCE", 1e6)  # the formula is for larger networks
     free = remat.search(config, mesh, 1e12, effort=0.0)
@@ -421,7 +421,7 @@ def test_a_smaller_device_gets_more_recomputation(config, mesh, monkeypatch):
     print(remat.table(tight.tried))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_chooses_before_it_loads_weights_and_again_takes_what_it_chose(
     tmp_path, monkeypatch, capsys
 ):
@@ -446,6 +446,6 @@ def test_a_run_chooses_before_it_loads_weights_and_again_takes_what_it_chose(
     kept = json.loads((tmp_path / "run" / remat.FILE).read_text())
     assert Choice(**kept["choice"]) == Choice.of(seen[-1]) == NOTHING
     monkeypatch.setattr(remat, "search", None)
-    train.run(config_for(pipeline, **changes, **{"train.steps": 2}), str(tmp_path / "run"))
+    train.run(config_for(pipeline, **(changes | {"train.steps": 2})), str(tmp_path / "run"))
     assert "as remat.json of an earlier start has it" in capsys.readouterr().out
     assert Choice.of(seen[-1]) == NOTHING and len(seen) == 2

@@ -65,8 +65,14 @@ def changed(config, name, value):
     return config
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, of_file", [("v", False), ("zero_snr", False), ("zero_snr", True)])
+@pytest.mark.parametrize(
+    "kind, of_file",
+    [
+        pytest.param("v", False, marks=pytest.mark.long),
+        pytest.param("zero_snr", False, marks=pytest.mark.long),
+        pytest.param("zero_snr", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_from_a_v_prediction_reference_trains_and_exports_one(
     eps, predicts, file_of, tmp_path, kind, of_file
 ):
