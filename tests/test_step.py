@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import traceback
+import types
 
 import jax
 import jax.numpy as jnp
@@ -400,6 +401,17 @@ def test_microbatches_have_the_gradients_and_figures_of_the_whole_batch():
         assert_close(ours, expected)
     for name, value in metrics.items():
         np.testing.assert_allclose(in_parts[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_on_gpus_the_second_gradient_is_a_branch_that_is_always_taken():
+    def on(platform):
+        mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+        return lambda count, x: step.by_itself(jnp.sin, mesh, count)(x)
+
+    for count in (0, 7):
+        assert on("gpu")(jnp.asarray(count), 2.0) == jnp.sin(2.0)
+    programs = {name: str(jax.make_jaxpr(on(name))(0, 2.0)) for name in ("gpu", "cpu", "tpu")}
+    assert [name for name, program in programs.items() if "cond" in program] == ["gpu"]
 
 
 def test_omega_one_turns_guidance_off():
