@@ -171,9 +171,12 @@ def begin(place: Place, asked: dict[str, Any]) -> None:
     Raises: UserError for another cache, and for a folder with something else.
     """
     place.prepare()
+    # What one tries to write there another one must not take for somebody's file.
+    processes.gather("text cache tried")
     kept = place.read_made()
+    has_others = not kept and not place.is_empty()
     processes.gather("text cache read")
-    if not kept and not place.is_empty():
+    if has_others:
         raise UserError(
             f"--out={place.out} holds other files and no {FILE}; give an empty or a new folder"
         )

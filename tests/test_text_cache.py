@@ -283,7 +283,7 @@ def test_a_cache_in_a_bucket(folder, bucket):
 
 BOTH = """
 import os, pathlib, sys
-from di_star_jax import cache_text, hosts
+from di_star_jax import cache_text, hosts, processes
 from di_star_jax.pipelines import text_cache
 hosts.connect(os.environ)
 import jax
@@ -294,8 +294,29 @@ def noted(place, number, *others):
     print(f"process {jax.process_index()} shard {number}", flush=True)
 cache_text.write_shard = noted
 from test_text_cache import of
-cache_text.write(of(pathlib.Path(sys.argv[1])), sys.argv[2])
+with processes.one_for_all():
+    cache_text.write(of(pathlib.Path(sys.argv[1])), sys.argv[2])
 """
+
+
+def test_a_process_that_is_slower_than_the_first_takes_nothing_of_it_for_others_files(
+    tmp_path, monkeypatch
+):
+    place, asked = cache_text.Place(str(tmp_path)), {"texts": 2}
+
+    def gather(name):
+        """While this one waits at a barrier the first one does what it does before it comes."""
+        tried = tmp_path / ".try"
+        if name == "text cache tried":
+            tried.rmdir()
+        if name == "text cache read":
+            place.write_made(asked)
+
+    (tmp_path / ".try").mkdir()
+    monkeypatch.setattr(cache_text.processes, "gather", gather)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    cache_text.begin(place, asked)
+    assert place.read_made() == asked
 
 
 @pytest.mark.slow
