@@ -13,6 +13,7 @@ PyTorch on a CPU the calls take turns, so that other work on the machine slows b
 our own count (cost/flops.py), never XLA's.
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -23,7 +24,7 @@ import platform
 import resource
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -40,8 +41,8 @@ from ml_collections import config_flags
 from di_star_jax import assembly, log, sharding, xla_flags
 from di_star_jax.checks import check
 from di_star_jax.command import run as run_command
+from di_star_jax.cost import advice, gpus, op_tables, plan, policies, remat
 from di_star_jax.cost import compile as aot
-from di_star_jax.cost import op_tables, plan, policies, remat
 from di_star_jax.cost.chips import CHIPS, Chip, chip_of
 from di_star_jax.errors import UserError, check_all
 from di_star_jax.pipelines.family import DENOISER
@@ -322,10 +323,13 @@ def _measured_rows(result: dict) -> list[tuple[str, str]]:
 def run(config, request: Request) -> dict:
     """One benchmark; see `report` for what it holds.
 
+    "lacks": why the step that was compiled does not fit GPUs that are not here, whose compiler
+    finishes it all the same.
+
     Raises: UserError for what cannot run.
     """
     devices = aot.topology_devices(request.topology) if request.topology else jax.devices()
-    _prepare(config, request, devices)
+    planned = _prepare(config, request, devices)
     m = config.mesh
     mesh = sharding.make_mesh(m.data, m.fsdp, m.context, devices=devices)
     default = -1.0 if request.topology else 0.0
@@ -347,7 +351,8 @@ def run(config, request: Request) -> dict:
         _forget_torch()
     compiled = chosen and chosen.compiled
     if compiled is None:
-        with log.waiting(f"compiling {request.what}", _compile_estimate(request, effort)):
+        estimate = _compile_estimate(request, effort)
+        with _advised(planned, request), log.waiting(f"compiling {request.what}", estimate):
             compiled = aot.compile_work(work, config, effort=effort)
     result = {
         "what": request.what,
@@ -361,6 +366,9 @@ def run(config, request: Request) -> dict:
         with log.waiting("counting operations"):
             chip = CHIPS.get(chip_of(devices[0].device_kind))
             result["ops"] = op_tables.of_text(compiled.run.as_text(), chip)
+    lacks = _lacks(planned, request, aot.held(compiled.memory))
+    if lacks:
+        result["lacks"] = str(lacks)
     if not request.topology:
         calls = {"ours": _our_call(work, compiled), **theirs}
         result |= _measurement(work, result, apart | times_of(calls, request.repeats))
@@ -371,8 +379,8 @@ def _prepare(
     config,
     request: Request,
     devices: list[jax.Device],
-) -> None:
-    """Sets the batch, and refuses what cannot run."""
+) -> plan.Plan:
+    """Sets the batch, and refuses what cannot run, or is too large by far to be compiled."""
     if policies.is_asked(config) and request.what != "train":
         raise UserError(
             f"compute.remat='auto' with --what={request.what}, but it chooses for the whole step; "
@@ -393,7 +401,33 @@ def _prepare(
             "folder"
         )
     if request.what == "train":
-        plan.check_memory(planned)
+        tolerance = remat.TOLERANCE if request.topology else 0.0
+        with _advised(planned, request):
+            plan.check_memory(planned, tolerance=tolerance)
+    return planned
+
+
+@contextlib.contextmanager
+def _advised(planned: plan.Plan, request: Request) -> Iterator[None]:
+    """Says of a whole step that is too large which fields would change that."""
+    try:
+        yield
+    except plan.OutOfMemory as error:
+        if request.what != "train":
+            raise
+        raise advice.out_of_memory(planned, error.need, error.have) from None
+
+
+def _lacks(
+    planned: plan.Plan,
+    request: Request,
+    need: float,
+) -> plan.OutOfMemory | None:
+    """Of a whole step for GPUs that are not here. Args: need, bytes by their compiler."""
+    if request.what != "train" or not request.topology or not gpus.parse(request.topology):
+        return None
+    have = CHIPS[chip_of(planned.device_kind)].memory
+    return advice.out_of_memory(planned, need, have) if need > have else None
 
 
 def _settings(config, mesh: Mesh) -> dict:
@@ -573,6 +607,8 @@ def main() -> None:
     print(report(result))
     if file:
         _write(file, result)
+    if "lacks" in result:
+        raise UserError(result["lacks"])
 
 
 def _write(file: Path | str, result: dict) -> None:

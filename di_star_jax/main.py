@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from di_star_jax.checks import check, check_workdir
 from di_star_jax.command import run as run_command
-from di_star_jax.cost import plan, report, slices
+from di_star_jax.cost import gpus, plan, report, slices
 from di_star_jax.errors import UserError
 from di_star_jax.hosts import connect, keep_compiled
 from di_star_jax.pipelines.single import with_folders
@@ -36,7 +36,9 @@ _CHIPS = flags.DEFINE_integer(
     "chips", None, "With --config.dry_run=True: how many devices to plan for.", lower_bound=1
 )
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "With --config.dry_run=True: the TPU slice to plan for, such as v5e:8x16."
+    "topology",
+    None,
+    "With --config.dry_run=True: the TPU slice or GPUs to plan for, such as v5e:8x16 or h100:1.",
 )
 
 
@@ -80,6 +82,11 @@ def planned(config) -> list[str]:
     if _CHIPS.value:
         check(config, _CHIPS.value)
         return report.describe(plan.make(config, _CHIPS.value, "of any kind", _CHIPS.value))
+    on_gpus = gpus.parse(_TOPOLOGY.value) if _TOPOLOGY.value else None
+    if on_gpus:
+        check(config, on_gpus.count)
+        kind = gpus.GPUS[on_gpus.name].kind
+        return report.describe(plan.make(config, on_gpus.count, kind, on_gpus.count))
     if _TOPOLOGY.value:
         wanted = slices.parse(_TOPOLOGY.value)
         check(config, wanted.devices)

@@ -352,6 +352,29 @@ MUTANTS = r"""
 @ benchmark.py | test_remat.py | benchmark_of_a_part
 - if policies.is_asked(config) and request.what != "train":
 + if False:
+@ cost/slices.py | test_benchmark.py | unknown_gpu
+- how many GPUs of a host ({', '.join(gpus.GPUS)})
++ how many GPUs of a host
+@ benchmark.py | test_benchmark.py | far_too_large
+- raise advice.out_of_memory(planned, error.need, error.have) from None
++ raise
+@ benchmark.py | test_benchmark.py | may_fit_is_compiled
+- tolerance = remat.TOLERANCE if request.topology else 0.0
++ tolerance = 0.0
+- tolerance = remat.TOLERANCE if request.topology else 0.0
++ tolerance = remat.TOLERANCE
+@ benchmark.py | test_benchmark.py | compiler_finds_too_large
+- return advice.out_of_memory(planned, need, have) if need > have else None
++ return advice.out_of_memory(planned, need, have) if planned.bytes > have else None
+@ cost/advice.py | test_benchmark.py | compiler_finds_too_large
+- off = max(1.0, need / plan.bytes)
++ off = 1.0
+@ benchmark.py | test_benchmark.py | compiled_in_vain
+- if "lacks" in result:
++ if False:
+@ main.py | test_main.py | slice
+- on_gpus = gpus.parse(_TOPOLOGY.value) if _TOPOLOGY.value else None
++ on_gpus = None
 @ cost/advice.py | test_plan.py | shortest_list or first_that_is or fields_that_can
 - for count in range(1, len(known) + 1):
 + for count in range(len(known), 0, -1):

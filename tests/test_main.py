@@ -167,6 +167,12 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
             marks=pytest.mark.slow,
         ),
         (
+            ["--topology=rtx4090:1", "--config.mesh.fsdp=1", "--config.data.batch_size=1"],
+            "mesh: data=1 x fsdp=1 x context=1 over 1 device (NVIDIA GeForce RTX 4090)\n",
+            "on RTX 4090: 92.33 of 25.23 GB, does not fit\nto fit RTX 4090: "
+            "data.cache=./text_cache (-1.6 GB), lora.rank=64 (-70.1 GB); then 20.6 of 25.2 GB\n",
+        ),
+        (
             ["--chips=128"],
             "mesh: data=8 x fsdp=16 x context=1 over 128 devices (of any kind)\n",
             "v6e 0.16, tpu7x 0.13, A100\n  0.48, H100 and H200 0.15, RTX 4090 0.91\n",
@@ -186,6 +192,8 @@ def test_a_dry_run_plans_for_the_slice_that_is_named(command, given, first, last
         ([DRY, "--chips=8"], "mesh data=-1 x fsdp=16 does not make up the 8 devices"),
         ([DRY, "--topology=v5litepod-128"], "expected a generation (v4, v5e, v5p, v6e, tpu7x)"),
         ([DRY, "--topology=v5e:2x2x4"], "topology='v5e:2x2x4', expected a generation"),
+        ([DRY, "--topology=h100:9"], "expected how many of one host's GPUs, 1 to 8, e.g. h100:1"),
+        ([DRY, "--topology=h100:8"], "make up the 8 devices; set mesh.data=-1 and mesh.fsdp to 1"),
         ([DRY, "--topology=v5e:4x4", "--chips=16"], "--chips with --topology: give one"),
         (
             [DRY, "--topology=2xv5e:2x4", "--config.data.batch_size=16"],

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from di_star_jax.cost.plan import Plan, check_mesh, encoders
+from di_star_jax.cost.plan import OutOfMemory, Plan, check_mesh, encoders
 from di_star_jax.errors import UserError
 
 # A field and the values to try, in order of what they take away.
@@ -30,6 +30,28 @@ def to_fit(plan: Plan, memory: float) -> list[tuple[Plan, str]]:
             tried = (zip(names, one_each) for one_each in itertools.product(*values))
             return next(filter(None, (_fits(plan, fields, memory) for fields in tried)))
     return []
+
+
+def out_of_memory(
+    plan: Plan,
+    need: float,
+    have: float,
+) -> OutOfMemory:
+    """What a device lacks for a plan, and the fields with which it would fit, in one line.
+
+    Args: need, have, bytes; need may be a compiler's, by which what the plan says is corrected.
+    """
+    off = max(1.0, need / plan.bytes)
+    steps = to_fit(plan, have / off)
+    fields = ", ".join(field for _, field in steps)
+    then = steps[-1][0].bytes * off / 1e9 if steps else 0.0
+    way = f"set {fields} for about {then:.1f}" if steps else "no list of fields is enough"
+    return OutOfMemory(
+        f"the step needs {need / 1e9:.1f} GB a device, {plan.device_kind} has {have / 1e9:.1f}; "
+        f"{way}, or take devices with more memory",
+        need,
+        have,
+    )
 
 
 def _fits(

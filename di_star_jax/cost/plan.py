@@ -39,11 +39,11 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_
 
 
 class OutOfMemory(UserError):
-    """A step that a device cannot hold. Attributes: need, bytes."""
+    """A step that a device cannot hold. Attributes: need, have, bytes of a device."""
 
-    def __init__(self, line: str, need: float):
+    def __init__(self, line: str, need: float, have: float):
         super().__init__(line)
-        self.need = need
+        self.need, self.have = need, have
 
 
 class Known(NamedTuple):
@@ -433,16 +433,22 @@ def out_of_memory(
         f"remat_vae={c.remat_vae!r} and remat_reward={c.remat_reward!r} to 'full', raise "
         f"mesh.fsdp={config.mesh.fsdp}, lower data.batch_size={config.data.batch_size}",
         need * 1e9,
+        have * 1e9,
     )
 
 
-def check_memory(plan: Plan, ram: float | None = None) -> None:
+def check_memory(
+    plan: Plan,
+    ram: float | None = None,
+    tolerance: float = 0.0,
+) -> None:
     """Refuses a run that cannot fit its devices, before anything is loaded. Raises: UserError.
 
     Says nothing where the device or the models are not known; what a compiler makes of the step may
     still be more, or less, so that lack of ROOM is no reason.
 
-    Args: ram, bytes that this machine has; None to ask it.
+    Args: ram, bytes that this machine has; None to ask it; tolerance, by which the plan may be
+      above the device's memory.
     """
     if plan.device_kind == CPU and not plan.unknown:
         have = ram_here() if ram is None else ram
@@ -456,7 +462,7 @@ def check_memory(plan: Plan, ram: float | None = None) -> None:
     chip = CHIPS.get(chip_of(plan.device_kind))
     if chip is None or plan.unknown:
         return
-    if plan.bytes > chip.memory:
+    if plan.bytes > (1 + tolerance) * chip.memory:
         need, have = plan.bytes / 1e9, chip.memory / 1e9
         raise out_of_memory(need, have, plan.device_kind, plan.config)
 

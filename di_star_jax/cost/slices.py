@@ -68,7 +68,8 @@ def parse(name: str) -> Slices:
     if not generation or found[3].count("x") + 1 != generation.dimensions:
         raise UserError(
             f"topology={name!r}, expected a generation ({', '.join(GENERATIONS)}) and the shape of "
-            f"its chips, e.g. {EXAMPLES}, or GPUs of a host, e.g. {gpus.EXAMPLES}"
+            f"its chips, e.g. {EXAMPLES}, or how many GPUs of a host ({', '.join(gpus.GPUS)}), "
+            "e.g. h100:8"
         )
     return Slices(found[2], found[3], int(found[1] or 1))
 
