@@ -81,6 +81,7 @@ CHANGES = {
     "weights.reference": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     # not published as safetensors by anybody we know: a folder of your own
     "weights.generator": "./weights/sd15-1step",
+    "weights.tiny_vae": "madebyollin/taesd",  # of its latents, and PixArt-alpha's
     "data.resolution": 512,  # SD 1.5's own
     "objective.name": "kl",  # DI++: integral KL
     "objective.omega": 4.5,  # DI++'s project page, of its PixArt-alpha

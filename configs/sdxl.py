@@ -148,6 +148,9 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     config.weights.aesthetic = "./weights/aesthetic"
     # converted ImageReward.pt, med_config.json, vocab.txt
     config.weights.imagereward = "./weights/imagereward"
+    # folder or Hub name of an AutoencoderTiny with the reference's latents, of decode.view="tiny":
+    # TAESDXL for SDXL, TAESD (madebyollin/taesd) for SD 1.5 and PixArt-alpha
+    config.weights.tiny_vae = "madebyollin/taesdxl"
     # tokenizer of all CLIP rewards
     config.weights.reward_tokenizer = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -316,7 +319,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
 
     config.decode = ml_collections.ConfigDict()
     # what of x0 the reward sees in training: full, or "resized" to decode.resolution, or a random
-    # "crop" of it: less work and memory
+    # "crop" of it, or ("tiny") all of it by the small decoder of weights.tiny_vae: less work and
+    # memory, and another reward
     config.decode.view = "full"
     # pixels, a multiple of 64; of "resized" and "crop"
     config.decode.resolution = 512

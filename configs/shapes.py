@@ -73,6 +73,7 @@ SMALL = {
     "weights.reference": _CHECKPOINT,
     "weights.generator": os.path.join(_CHECKPOINT, "generator"),
     "weights.pickscore": os.path.join(_CHECKPOINT, "reward"),
+    "weights.tiny_vae": "",  # nobody has made one of this world's latents
     "weights.reward_tokenizer": os.path.join(_CHECKPOINT, "tokenizer"),
     "data.prompts": os.path.join(_CHECKPOINT, "prompts.txt"),
     "data.resolution": 64,

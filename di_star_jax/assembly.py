@@ -4,7 +4,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,11 @@ from di_star_jax.errors import UserError
 from di_star_jax.gradients import Method, Settings
 from di_star_jax.models import int8, lora
 from di_star_jax.models.lora import Lora
+from di_star_jax.models.tiny_vae import decoder_alone
 from di_star_jax.models.unet import Condition
 from di_star_jax.pipelines import adapters, text_cache
 from di_star_jax.pipelines.export import denoiser_in, form_of, in_workdir
-from di_star_jax.pipelines.family import DENOISER, TEXT
+from di_star_jax.pipelines.family import DENOISER, TEXT, TINY_VAE
 from di_star_jax.pipelines.folder import (
     Model,
     Options,
@@ -30,14 +31,17 @@ from di_star_jax.pipelines.folder import (
     abstract_model,
     check_like,
     check_pipeline,
+    check_tiny_vae,
+    load_model,
     load_pipeline,
     model_class,
+    read_config,
 )
 from di_star_jax.pipelines.text_cache import TextCache
 from di_star_jax.prompts.tokens import token_batch
 from di_star_jax.rewards import REWARDS, load_rewards, load_tokenizers, rewards_used, scales_of
 from di_star_jax.rewards.reward import Reward
-from di_star_jax.rewards.views import VIEWS, in_slices
+from di_star_jax.rewards.views import PARTIAL, VIEWS, in_slices
 from di_star_jax.samplers import generator_form
 from di_star_jax.storage import folders, weights
 
@@ -116,12 +120,44 @@ def load_parts(
     options = model_options(config, mesh)
     folder = folders.resolve(config.weights.reference)
     check_teacher(config.weights.reference, folder)
+    tiny = load_tiny_vae(config, folder, options)
     of_empty = cache.batch([""], {})[TEXT] if cache else None
     reference = load_pipeline(folder, options["text"], options, of_empty)
+    reference = reference._replace(models=reference.models | tiny)
     tokenizer = config.weights.reward_tokenizer
     rewards = load_rewards(reward_sources(config), tokenizer, options["reward"])
     start = start_of(config, reference)
     return with_adapters(config, Parts(reference, rewards, cache, start), options[DENOISER])
+
+
+def load_tiny_vae(
+    config,
+    reference: Path,
+    options: Mapping[str, Options],
+) -> dict[str, Model]:
+    """The decoder of decode.view="tiny" by its name; {} for other views.
+
+    Args: reference, folder of the pipeline. Raises: UserError as of `check_tiny_vae`.
+    """
+    if not is_tiny(config):
+        return {}
+    folder = folders.resolve(config.weights.tiny_vae)
+    found = folders.read_config(folder)
+    check_tiny_vae(found, read_config(reference, "vae"), str(folder / "config.json"))
+    return {
+        TINY_VAE: load_model(folder, options[TINY_VAE], config=found, arrange=decoder_alone),
+    }
+
+
+def is_tiny(config) -> bool:
+    """Whether the rewards see what a tiny decoder makes of x0."""
+    return config.decode.view == "tiny"
+
+
+def seen_pixels(config) -> int:
+    """Of the image that the rewards see in training, along one side."""
+    part = config.decode.view in PARTIAL
+    return config.decode.resolution if part else config.data.resolution
 
 
 def with_adapters(
@@ -264,7 +300,7 @@ def kernel_of(config, platform: str) -> str:
 def model_options(config, mesh: Mesh) -> dict[str, Options]:
     """How components run and are held: in the compute dtype, over the mesh.
 
-    Returns: of the denoiser, the VAE, the rewards and, under "text", all text encoders.
+    Returns: of the denoiser, both VAEs, the rewards and, under "text", all text encoders.
     """
     compute = config.compute
     common = Options(
@@ -276,6 +312,7 @@ def model_options(config, mesh: Mesh) -> dict[str, Options]:
     remat = {
         DENOISER: compute.remat_denoiser,
         "vae": compute.remat_vae,
+        TINY_VAE: compute.remat_vae,
         "reward": compute.remat_reward,
         "text": "none",
     }
@@ -371,11 +408,12 @@ def text_encoder(parts: Parts, resolution: int) -> Callable:
 
 
 def decoder(parts: Parts) -> Callable:
-    """(frozen, latents [b, h, w, 4]) -> images [b, H, W, 3], about in [-1, 1]."""
-    graphdef = parts.graphdefs["vae"]
+    """(frozen, latents [b, h, w, 4]) -> images [b, H, W, 3], about in [-1, 1], for the rewards."""
+    name = TINY_VAE if TINY_VAE in parts.models else "vae"
+    graphdef = parts.graphdefs[name]
 
     def decode(frozen, latents) -> jax.Array:
-        return nnx.merge(graphdef, frozen["vae"]).decode(latents)
+        return nnx.merge(graphdef, frozen[name]).decode(latents)
 
     return decode
 

@@ -19,6 +19,7 @@ from di_star_jax.models.lora import TARGETS
 from di_star_jax.objectives import DISTANCES, OBJECTIVES, OUTSIDE, WEIGHTINGS
 from di_star_jax.prompts.sets import resolve
 from di_star_jax.rewards import REWARDS, add, listed, rewards_used, scales_of
+from di_star_jax.rewards.views import PARTIAL, VIEWS
 from di_star_jax.samplers import generator_form
 from di_star_jax.sharding import mesh_shape
 from di_star_jax.storage.buckets import exists, is_remote
@@ -38,7 +39,7 @@ _CHOICES = {
     "compute.remat_denoiser": ("none", "dots", "full"),
     "compute.remat_vae": ("none", "dots", "full"),
     "compute.remat_reward": ("none", "dots", "full"),
-    "decode.view": ("full", "resized", "crop"),
+    "decode.view": VIEWS,
     "eval.oracle": ("", "shapes"),
     "generator.input": ("", *INPUTS),
 }
@@ -87,6 +88,7 @@ _NEW = (
     "generator.input",
     "objective.power",
     "compute.remat",
+    "weights.tiny_vae",
     "lora.rank",
     "lora.alpha",
     "lora.targets",
@@ -98,6 +100,11 @@ _ANY = FewStep((0,))  # a family's, of which nothing is checked
 _FOLDER = (
     "give a folder in diffusers' layout with safetensors, or a name on the Hub such as "
     "stabilityai/stable-diffusion-xl-base-1.0"
+)
+
+_TINY_VAE = (
+    "give the folder of an AutoencoderTiny in diffusers' layout, or a name on the Hub such as "
+    "madebyollin/taesdxl"
 )
 
 
@@ -281,10 +288,15 @@ def _check_pixels(config) -> None:
             near = max(64, round(pixels / 64) * 64)
             raise UserError(f"{section}.resolution={pixels} is not a multiple of 64; use {near}")
     pixels, seen = config.data.resolution, config.decode.resolution
-    if config.decode.view != "full" and seen > pixels:
+    if config.decode.view in PARTIAL and seen > pixels:
         raise UserError(
             f"decode.resolution={seen} is more than data.resolution={pixels}; use {pixels} or "
             "less, or decode.view='full'"
+        )
+    if config.decode.view == "tiny" and not config.weights.tiny_vae:
+        raise UserError(
+            "decode.view='tiny' with weights.tiny_vae='', for no tiny decoder of these latents is "
+            "known; give the folder of one (an AutoencoderTiny), or set decode.view='full'"
         )
 
 
@@ -422,6 +434,8 @@ def _check_sources(config, names: Sequence[str]) -> None:
             wrong += _without_prompts(f"{section}.prompts", config[section])
     for name in names:
         wrong += _without_weights(f"weights.{name}", config.weights[name], _FOLDER)
+    if config.decode.view == "tiny":
+        wrong += _without_weights("weights.tiny_vae", config.weights.tiny_vae, _TINY_VAE)
     for name in rewards_used(scales_of(config.reward), config.eval.metrics):
         if name in config.weights:
             advice = f"it must hold {listed(REWARDS[name].needed)}"

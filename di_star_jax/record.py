@@ -192,7 +192,8 @@ def describe(
 
 def _weights(config: dict[str, Any], rewards: Sequence[str]) -> dict[str, Path]:
     """Folders of weights that a run uses and that are here, by field. Args: config, its fields."""
-    used = {f"weights.{name}" for name in ("reference", "generator", "assistant", *rewards)}
+    tiny = ("tiny_vae",) if config["decode.view"] == "tiny" else ()
+    used = {f"weights.{name}" for name in ("reference", "generator", "assistant", *tiny, *rewards)}
     named = {
         name: Path(files.expand(config[name])) for name in used & config.keys() if config[name]
     }
@@ -331,6 +332,7 @@ def _may_change(
         return False
     reward = name.removeprefix("weights.")
     unused = f"reward.{reward}" in now["config"] and reward not in now["rewards"]
+    unused |= reward == "tiny_vae" and now["config"]["decode.view"] != "tiny"
     return unused or _gone(both[0])
 
 

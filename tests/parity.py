@@ -250,6 +250,40 @@ def vae_decoder_errors(batch: int, height: int, width: int) -> Errors:
     )
 
 
+TINY_VAE = {
+    **published.TINY_VAE,
+    "encoder_block_out_channels": [24] * 4,
+    "decoder_block_out_channels": [24] * 4,
+    "num_decoder_blocks": [2, 1, 2, 1],
+}
+
+
+def torch_tiny_vae(config: dict = TINY_VAE):
+    from diffusers import AutoencoderTiny
+
+    return randomise(AutoencoderTiny(**{k: v for k, v in config.items() if k != "_class_name"}))
+
+
+def tiny_vae_errors(batch: int, height: int, width: int, *, remat: str = "none") -> Errors:
+    """Of latents as large as those that the tanh at the decoder's beginning bends."""
+    module = torch_tiny_vae()
+    del module.encoder  # which the port leaves out
+    z = 3 * np.random.default_rng(0).standard_normal((batch, height, width, 4)).astype(np.float32)
+    return compare(
+        module,
+        lambda z: module.decode(z / module.config.scaling_factor).sample,
+        TINY_VAE,
+        lambda vae, z: vae.decode(z),
+        z,
+        [
+            "decoder.layers.0.weight",
+            "decoder.layers.3.conv.2.bias",
+            "decoder.layers.5.weight",
+        ],
+        remat=remat,
+    )
+
+
 def vae_encoder_errors(batch: int, height: int, width: int) -> Errors:
     """Of mean and standard deviation of the scaled latents, side by side."""
     module = torch_vae()
@@ -373,6 +407,7 @@ def main() -> None:
         ),
         "AutoencoderKL, encoder, 48x80, batch 1": vae_encoder_errors(1, 48, 80),
         "AutoencoderKL, decoder, 6x10, batch 3": vae_decoder_errors(3, 6, 10),
+        "AutoencoderTiny, decoder, 6x10, batch 3": tiny_vae_errors(3, 6, 10),
     }
     print("| module | forward | gradient (input and three weights) |\n|---|---|---|")
     for name, errors in rows.items():

@@ -14,6 +14,7 @@ _PACKAGE = "di_star_jax/"
 # By a frame's file below the package, for all that is called from there; the first that is found.
 _WHOLE = {
     "models/vae.py": "VAE",
+    "models/tiny_vae.py": "VAE",
     "rewards/": "reward",
     "models/clip.py": "text encoders",
     "models/t5.py": "text encoders",

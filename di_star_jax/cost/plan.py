@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from di_star_jax import sharding
-from di_star_jax.assembly import has_own_base, lora_of, reference_dtype, reward_sources
+from di_star_jax.assembly import has_own_base, is_tiny, lora_of, reference_dtype, reward_sources
 from di_star_jax.cost import policies
 from di_star_jax.cost.activations import Phase, activations, phases
 from di_star_jax.cost.chips import CHIPS, chip_of
@@ -22,10 +22,11 @@ from di_star_jax.errors import UserError
 from di_star_jax.models import lora, published
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.families import FAMILIES, family_at
-from di_star_jax.pipelines.family import DENOISER, Family
+from di_star_jax.pipelines.family import DENOISER, TINY_VAE, Family
 from di_star_jax.pipelines.folder import Model
 from di_star_jax.rewards import REWARDS
 from di_star_jax.rewards.reward import Reward
+from di_star_jax.rewards.views import PARTIAL
 from di_star_jax.storage import buckets, folders
 
 CPU = "cpu"  # its device kind
@@ -255,7 +256,7 @@ def _check_rows(
     scale = pipeline.vae_scale(known.networks["vae"]) if "vae" in known.networks else 8
     least = scale * known.family.rows(known.networks[DENOISER]) * context
     seen = {"data.resolution": config.data.resolution}
-    if config.decode.view != "full":
+    if config.decode.view in PARTIAL:
         seen["decode.resolution"] = config.decode.resolution
     for name, pixels in seen.items():
         if context > 1 and pixels % least:
@@ -287,6 +288,10 @@ def known_models(config) -> Known:
         family = FAMILIES[name]
     else:
         unknown.append(f"weights.reference={reference}")
+    if is_tiny(config):
+        tiny = _tiny_vae(config.weights.tiny_vae, networks)
+        unknown += [] if tiny else [f"weights.tiny_vae={config.weights.tiny_vae}"]
+        networks = networks | ({TINY_VAE: tiny} if tiny else {})
     for name, source in reward_sources(config).items():
         entry = REWARDS[name]
         if source == "":
@@ -298,6 +303,20 @@ def known_models(config) -> Known:
         else:
             unknown.append(f"weights.{name}={source}")
     return Known(family, networks, rewards, unknown)
+
+
+def _tiny_vae(source: str, networks: dict[str, dict]) -> dict | None:
+    """The tiny decoder's config.json; None where it is unknown. Args: networks, the reference's.
+
+    Raises: UserError as of `check_tiny_vae`.
+    """
+    found, file = published.TINY_VAES.get(source), source
+    if _has_configs(source):
+        folder = folders.resolve_tokenizer(source)
+        found, file = folders.read_config(folder), str(folder / "config.json")
+    if found and "vae" in networks:
+        pipeline.check_tiny_vae(found, networks["vae"], file)
+    return found
 
 
 def encoders(known: Known) -> list[str]:

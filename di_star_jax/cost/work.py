@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from di_star_jax.assembly import lora_of, reward_sources
+from di_star_jax.assembly import lora_of, reward_sources, seen_pixels
 from di_star_jax.cost import flops
 from di_star_jax.cost.plan import Plan, encoders
 from di_star_jax.models import lora
 from di_star_jax.models.unet import Condition
 from di_star_jax.objectives import OBJECTIVES
-from di_star_jax.pipelines.family import DENOISER, conditions
+from di_star_jax.pipelines.family import DENOISER, TINY_VAE, conditions
 from di_star_jax.pipelines.folder import Model, model_class, vae_scale
 from di_star_jax.rewards import scales_of
 from di_star_jax.rewards.reward import Reward
@@ -176,9 +176,8 @@ def _decoder(plan: Plan) -> float:
     used = reward_sources(config)
     if not used:
         return 0.0
-    whole = config.decode.view == "full"
-    pixels = config.data.resolution if whole else config.decode.resolution
-    vae = plan.models["vae"]
+    pixels = seen_pixels(config)
+    vae = plan.models.get(TINY_VAE, plan.models["vae"])
     image = jax.ShapeDtypeStruct((1, pixels, pixels, 3), jnp.float32)
 
     def decode(params: Any, latents: jax.Array) -> jax.Array:

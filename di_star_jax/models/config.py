@@ -32,6 +32,7 @@ _LARGEST = {
     "vocab_size": 2**20,
     "eos_token_id": 2**20,
     "layers_per_block": 16,
+    "num_decoder_blocks": 16,
     "transformer_layers_per_block": 128,
     "num_hidden_layers": 1024,
     "num_layers": 1024,

@@ -402,6 +402,13 @@ class Downsample2D(nnx.Module):
         return self.conv(x)
 
 
+def doubled(x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, 2 H, 2 W, C] by nearest neighbour."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
 class Upsample2D(nnx.Module):
     """Doubles H and W by nearest neighbour, crops to `size`, convolves.
 
@@ -412,9 +419,7 @@ class Upsample2D(nnx.Module):
         self.conv = conv3x3(channels, channels, **kw)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        b, h, w, c = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-        x = x.reshape(b, 2 * h, 2 * w, c)
+        x = doubled(x)
         if size is not None:
             # An odd skip: for sizes 2n and 2n-1 nearest neighbour is doubling and cropping.
             height, width = size

@@ -82,6 +82,22 @@ VAE_SDXL = {
     "norm_num_groups": 32,
     "scaling_factor": 0.13025,
 }
+TINY_VAE = {
+    "_class_name": "AutoencoderTiny",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "act_fn": "relu",
+    "encoder_block_out_channels": [64, 64, 64, 64],
+    "decoder_block_out_channels": [64, 64, 64, 64],
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "upsampling_scaling_factor": 2,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "force_upcast": False,
+    "scaling_factor": 1.0,
+}
 VAE_SD15 = VAE_SDXL | {"scaling_factor": 0.18215}
 CLIP_L_TEXT = {
     "architectures": ["CLIPTextModel"],
@@ -212,6 +228,8 @@ CLIP_G14 = {
     },
 }
 
+# Names on the Hub, of SDXL's latents and of SD 1.5's.
+TINY_VAES = {"madebyollin/taesdxl": TINY_VAE, "madebyollin/taesd": TINY_VAE}
 # {name on the Hub: (class of the pipeline, {component: config.json})}
 PIPELINES = {
     "stabilityai/stable-diffusion-xl-base-1.0": (

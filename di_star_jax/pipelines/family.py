@@ -19,6 +19,8 @@ from di_star_jax.models.unet import Condition
 
 # The network that predicts eps is called so in all code; its folder is the family's to name.
 DENOISER = "denoiser"
+# The decoder of decode.view="tiny", beside a pipeline's parts: it is none of them.
+TINY_VAE = "tiny_vae"
 # Of a batch of prompts: their states, which a cache has in place of token ids.
 TEXT = "text"
 

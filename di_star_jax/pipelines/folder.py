@@ -27,6 +27,7 @@ from di_star_jax.models.config import check_others, shown
 from di_star_jax.models.lora import Lora, bind
 from di_star_jax.models.pixart import PixArtConfig, PixArtTransformer2DModel
 from di_star_jax.models.t5 import T5Config, T5EncoderModel
+from di_star_jax.models.tiny_vae import AutoencoderTiny, TinyVAEConfig
 from di_star_jax.models.unet import (
     V_PREDICTION,
     Condition,
@@ -54,7 +55,8 @@ class Port(NamedTuple):
 
     module: built of (settings, rngs=, dtype=, remat=), and kernel= where attention is long.
     settings: its frozen dataclass, with `from_json`.
-    long_attention: false for CLIPs and T5, whose attention is short, and in text encoders masked.
+    long_attention: false for CLIPs and T5, whose attention is short, and in text encoders masked, and
+    for what has none.
     tokenizer: of a text encoder's prompts.
     """
 
@@ -70,6 +72,7 @@ _PORTS = {
     # PixArt's published files say this, of a class that diffusers has parted since.
     "Transformer2DModel": Port(PixArtTransformer2DModel, PixArtConfig, long_attention=True),
     "AutoencoderKL": Port(AutoencoderKL, VAEConfig, long_attention=True),
+    "AutoencoderTiny": Port(AutoencoderTiny, TinyVAEConfig),
     "CLIPTextModel": Port(CLIPTextModel, CLIPTextConfig),
     "CLIPTextModelWithProjection": Port(CLIPTextModelWithProjection, CLIPTextConfig),
     "T5EncoderModel": Port(T5EncoderModel, T5Config, tokenizer=T5Tokenizer),
@@ -206,6 +209,20 @@ def read_config(folder: str | os.PathLike, part: str = "") -> dict:
     config = folders.read_config(folder, part)
     model_class(config, str(Path(folder) / part / "config.json"))
     return config
+
+
+def check_tiny_vae(
+    config: dict,
+    vae: dict,
+    file: str,
+) -> None:
+    """Looks whether a tiny decoder may stand for a pipeline's VAE. Args: config.json of both.
+
+    Raises: UserError that names the file where it is of another class, or of other latents.
+    """
+    found = TinyVAEConfig.from_json(config, file)
+    model_class(config, file)  # that it says its class at all
+    found.check_stands_for(VAEConfig.from_json(vae), file)
 
 
 def abstract_model(config: dict, options: Options = PLAIN) -> Model:

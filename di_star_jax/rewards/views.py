@@ -50,7 +50,9 @@ def cropped_view(
     return jax.vmap(window)(latents, corners)
 
 
-VIEWS = {"full": full_view, "resized": resized_view, "crop": cropped_view}
+# "tiny" is all of them, by another decoder.
+VIEWS = {"full": full_view, "resized": resized_view, "crop": cropped_view, "tiny": full_view}
+PARTIAL = ("resized", "crop")  # of decode.resolution
 
 
 def _map_slices(
