@@ -253,7 +253,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
         (
             {"decode.view": "half"},
             16,
-            r"decode.view='half', expected one of 'full', 'resized', 'crop'",
+            r"decode.view='half', expected one of 'full', 'resized', 'crop', 'tiny'",
         ),
         (
             {"decode.view": "crop", "decode.resolution": 2048},

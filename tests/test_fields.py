@@ -19,7 +19,7 @@ from flax import nnx
 
 from di_star_jax import drawing, samplers
 from di_star_jax.errors import UserError
-from di_star_jax.models import blip, clip, config, pixart, published, unet, vae
+from di_star_jax.models import blip, clip, config, pixart, published, tiny_vae, unet, vae
 from di_star_jax.pipelines import export, scheduler
 from di_star_jax.pipelines import folder as pipeline
 from di_star_jax.pipelines.sdxl import SDXL
@@ -210,6 +210,7 @@ SCHEDULERS = [getattr(diffusers, name) for name in scheduler._CLASSES]
 KNOWN = {
     diffusers.UNet2DConditionModel: (unet.UNetConfig, unet.FIELDS),
     diffusers.AutoencoderKL: (vae.VAEConfig, vae.FIELDS),
+    diffusers.AutoencoderTiny: (tiny_vae.TinyVAEConfig, tiny_vae.FIELDS),
     transformers.CLIPTextConfig: (clip.CLIPTextConfig, clip.FIELDS),
     transformers.CLIPVisionConfig: (clip.CLIPVisionConfig, clip.VISION_FIELDS),
     transformers.CLIPConfig: (clip.CLIPConfig, clip.JOINT_FIELDS),
@@ -788,6 +789,12 @@ FILES = {
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
         **{name: only[0] for name, only in vae.FIELDS.fixed.items()},
+    },
+    "tiny_vae": {
+        **published.TINY_VAE,
+        "decoder_block_out_channels": [16, 16],
+        "num_decoder_blocks": [1, 1],
+        **{name: only[0] for name, only in tiny_vae.FIELDS.fixed.items()},
     },
     "transformer": {
         **parity.PIXARTS["PixArt-1024"],

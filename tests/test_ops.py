@@ -169,6 +169,7 @@ def stack_of(*places):
         ([("models/layers.py", "Linear.__call__")], "others"),
         ([("models/layers.py", "Attention.__call__"), ("models/unet.py", "f")], "attention"),
         ([("models/layers.py", "Attention.__call__"), ("models/vae.py", "f")], "VAE"),
+        ([("models/layers.py", "Conv.__call__"), ("models/tiny_vae.py", "f")], "VAE"),
         ([("models/clip.py", "CLIPMLP.__call__"), ("step.py", "f")], "text encoders"),
         ([("models/clip.py", "CLIPMLP.__call__"), ("rewards/similarity.py", "f")], "reward"),
         ([("models/layers.py", "ResnetBlock2D.f"), ("rewards/views.py", "_map_slices")], "VAE"),

@@ -9,8 +9,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from di_star_jax.assembly import reference_dtype, reward_sources
+from di_star_jax.assembly import is_tiny, reference_dtype, reward_sources, seen_pixels
 from di_star_jax.objectives import OBJECTIVES
+
+# GB of a decoder at 1024 pixels in bfloat16, with recomputation and without.
+VAE = (4.3, 13.4)
+TINY = (1.0, 1.1)
 
 
 class Activations(NamedTuple):
@@ -40,7 +44,8 @@ def activations(
         recomputation; keeps 13.0 GB (outputs 6.9, attention maps 6.1) without; with that of all
         but matrix products, these too: in 10 blocks of 4096 tokens and 640 channels and 60 of 1024
         and 1280, 15 times the channels for each token, 3.15 GB;
-      VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without.
+      VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without;
+      tiny decoder (`decode.view`), by the TPU compiler: XX GB with recomputation and YY without.
     Scaled by pixels (of what the decoder sees, `decode.view`), width and dtype; attention maps grow
     faster than that, and the reward's own network is small beside the VAE. The scores' gradient
     goes through three passes and their guided two at a time, but for losses that want none.
@@ -52,10 +57,11 @@ def activations(
     by_policy = {"none": (everything, 0.0), "dots": (0.46 + 3.15, 0.80), "full": (0.46, 0.80)}
     keep, work = by_policy[config.compute.remat_denoiser]
     # Its convolutions are no products to a policy, so "dots" keeps as little as "full".
-    vae = 4.3 if config.compute.remat_vae != "none" else 13.4
+    kept_whole = config.compute.remat_vae == "none"
+    vae = (TINY if is_tiny(config) else VAE)[kept_whole]
     item = jnp.dtype(config.compute.dtype).itemsize / 2
     pixels = (config.data.resolution / 1024) ** 2
-    seen = pixels if config.decode.view == "full" else (config.decode.resolution / 1024) ** 2
+    seen = (seen_pixels(config) / 1024) ** 2
     kept = 3 if OBJECTIVES[config.objective.name].through else 0
     scores = pixels * width * reference_dtype(config).itemsize / 2 * (kept * keep + 2 * work)
     decoder = seen * item * vae_width * vae if reward_sources(config) else 0.0

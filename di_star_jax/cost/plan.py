@@ -355,13 +355,16 @@ def parameters(tree) -> int:
 
 
 def widths(known: Known) -> tuple[float, float]:
-    """The denoiser's and the VAE's activations over those of SDXL's at the same pixels.
+    """The denoiser's and the decoder's activations over those of SDXL's at the same pixels.
 
     Raises: KeyError without a denoiser. A VAE that is not there counts as SDXL's.
     """
     vae = known.networks.get("vae", published.VAE_SDXL)
-    first = pipeline.model_class(vae)[1].block_out_channels[0]
-    return known.family.width(known.networks[DENOISER]), first / 128
+    share = pipeline.model_class(vae)[1].block_out_channels[0] / 128
+    if TINY_VAE in known.networks:
+        tiny = pipeline.model_class(known.networks[TINY_VAE])[1]
+        share = tiny.decoder_block_out_channels[0] / 64
+    return known.family.width(known.networks[DENOISER]), share
 
 
 class Learnt(NamedTuple):

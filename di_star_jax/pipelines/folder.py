@@ -55,8 +55,7 @@ class Port(NamedTuple):
 
     module: built of (settings, rngs=, dtype=, remat=), and kernel= where attention is long.
     settings: its frozen dataclass, with `from_json`.
-    long_attention: false for CLIPs and T5, whose attention is short, and in text encoders masked, and
-    for what has none.
+    long_attention: false for CLIPs and T5, whose attention is short, and in text encoders masked.
     tokenizer: of a text encoder's prompts.
     """
 
