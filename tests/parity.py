@@ -253,8 +253,8 @@ def vae_decoder_errors(batch: int, height: int, width: int) -> Errors:
 TINY_VAE = {
     **published.TINY_VAE,
     "encoder_block_out_channels": [24] * 4,
-    "decoder_block_out_channels": [24] * 4,
-    "num_decoder_blocks": [2, 1, 2, 1],
+    "decoder_block_out_channels": [24] * 3,
+    "num_decoder_blocks": [2, 1, 1],
 }
 
 
