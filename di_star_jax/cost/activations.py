@@ -45,8 +45,7 @@ def activations(
         but matrix products, these too: in 10 blocks of 4096 tokens and 640 channels and 60 of 1024
         and 1280, 15 times the channels for each token, 3.15 GB;
       VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without;
-      tiny decoder (`decode.view`), temporaries by the TPU compiler: 2.19 GB with recomputation, 2.22
-        without.
+      tiny decoder (`decode.view`), by the TPU compiler: 2.19 GB with recomputation, 2.22 without.
     Scaled by pixels (of what the decoder sees, `decode.view`), width and dtype; attention maps grow
     faster than that, and the reward's own network is small beside the VAE. The scores' gradient
     goes through three passes and their guided two at a time, but for losses that want none.
