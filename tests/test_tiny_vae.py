@@ -142,8 +142,10 @@ def test_a_run_learns_through_it_and_its_pictures_are_the_whole_vaes(folder, tae
         lines[view] = {k: v for line in found[::-1] for k, v in json.loads(line).items()}
         index = json.loads((workdir / "diffusers" / "vae" / "config.json").read_text())
         assert index["_class_name"] == "AutoencoderKL"
-    assert lines["tiny"]["eval/pickscore"] == lines["full"]["eval/pickscore"], "before, both"
-    assert lines["tiny"]["reward/pickscore"] != lines["full"]["reward/pickscore"]
+    before = [lines[view]["eval/pickscore"] for view in ("tiny", "full")]  # at step 0
+    assert before[0] == pytest.approx(before[1], rel=1e-5)
+    seen = [lines[view]["reward/pickscore"] for view in ("tiny", "full")]
+    assert abs(seen[0] - seen[1]) > 1e-4
     assert lines["tiny"]["pull/reward"] > 0
     said = record.read(tmp_path / "tiny")
     assert set(said["weights"]) >= {"weights.tiny_vae", "weights.reference"}
