@@ -267,6 +267,7 @@ def test_weights_without_the_decoder_are_refused(folder, taesd, tmp_path):
 @pytest.mark.parametrize("view", ["tiny", "full"])
 def test_a_folder_that_is_not_there_or_not_named(folder, command, view):  # noqa: F811
     here = [f"--config.weights.reference={folder}", f"--config.decode.view={view}"]
+    here.append("--config.mesh.fsdp=8")  # as many devices as the tests have
     code, _, said = command("--workdir=runs/no", SDXL, *here, "--config.weights.tiny_vae=./none")
     assert (code, said.count("\n")) == (2, 1)
     line = "weights.tiny_vae=./none: no such folder"
