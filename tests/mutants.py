@@ -983,7 +983,7 @@ MUTANTS = r"""
 + pass
 - share = tiny.decoder_block_out_channels[0] / 64
 + pass
-@ cost/work.py | test_tiny_vae.py | eighteenth
+@ cost/work.py | test_tiny_vae.py | nineteenth
 - vae = plan.models.get(TINY_VAE, plan.models["vae"])
 + vae = plan.models["vae"]
 @ cost/activations.py | test_tiny_vae.py | of_all_pixels

@@ -131,7 +131,7 @@ def test_other_views_load_no_tiny_decoder(folder):
         assert "tiny_vae" not in plan.known_models(config).networks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_learns_through_it_and_its_pictures_are_the_whole_vaes(folder, taesd, tmp_path):
     fields = {"train.steps": 1, "assistant.warmup_steps": 0, "eval_every": 1}
     lines = {}
@@ -185,7 +185,7 @@ def test_the_decoders_activations_are_of_all_pixels_and_of_its_own():
     assert activations.activations(small).decoder == pytest.approx(sizes["tiny"].decoder / 4)
 
 
-def test_its_work_is_an_eighteenth_of_the_whole_decoders(monkeypatch):
+def test_its_work_is_a_nineteenth_of_the_whole_decoders(monkeypatch):
     monkeypatch.setattr(work, "_reward", lambda reward, image: work.Pass(0.0, 0.0))
     full, tiny = (
         work._decoder(plan.make(dry(**{"decode.view": view}), 1, "cpu"))
@@ -197,7 +197,7 @@ def test_its_work_is_an_eighteenth_of_the_whole_decoders(monkeypatch):
     convolutions = 2 * 9 * (between * 64**2 + pixels[0] * 4 * 64 + pixels[3] * 64 * 3)
     assert tiny == pytest.approx(2 * convolutions, rel=1e-6)  # forward and back to the latents
     assert convolutions == pytest.approx(0.565e12, rel=1e-3)
-    assert full / tiny == pytest.approx(18.5, rel=0.01)
+    assert full / tiny == pytest.approx(19.0, rel=0.01)
 
 
 def test_a_benchmark_of_the_decoder_is_of_the_one_that_the_reward_sees(folder, taesd):
