@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_config import dry
-from test_step import CONFIGS
+from test_step import CONFIGS, random_model
 
-from di_star_jax import assembly, gradients, models, sharding, step
+from di_star_jax import assembly, gradients, sharding, step
 from di_star_jax.diffusion import FewStep
 from di_star_jax.models.unet import Condition
-from di_star_jax.pipelines.folder import abstract_model, model_class
+from di_star_jax.pipelines.folder import abstract_model
 from di_star_jax.pipelines.sdxl import SDXL
 
 SHAPE = (128, 128, 4)
@@ -150,8 +150,7 @@ def score_gap(**changes):
     config = dry(**{"objective.omega": 1.0, "compute.remat_denoiser": "none", **changes})
     options = assembly.model_options(config, sharding.make_mesh(1, 1, devices=jax.devices()[:1]))
     model = abstract_model(FLAT, options["denoiser"])
-    cls, fields = model_class(FLAT)
-    params = [models.init(lambda rngs: cls(fields, rngs=rngs), seed)[1] for seed in (0, 1)]
+    params = [random_model(FLAT, seed)[1] for seed in (0, 1)]
     reference = params[0]
     assistant = jax.tree.map(lambda a, b: a + 0.002 * (b - a), *params)
     method = gradients.Method(

@@ -4,6 +4,7 @@ anything.
 """
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -183,6 +184,12 @@ def test_text_encoders_equal_transformers(name, batch, settings):
     assert gradient <= GRADIENT
 
 
+@functools.cache
+def small():
+    """(graphdef, params) of a text encoder."""
+    return models.init(lambda rngs: clip.CLIPTextModel(SMALL, rngs=rngs), seed=0)
+
+
 def test_prompts_pool_at_the_first_end_of_text_under_both_conventions():
     """What follows the first end-of-text has no influence, whether it is found as `98` or as the
     largest id.
@@ -190,7 +197,7 @@ def test_prompts_pool_at_the_first_end_of_text_under_both_conventions():
     ids = _prompts(2, eos_in_vocabulary=98)
     changed = ids.copy()
     changed[:, -5:] = 7
-    _, params = models.init(lambda rngs: clip.CLIPTextModel(SMALL, rngs=rngs), seed=0)
+    _, params = small()
     for eos in (2, 98):
         config = dataclasses.replace(SMALL, eos_token_id=eos)
         graphdef, _ = models.abstract(lambda rngs: clip.CLIPTextModel(config, rngs=rngs))
@@ -258,7 +265,7 @@ def test_clip_model_equals_transformers(act, eos, heads, batch):
 
 def test_rematerialisation_changes_no_value_and_no_gradient():
     ids = _prompts(1, eos_in_vocabulary=98)
-    _, params = models.init(lambda rngs: clip.CLIPTextModel(SMALL, rngs=rngs), seed=0)
+    _, params = small()
 
     def run(remat):
         graphdef, _ = models.abstract(
@@ -276,7 +283,7 @@ def test_rematerialisation_changes_no_value_and_no_gradient():
 
 
 def test_bfloat16_compute_keeps_float32_parameters_and_stays_close():
-    graphdef, params = models.init(lambda rngs: clip.CLIPTextModel(SMALL, rngs=rngs), seed=0)
+    graphdef, params = small()
     half, half_params = models.abstract(
         lambda rngs: clip.CLIPTextModel(SMALL, rngs=rngs, dtype=jnp.bfloat16)
     )
@@ -289,7 +296,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_stays_close():
 
 
 def test_layers_are_stacked_and_start_from_different_weights():
-    _, params = models.init(lambda rngs: clip.CLIPTextModel(SMALL, rngs=rngs), seed=0)
+    _, params = small()
     kernel = params["text_model"]["encoder"]["layers"]["mlp"]["fc1"]["kernel"]
     assert kernel.shape == (3, 32, 64)
     assert not np.allclose(kernel[0], kernel[1])

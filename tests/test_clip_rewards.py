@@ -21,13 +21,13 @@ import test_blip
 import torch
 import transformers
 from PIL import Image
-from test_step import CONFIGS, SCHEDULE
+from test_step import CONFIGS, SCHEDULE, random_model
 from test_train import config_for
 from torch import nn
 from torch.nn import functional
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from di_star_jax import assembly, models, rewards, sharding
+from di_star_jax import assembly, rewards, sharding
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation.images import Shot
 from di_star_jax.evaluation.scores import by_reward
@@ -652,10 +652,7 @@ def mixture(tokenizer, tmp_path_factory):
     networks = {
         name: pipeline.abstract_model(CONFIGS[part.folder]) for name, part in SDXL.parts.items()
     }
-    cls, settings = pipeline.model_class(CONFIGS["vae"])
-    networks["vae"] = networks["vae"]._replace(
-        params=models.init(lambda rngs: cls(settings, rngs=rngs), seed=0)[1]
-    )
+    networks["vae"] = networks["vae"]._replace(params=random_model(CONFIGS["vae"], seed=0)[1])
     loaded = {}
 
     def assemble(config):

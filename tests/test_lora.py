@@ -21,6 +21,7 @@ from test_step import (
     assert_close,
     one_device,
     plain_sgd,
+    random_model,
     separate,
     small_world,
 )
@@ -32,7 +33,6 @@ from di_star_jax import (
     convert,
     drawing,
     gradients,
-    models,
     schemes,
     sharding,
     step,
@@ -75,8 +75,7 @@ def denoiser(config=UNET, low_rank=None, seed=0):
 
 @functools.cache
 def made(config, seed):
-    cls, settings = pipeline.model_class(json.loads(config))
-    return models.init(lambda rngs: cls(settings, rngs=rngs), seed=seed)
+    return random_model(json.loads(config), seed)
 
 
 def inputs(config, batch=2):

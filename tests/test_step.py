@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from di_star_jax import diffusion, gradients, objectives, schemes, sharding, step
+from di_star_jax import diffusion, gradients, models, objectives, schemes, sharding, step
 from di_star_jax.cost import flops
 from di_star_jax.diffusion import FewStep
 from di_star_jax.models import published
@@ -98,6 +98,29 @@ BATCH = 8
 IDS = {"tokenizer": jnp.tile(jnp.arange(BATCH, dtype=jnp.int32)[:, None], (1, 8))}
 
 
+def random_model(config, seed):
+    """As `models.init` of the class that a config.json names; in NumPy, for a generator for each of
+    hundreds of leaves takes longer to compile than what is tested with them.
+
+    Returns: (graphdef, params).
+    """
+    cls, settings = pipeline.model_class(config)
+    graphdef, tree = models.abstract(lambda rngs: cls(settings, rngs=rngs))
+    rng = np.random.default_rng(seed)
+
+    def drawn(path, leaf):
+        name, shape = path[-1].key, leaf.shape
+        if name == "logit_scale":
+            return jnp.float32(settings.logit_scale_init_value)
+        if name in ("scale", "bias"):
+            return jnp.full(shape, float(name == "scale"), leaf.dtype)
+        of_convolution = name == "kernel" and len(shape) == 4
+        inputs = np.prod(shape[:3]) if of_convolution else shape[-2] if name == "kernel" else 2500
+        return jnp.asarray(rng.standard_normal(shape) * inputs**-0.5, leaf.dtype)
+
+    return graphdef, jax.tree.map_with_path(drawn, tree)
+
+
 def one_device():
     return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
@@ -105,18 +128,10 @@ def one_device():
 @pytest.fixture(scope="module")
 def world():
     """(method, frozen parameters, another UNet's parameters, token ids)."""
-    from di_star_jax import models
-
     graphdefs, params = {}, {}
     for i, (name, config) in enumerate(CONFIGS.items()):
-        cls, settings = pipeline.model_class(config)
-        graphdefs[name], params[name] = models.init(lambda rngs: cls(settings, rngs=rngs), seed=i)
-    other = models.init(
-        lambda rngs: pipeline.model_class(CONFIGS["unet"])[0](
-            pipeline.model_class(CONFIGS["unet"])[1], rngs=rngs
-        ),
-        seed=99,
-    )[1]
+        graphdefs[name], params[name] = random_model(config, seed=i)
+    other = random_model(CONFIGS["unet"], seed=99)[1]
 
     def reward(params, x0, ids, crop):
         image = nnx.merge(graphdefs["vae"], params["vae"]).decode(x0)

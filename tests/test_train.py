@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from test_config import ROOT
 from test_config import load as load_config
-from test_step import CONFIGS
+from test_step import CONFIGS, random_model
 
-from di_star_jax import assembly, drawing, models, sharding, train
+from di_star_jax import assembly, drawing, sharding, train
 from di_star_jax.diffusion import FewStep
 from di_star_jax.errors import UserError
 from di_star_jax.evaluation import held_out
@@ -57,8 +57,7 @@ def write_pipeline(out):
         "reward": {**CONFIGS["reward"], "text_config": text},
     }
     for i, (name, config) in enumerate(configs.items()):
-        cls, settings = pipeline.model_class(config)
-        params = models.init(lambda rngs: cls(settings, rngs=rngs), seed=i)[1]
+        params = random_model(config, seed=i)[1]
         weights.save(out / name, params, config=config, file_name="model.safetensors")
     (out / "scheduler").mkdir()
     (out / "scheduler" / "scheduler_config.json").write_text(
