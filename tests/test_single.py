@@ -211,21 +211,6 @@ def sdxl(tmp_path_factory):
     return _settings(tmp_path_factory.mktemp("settings") / "sdxl", "sdxl")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def abstract():
-    """Networks without weights are the same in all tests: seconds, each time."""
-    found = {}
-
-    def once(config):
-        key = json.dumps(config, sort_keys=True)
-        found.setdefault(key, []) or found[key].append(pipeline.abstract_model(config))
-        return found[key][0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(single, "abstract_model", once)
-        yield
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -2,6 +2,7 @@
 """A diffusers folder as models: configs, graphs, parameters, tokenizers and schedule."""
 
 import dataclasses
+import functools
 import os
 import types
 from collections.abc import Callable, Mapping
@@ -245,8 +246,14 @@ def abstract_port(
     given = {"dtype": options.dtype, "remat": options.remat}
     if port.long_attention:
         given["kernel"] = options.kernel
-    graphdef, params = models.abstract(lambda rngs: port.module(settings, rngs=rngs, **given))
+    graphdef, params = _abstract(port.module, settings, **given)
     return Model(graphdef, options.placed(params), config)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(module: Callable[..., nnx.Module], settings: Any, **given) -> tuple:
+    """`models.abstract`, which takes seconds at full size, once for networks that are alike."""
+    return models.abstract(lambda rngs: module(settings, rngs=rngs, **given))
 
 
 def load_model(
