@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight virtual CPU devices for every test; set before jax is imported."""
 
+import gc
 import os
 import signal
 import socket
@@ -29,9 +30,33 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent / ".pytest_c
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 
 
+# Those that take longest, first: the last file to begin should be a short one.
+LONGEST = """
+    train readme hosts benchmark single adapters evaluate step objectives remat export convert plan
+    main lora peer reward_run launch fields clip_rewards preference sd15 shapes text_cache unet
+"""
+
+
 def pytest_collection_modifyitems(items):
-    """Whole runs first: xdist deals out long runs of tests, so one process gets them all."""
-    items.sort(key=lambda item: item.module.__name__ != "test_train")
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
+
+
+def pytest_collection_finish():
+    """What has been imported is no garbage, and there is a lot of it to look through for some."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With -n N a file's tests go to one process: what they share is made once."""
+    if config.getvalue("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 class Bucket:
