@@ -154,6 +154,16 @@ UNETS = {
         "cross_attention_dim": 48,
     },
 }
+# One level of convolutions alone, one with transformers: a quarter of the time to compile.
+UNETS["SDXL, small"] = {
+    **UNETS["SDXL"],
+    "block_out_channels": [64, 128],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [1, 2],
+}
 VAE = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [32, 64, 64, 64],
@@ -164,6 +174,11 @@ VAE = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 UNET_WEIGHTS = {
+    "SDXL, small": [
+        "conv_in.weight",
+        "mid_block.attentions.0.transformer_blocks.1.attn1.to_q.weight",
+        "up_blocks.1.resnets.1.conv1.weight",
+    ],
     "SDXL": [
         "conv_in.weight",
         "mid_block.attentions.0.transformer_blocks.7.attn1.to_q.weight",

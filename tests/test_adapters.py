@@ -187,8 +187,8 @@ def test_diffusers_draws_by_the_printed_code_what_we_draw(runs, tmp_path, kind):
 @pytest.mark.parametrize(
     "names, kind",
     [
-        pytest.param("diffusers", "sdxl", marks=pytest.mark.slow),
-        pytest.param("kohya", "sd15", marks=pytest.mark.slow),
+        pytest.param("diffusers", "sdxl", marks=pytest.mark.long),
+        pytest.param("kohya", "sd15", marks=pytest.mark.long),
         pytest.param("diffusers", "sd15", marks=pytest.mark.long),
         pytest.param("kohya", "sdxl", marks=pytest.mark.long),
     ],
@@ -296,7 +296,7 @@ def test_a_file_is_of_half_precision_and_says_what_it_is(runs, tmp_path):
     np.testing.assert_array_equal(down, np.asarray(a)[1].T.astype(np.float16))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_names_of_kohyas_are_those_of_the_published_files_modules():
     """At full size: SDXL's by the original layout, SD 1.5's by diffusers', as sd-scripts does."""
     names = adapters._names(published.UNET_SDXL)
@@ -419,7 +419,7 @@ def _config(reference: Path, file: Path, name: str = "generator"):
         *(
             pytest.param(kind, names, marks=mark)
             for kind, names, mark in (
-                ("sdxl", "kohya", pytest.mark.slow),
+                ("sdxl", "kohya", pytest.mark.long),
                 ("sdxl", "diffusers", pytest.mark.long),
                 ("sd15", "kohya", pytest.mark.long),
                 ("sd15", "diffusers", pytest.mark.long),
@@ -498,7 +498,7 @@ def test_names_and_scales_of_other_programs_are_read_as_they_read_them(runs, tmp
     assert {a.alpha for name, a in found.items() if name.endswith("to_k")} == {10.0}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_difference_is_also_that_of_a_file_and_a_folder(runs, cache, tmp_path):
     """As a checkpoint is downloaded that somebody has trained."""
     reference, trained_file = runs("sdxl").parent / "reference", tmp_path / "all.safetensors"
@@ -575,7 +575,7 @@ def test_a_lora_of_the_other_family_is_named(runs, cache, tmp_path, base, other,
     assert "weights.reference" in message and not cache.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_of_text_encoders_are_left_out_and_said_to_be(runs, cache, tmp_path, capsys):
     """Published LoRAs of kohya's often have them; a run's text encoders are the reference's."""
     name, text = "unet.mid_block.attentions.0.proj_in", "text_encoder.text_model.x"
@@ -620,7 +620,7 @@ def _refused(tmp_path: Path, *options: str) -> str:
     return done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(runs, tmp_path):
     run, file = runs("sdxl"), tmp_path / "a.safetensors"
     there = tmp_path / "there.safetensors"
@@ -634,7 +634,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(runs, tmp_path):
     assert "without --reference" in _refused(tmp_path, *given, "--extract_lora=4")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_whole_networks_and_pixart_in_kohyas_names_are_refused(runs, tmp_path):
     run = runs("pixart")
     given = [f"--input={run}", f"--output={tmp_path / 'a.safetensors'}", "--format=kohya"]
@@ -692,7 +692,7 @@ def test_frozen_adapters_beside_a_base_are_the_network_that_they_are_merged_into
     np.testing.assert_allclose(ours, expected, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_a_file_of_adapters_holds_one_base_and_begins_as_their_merged_network(
     cache, tmp_path
 ):

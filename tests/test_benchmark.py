@@ -193,7 +193,7 @@ def test_all_gathers_are_those_of_the_split_weights(folder):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_measurement_holds_times_settings_and_environment(folder):
     config = tiny(folder, **{"mesh.fsdp": 8, "data.batch_size": 8, "compute.dtype": "float32"})
     result = benchmark.run(config, benchmark.Request("vae", "tiny", repeats=3, ops=True))
@@ -230,7 +230,7 @@ def test_random_weights_differ_where_their_shapes_do_not():
 
 
 @pytest.mark.case("faults 15")
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_two_random_leaves_of_a_run_are_equal(folder):
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     work = aot.train_work(tiny(folder, **{"mesh.fsdp": 1}), mesh)

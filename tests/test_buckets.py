@@ -172,7 +172,7 @@ exit_on_user_error(Workdir)(sys.argv[1])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "address, message",
     [

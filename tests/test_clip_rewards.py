@@ -716,7 +716,7 @@ def weighted(scores):
     return sum(SCALES[name] * score for name, score in scores.items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_rewards_of_a_run_add_up_by_their_scales_and_are_each_returned(mixture):
     """In slices of a random window, which must change nothing."""
     config, assemble = mixture

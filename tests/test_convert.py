@@ -236,7 +236,7 @@ def test_the_exported_pipeline_makes_the_image_of_our_own_sampler(workdir, tmp_p
     assert np.abs(np.round(255 * ours) - np.round(255 * theirs)).max() <= 1, "2 are allowed"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_teacher_is_drawn_by_default_as_the_papers_authors_draw_sdxl(reference):
     """Their notebook: the folder's scheduler, 50 steps, guidance 7.5."""
     loaded = drawing.load(str(reference), "ema")
@@ -303,7 +303,7 @@ def test_a_few_step_generator_keeps_its_times_and_draws_what_diffusers_draws(
     np.testing.assert_allclose(ours / 2 + 0.5, theirs, atol=2 / 255)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_that_does_not_say_its_times_is_drawn_in_one_step(workdir, tmp_path):
     _export(workdir, "ema", tmp_path / "out")
     file = tmp_path / "out" / "scheduler" / "scheduler_config.json"

@@ -228,7 +228,7 @@ def test_an_evaluation_of_a_run_leaves_results_scores_table_and_page(straight, f
     assert page.count("data:image/png;base64,") == 24 and 'src="http' not in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_in_one_file_has_the_numbers_of_its_folder(
     command, folder, tmp_path, monkeypatch
 ):
@@ -348,7 +348,7 @@ def test_a_pipeline_is_drawn_by_default_as_the_papers_sdxl_rows(command, folder,
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_device_and_split_parameters_give_the_images_and_numbers_of_eight_devices(
     command, straight, folder, workdir, tmp_path, monkeypatch
 ):
@@ -522,7 +522,7 @@ def test_a_folder_with_an_evaluation_of_other_settings_is_refused(
     assert (straight / "settings.json").read_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_images_of_other_weights_under_the_same_path_are_not_mixed(command, folder, tmp_path):
     source, out = tmp_path / "pipeline", tmp_path / "out"
     shutil.copytree(folder, source)
@@ -574,7 +574,7 @@ def test_a_checkpoint_that_was_mistyped_can_be_mended_in_the_same_folder(
     assert code == 0, stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_while_it_draws_and_while_it_scores_it_continues_to_the_same_results(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(
@@ -1102,7 +1102,7 @@ def test_a_baseline_is_compared_prompt_by_prompt(command, bright, tmp_path):
     assert (tmp_path / "after" / "page.html").read_text().count("data:image/png;base64,") == 10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_networks_of_one_run_are_compared_on_the_same_noise(
     command, straight, folder, workdir, tmp_path
 ):

@@ -327,7 +327,7 @@ def test_a_network_of_a_run_is_refused_where_there_is_no_run(exported):
         assert f"--which={which}" in error and "is no run" in error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("first hour 18")
 def test_a_single_unet_is_drawn_and_converted_with_a_reference(reference, ours, theirs, tmp_path):
     unet = str(reference / "unet")
@@ -381,7 +381,7 @@ def test_a_run_stores_what_was_configured():
     assert checkpoint.located(metadata) == metadata, "what is a Hub's name stays it"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("faults 17", "first hour 12")
 def test_a_moved_run_finds_its_reference_by_its_relative_path_or_is_told(
     reference, tmp_path, monkeypatch

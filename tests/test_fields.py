@@ -622,7 +622,7 @@ def test_parts_that_do_not_go_together_are_refused(copy, part, change, said):
     assert said in message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("faults 7")
 def test_a_trailing_file_is_drawn_from_its_last_time_as_diffusers_draws_it(copy):
     """The fault as it was seen: t = 1, which is pure noise."""
@@ -824,7 +824,7 @@ def use(name: str, known: dict) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("unet", "vae") else name
+        pytest.param(name, marks=pytest.mark.long) if name in ("unet", "vae") else name
         for name in FILES
     ],
 )

@@ -148,7 +148,7 @@ def test_a_step_on_8_bits_is_the_same_looped_and_on_eight_devices(monkeypatch):
     assert on_many["generator/loss"] == pytest.approx(float(metrics["generator/loss"]), rel=2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_trained_networks_8_bits_are_as_near_as_bfloat16():
     """The shapes world's teacher on pictures of its generator; the error is that of eps."""
     world = pipeline.load_pipeline(SHIPPED)

@@ -267,7 +267,7 @@ def tiny_step(low_rank, config=UNET, mesh=None, scheme="separate", batch=BATCH, 
     return fn, (put(state), put(frozen), (ids,), jax.random.key(0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_gradient_of_a_frozen_matrix_is_computed():
     """12 forward passes of a whole run are 10: both networks' weight gradients are gone."""
     whole, ours = (
@@ -335,7 +335,7 @@ def assert_moved_alike(found, plain):
 @pytest.mark.parametrize(
     "own_base",
     [
-        pytest.param(True, marks=pytest.mark.slow, id="two bases"),
+        pytest.param(True, marks=pytest.mark.long, id="two bases"),
         pytest.param(False, marks=pytest.mark.long, id="one base"),
     ],
 )
@@ -379,7 +379,7 @@ def leaves(tree):
     return jax.tree.leaves(tree)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_holds_adapters_alone_and_a_later_start_goes_on_with_them(run):
     folder, workdir = run
     low_rank = assembly.lora_of(config_for(folder, **FIELDS))
@@ -397,7 +397,7 @@ def _any(learnt):
     return {"a": a, "b": b}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_sample_and_evaluate_see_base_and_adapters_as_one_network(run):
     folder, workdir = run
     low_rank = assembly.lora_of(config_for(folder, **FIELDS))
@@ -419,7 +419,7 @@ def test_export_sample_and_evaluate_see_base_and_adapters_as_one_network(run):
         assert_close(drawn, network, rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_convert_writes_the_very_weights_that_the_run_has_exported(run, tmp_path):
     _, workdir = run
     given = {"step": None, "dtype": "float32", "reference": None}
@@ -434,7 +434,7 @@ def test_convert_writes_the_very_weights_that_the_run_has_exported(run, tmp_path
     assert last != (workdir / FOLDER / "unet" / names[0]).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_ablation_measures_a_run_of_adapters_as_the_whole_network_it_exports(run):
     folder, workdir = run
     mesh = sharding.make_mesh(2, 4)
@@ -445,7 +445,7 @@ def test_the_ablation_measures_a_run_of_adapters_as_the_whole_network_it_exports
     assert_close(found, exported, rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scores_before_a_run_are_those_of_the_base(run):
     folder, workdir = run
     scores = json.loads((workdir / "before_after.json").read_text())
@@ -458,7 +458,7 @@ def test_scores_before_a_run_are_those_of_the_base(run):
     assert alone.base is None and "generator" not in alone.frozen()  # shares the reference
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_base_in_the_place_of_a_runs_is_refused(run, tmp_path):
     folder, workdir = run
     kept = (folder / "generator" / "model.safetensors").read_bytes()

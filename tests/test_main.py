@@ -560,7 +560,7 @@ def test_ctrl_c_ends_a_command_with_one_line(tmp_path, at):
     assert seconds < 15
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("first hour 17", "first hour 28")
 def test_sample_alone_draws_a_grid_by_the_shipped_generator_and_says_what_next(tmp_path):
     done = typed("sample", "--num=1", cwd=tmp_path)

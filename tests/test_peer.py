@@ -186,7 +186,7 @@ class World:
 
 # The UNet's are in test_unet.py too, and SD 1.5's parts are those of the other two.
 _MARKS = {
-    "StableDiffusionXLPipeline": pytest.mark.slow,
+    "StableDiffusionXLPipeline": pytest.mark.long,
     "StableDiffusionPipeline": pytest.mark.long,
 }
 NAMES = [pytest.param(name, marks=_MARKS.get(name, ())) for name in TINY]

@@ -161,7 +161,7 @@ def test_the_teacher_is_drawn_by_default_as_diffusers_draws_it(loaded, theirs):
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_trains_resumes_and_exports(reference, tmp_path):
     (reference / "prompts.txt").write_text("a b\nc\nd e f\nz\n")
     fields = {

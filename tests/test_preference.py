@@ -157,7 +157,7 @@ def test_steps_of_training_equal_pytorchs_adamw_with_warm_up_decay_and_clipping(
         close(ours[name], p.detach(), 2e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_imagereward_loss_on_its_network_equals_pytorch(tmp_path):
     module = test_blip._randomise(test_blip.TorchImageReward(test_blip.CONFIG, test_blip.VISION))
     folder = test_blip._write(tmp_path / "weights", test_blip._published_tensors(module))
@@ -188,7 +188,7 @@ def test_imagereward_loss_on_its_network_equals_pytorch(tmp_path):
 # What stays, and what it is chosen by.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fixed_blocks_and_what_is_before_them_stay_and_the_others_learn(clip):
     _, scorer = clip
     optim = SGD._replace(lr=0.1, weight_decay=0.5, fixed_blocks=0.5)

@@ -106,7 +106,7 @@ def test_an_error_of_one_process_ends_the_other_at_once(raised, codes):
 
 
 @pytest.mark.parametrize(
-    "victim", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["the first", "another"]
+    "victim", [0, pytest.param(1, marks=pytest.mark.long)], ids=["the first", "another"]
 )
 @pytest.mark.parametrize(
     "work", ["time.sleep(50)", pytest.param("processes.gather('x')", marks=pytest.mark.slow)]

@@ -345,7 +345,7 @@ def test_a_later_start_takes_what_an_earlier_one_found(config, mesh, searches, t
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_config_device_or_version_searches_anew(
     config, mesh, searches, tmp_path, monkeypatch
 ):
@@ -388,7 +388,7 @@ def test_a_config_that_does_not_ask_is_left_alone(config, mesh, searches, tmp_pa
 # With the compiler.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_executed_flop_are_those_of_the_traced_step(config, mesh):
     planned = plan.make(config, 8, "cpu")
     found = remat.executed(config, mesh, planned, 1e12)

@@ -253,7 +253,7 @@ def test_an_evaluation_of_a_bucket_in_a_bucket_goes_on_from_another_machine(
     assert code == 2 and "holds notes.md" in error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_evaluation_of_a_run_in_a_bucket_has_the_numbers_of_the_disk(
     gs, command, folder, tmp_path
 ):
@@ -408,7 +408,7 @@ def lines_of(process):
     return process.returncode, error.splitlines()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dead_server_and_missing_credentials_are_one_line_in_half_a_minute(tmp_path):
     closed = f"http://localhost:{closed_port()}"
     key = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}

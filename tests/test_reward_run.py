@@ -80,7 +80,7 @@ def finished(world, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_parameters_are_exported_and_transformers_reads_them(world, finished, capsys):
     held_out = [line for line in lines(finished) if "held_out/accuracy" in line]
     assert [line["step"] for line in held_out] == [0, 2, 4, 6]
@@ -108,7 +108,7 @@ def test_the_best_parameters_are_exported_and_transformers_reads_them(world, fin
     assert "finished: best at step" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_stopped_goes_on_as_if_it_had_not(world, finished, tmp_path, monkeypatch):
     class Stopping(Exception):
         pass
@@ -245,7 +245,7 @@ def test_the_commands_refusal_is_a_line_and_exit_code_2(tmp_path):
     assert done.stderr.count("\n") == 1 and "data.pairs=none: no such file" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_imagereward_is_trained_and_its_folder_is_a_reward(tmp_path):
     import test_blip
 
@@ -263,7 +263,7 @@ def test_imagereward_is_trained_and_its_folder_is_a_reward(tmp_path):
     assert loaded["imagereward"].tokenize(["a cat"])["mask"].any()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pick_a_pics_files_are_trained_on_by_worker_processes_in_bfloat16(world, tmp_path):
     def rows(first, count):
         colors = [(200 * i, 20 * j, 9) for i in range(2) for j in range(12)]

@@ -149,7 +149,7 @@ def write_run(reference, folder, form, part="unet"):
 @pytest.mark.parametrize(
     "form",
     [
-        pytest.param(SCALED, marks=pytest.mark.slow),
+        pytest.param(SCALED, marks=pytest.mark.long),
         pytest.param(NOISE, marks=pytest.mark.long),
     ],
     ids=["scaled", "noise"],
@@ -208,7 +208,7 @@ def test_a_denoisers_folder_alone_is_a_generator_of_the_familys_form(reference):
         ("euler", diffusers.EulerDiscreteScheduler),
         pytest.param("ddim", diffusers.DDIMScheduler, marks=pytest.mark.long),
         pytest.param(
-            "dpm_solver_pp", diffusers.DPMSolverMultistepScheduler, marks=pytest.mark.slow
+            "dpm_solver_pp", diffusers.DPMSolverMultistepScheduler, marks=pytest.mark.long
         ),
     ],
 )

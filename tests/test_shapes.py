@@ -115,7 +115,7 @@ def test_preferred_picture_has_the_better_light_or_the_right_scene():
     "folder, size, form, least",
     [
         (SHIPPED, 26.5e6, FewStep((399,), "noise"), 0.9),
-        pytest.param(TWIN, 15e6, FewStep((440,), "scaled"), 0.85, marks=pytest.mark.slow),
+        pytest.param(TWIN, 15e6, FewStep((440,), "scaled"), 0.85, marks=pytest.mark.long),
     ],
     ids=["sdxl", "pixart"],
 )
@@ -137,7 +137,7 @@ def test_shipped_checkpoint_is_small_and_its_one_step_generator_draws_what_is_as
     assert measures.attributes_right(captions[:200], images).mean() >= least
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_twins_teacher_draws_what_is_asked_in_the_20_steps_of_its_scheduler():
     from di_star_jax.pipelines import folder as pipeline
     from di_star_jax.shapes import networks
@@ -255,7 +255,7 @@ def few_steps(sizes):
     return dataclasses.replace(sizes, images=16, pairs=48, reward=short, generator=short, **stages)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_twins_pretraining_makes_a_pipeline_of_its_own_and_a_second_start_changes_nothing(
     tmp_path,
 ):
@@ -291,7 +291,7 @@ def test_the_twins_pretraining_makes_a_pipeline_of_its_own_and_a_second_start_ch
     assert written == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pads_that_the_twins_training_leaves_out_change_no_prediction(tmp_path):
     from di_star_jax.prompts.t5 import T5Tokenizer
     from di_star_jax.shapes import networks, pretrain

@@ -240,7 +240,7 @@ def test_a_folder_of_a_single_file_has_diffusers_weights_byte_for_byte(
                 assert tensor.read().tobytes() == bits, (name, key)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_folder_is_a_pipeline_that_diffusers_loads(kind, settings, tmp_path):
     file = _file(tmp_path / "all.safetensors", _tensors(kind))
     done = _run(
@@ -679,7 +679,7 @@ def test_the_empty_tensors_of_a_v_prediction_file_reach_the_scheduler_and_back(s
     "asked, marks",
     [
         ("v_prediction", ()),
-        pytest.param(None, ("v_pred", "ztsnr"), marks=pytest.mark.slow),
+        pytest.param(None, ("v_pred", "ztsnr"), marks=pytest.mark.long),
     ],
 )
 def test_a_checkpoint_of_a_v_prediction_file_says_so_to_its_export(sdxl, tmp_path, asked, marks):
@@ -743,7 +743,7 @@ def test_what_a_denoiser_predicts_is_the_files_word_unless_the_user_says(
     assert found["_class_name"] == name, "PNDM knows no zero-terminal SNR"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_v_prediction_file_is_drawn_as_diffusers_draws_it(tmp_path):
     """Zero terminal SNR, from pure noise on, with guidance."""
     settings = _settings(tmp_path / "settings", "sd15")

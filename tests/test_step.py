@@ -280,7 +280,7 @@ def world_gradients(world, mesh, **changes):
     ], metrics
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradients_on_eight_devices_equal_those_on_one(world, monkeypatch):
     # The looped scheme, for it compiles fastest; the others are compared with it on one device.
     on_one = world_gradients(world, one_device(), scheme="looped")

@@ -150,7 +150,7 @@ def losses(workdir):
     [
         pytest.param(write_pipeline, marks=pytest.mark.long),
         pytest.param(write_sd15, marks=pytest.mark.long),
-        pytest.param(write_pixart, marks=pytest.mark.slow),
+        pytest.param(write_pixart, marks=pytest.mark.long),
     ],
     ids=["sdxl", "sd15", "pixart"],
 )

@@ -255,7 +255,7 @@ def test_tensorboard_has_both_ends_the_rate_the_config_and_captions(straight):
     assert b"1. a red circle" in texts
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("first hour 26")
 def test_a_finished_run_shows_its_table_at_once_and_exports_again_only_what_is_gone(
     folder, straight, tmp_path, capsys
@@ -292,7 +292,7 @@ def test_another_method_in_a_finished_workdir_is_refused_before_weights(folder, 
     assert "loading weights" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("faults 16")
 def test_held_out_prompts_that_are_added_later_are_scored_before_and_after(
     folder, straight, tmp_path, capsys
@@ -377,7 +377,7 @@ def test_ctrl_c_and_sigterm_save_and_say_that_the_same_command_goes_on(folder, s
     assert run.lines[-1] == f"SIGTERM: stopped at step {saved}; the same command goes on\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("faults 4")
 def test_a_disk_that_is_full_in_the_middle_is_one_line(folder, straight, tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
@@ -434,7 +434,7 @@ def test_a_stopped_run_continues_to_the_same_weights_and_compiles_nothing_anew(
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_that_blow_up_stop_the_run_with_what_to_do(folder, tmp_path):
     huge = jax.tree.map(lambda x: 1e20 * x, pipeline.load_model(folder / "generator").params)
     weights.save(tmp_path / "huge", huge, config=UNET, file_name="model.safetensors")

@@ -70,7 +70,7 @@ def changed(config, name, value):
     [
         pytest.param("v", False, marks=pytest.mark.long),
         pytest.param("zero_snr", False, marks=pytest.mark.long),
-        pytest.param("zero_snr", True, marks=pytest.mark.slow),
+        pytest.param("zero_snr", True, marks=pytest.mark.long),
     ],
 )
 def test_a_run_from_a_v_prediction_reference_trains_and_exports_one(
