@@ -13,7 +13,9 @@ from di_star_jax.models.vae import VAEConfig
 from di_star_jax.pipelines import folder as pipeline
 
 
-@pytest.mark.parametrize("batch, height, width", [(3, 48, 80), (1, 64, 64)])
+@pytest.mark.parametrize(
+    "batch, height, width", [(3, 48, 80), pytest.param(1, 64, 64, marks=pytest.mark.long)]
+)
 def test_encoder_and_its_gradients_equal_diffusers(batch, height, width):
     errors = parity.vae_encoder_errors(batch, height, width)
     assert errors.forward <= parity.FORWARD, errors
