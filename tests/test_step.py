@@ -401,7 +401,8 @@ def test_with_fresh_times_the_generators_gradient_is_the_same(objective, scheme)
     assert_close(generator, expected[0])
     assert distance(assistant, expected[1]) > 1e-3  # other times, other noise
     assert metrics["nonfinite"] == 0
-    assert_close(assistant, small_step(objective=objective)[2])
+    if scheme != "separate":  # which would be compared with itself
+        assert_close(assistant, small_step(objective=objective)[2])
 
 
 def test_no_regulariser_and_no_reward_is_no_gradient():
