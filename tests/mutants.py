@@ -936,6 +936,9 @@ MUTANTS = r"""
 + return in_slices(score, config.decode.slice)(x0, of_rewards)
 - return in_slices(score, config.decode.slice)(view(x0, crop, size), of_rewards)
 + return in_slices(score, config.decode.slice)(view(x0, 0 * crop, size), of_rewards)
+@ models/attention.py | test_attention.py | what_cuDNN or what and cuDNN
+- return run(q, *filled, key_value_seq_lengths=seen)
++ return run(q, *filled)
 @ models/vae.py | test_vae.py | gradients
 - x = self.post_quant_conv(sharding.split_rows(latents / self.config.scaling_factor))
 + x = self.post_quant_conv(sharding.split_rows(latents * self.config.scaling_factor))

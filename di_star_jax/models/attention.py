@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 KERNELS = ("splash", "cudnn", "xla")
-LONG = 1024  # tokens; below this, and for the text's 77, the flash kernels' overhead is not repaid
+LONG = 1024  # tokens; below this the flash kernels' overhead is not repaid
 BLOCK = 2**26  # logits per image and head above which XLA's path computes them by blocks of queries
 WIDEST = 128  # D of the flash kernels
+_TILE = 64  # keys that cuDNN's kernel takes at a time
 
 
 @functools.cache
@@ -38,15 +39,16 @@ def choose(
     masked: bool,
 ) -> str:
     """What of KERNELS computes such an attention where `kernel` is preferred: flash kernels take
-    long, unmasked ones.
+    unmasked ones of many queries.
 
     Both take head widths up to 128: the VAE's one head of 512 stays with XLA, for cuDNN refuses it
-    and splash takes the TPU compiler four minutes. splash needs multiples of 128 tokens, cuDNN
-    16-bit floats and widths that 8 divides.
+    and splash takes the TPU compiler four minutes. splash needs multiples of 128 tokens, and many
+    keys to repay its overhead: those of the text stay with XLA. cuDNN takes any number of keys, but
+    needs 16-bit floats and widths that 8 divides.
     """
-    if masked or min(n, m) < LONG or d > WIDEST:
+    if masked or n < LONG or d > WIDEST:
         return "xla"
-    if kernel == "splash" and n % 128 == 0 and m % 128 == 0:
+    if kernel == "splash" and m >= LONG and n % 128 == 0 and m % 128 == 0:
         return "splash"
     if kernel == "cudnn" and d % 8 == 0 and jnp.dtype(dtype).itemsize == 2:
         return "cudnn"
@@ -80,7 +82,7 @@ def attention(
     if chosen == "splash":
         return splash(q, k, v)
     if chosen == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return cudnn(q, k, v)
     if n * m > BLOCK and mask is None:
         return _by_blocks(q, k, v)
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
@@ -106,6 +108,30 @@ def _by_blocks(
     blocks = jnp.moveaxis(q.reshape(b, count, n // count, h, d), 1, 0)
     found = jax.lax.map(of_block, blocks)  # [count, B, N / count, H, D]
     return jnp.moveaxis(found, 0, 1).reshape(q.shape)
+
+
+def cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """Flash attention by cuDNN; arguments as `attention`.
+
+    Keys are filled up to a multiple of its tiles, for JAX lets no odd number of them through to it
+    where gradients are wanted.
+
+    Args: implementation, of `jax.nn.dot_product_attention`.
+    """
+    run = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    m = k.shape[1]
+    more = -m % _TILE
+    if not more:
+        return run(q, k, v)
+    filled = [jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (k, v)]
+    seen = jnp.full(q.shape[0], m, jnp.int32)
+    return run(q, *filled, key_value_seq_lengths=seen)
 
 
 def _block(tokens: int) -> int:
