@@ -936,6 +936,15 @@ MUTANTS = r"""
 + return in_slices(score, config.decode.slice)(x0, of_rewards)
 - return in_slices(score, config.decode.slice)(view(x0, crop, size), of_rewards)
 + return in_slices(score, config.decode.slice)(view(x0, 0 * crop, size), of_rewards)
+@ models/layers.py | test_layers.py | group_norm
+- near = _over_groups(groups, x[:, ::8, ::8].astype(jnp.float32).mean((1, 2)))
++ near = 0.0 * _over_groups(groups, x[:, ::8, ::8].astype(jnp.float32).mean((1, 2)))
+- variance = _over_groups(groups, (off * off).mean((1, 2))) - mean * mean
++ variance = _over_groups(groups, (off * off).mean((1, 2)))
+- of_x = inverse * (scale * grad - of_mean - normal * of_deviation)
++ of_x = inverse * (scale * grad - of_mean)
+- return of_x.astype(x.dtype), pixels * along.sum(0), pixels * pull.sum(0)
++ return of_x.astype(x.dtype), along.sum(0), pixels * pull.sum(0)
 @ models/attention.py | test_attention.py | what_cuDNN or what and cuDNN
 - return run(q, *filled, key_value_seq_lengths=seen)
 + return run(q, *filled)

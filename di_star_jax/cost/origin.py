@@ -26,7 +26,7 @@ _DECODER = re.compile(r"(ResnetBlock2D|Upsample2D|GroupNorm|Attention)\.")
 _WEIGHTS = re.compile(r"scan_blocks|gather_param|whole_kernel|scanned_scores|looped|leaf")
 # By the function that is nearest.
 _NEAREST = {
-    re.compile(r"(Layer|Group)Norm|standardised|group_norm|layer_norm"): "norms",
+    re.compile(r"(Layer|Group)Norm|standardised|(group|layer)_norm|_over_groups|_moments"): "norms",
     re.compile(r"[aA]ttention|splash|_by_blocks|of_block"): "attention",
     re.compile(r"FeedForward|GEGLU|TanhGELU"): "feed-forward",
     re.compile(r"ResnetBlock2D|Downsample2D|Upsample2D"): "resnets",
