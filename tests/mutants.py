@@ -945,6 +945,11 @@ MUTANTS = r"""
 + of_x = inverse * (scale * grad - of_mean)
 - return of_x.astype(x.dtype), pixels * along.sum(0), pixels * pull.sum(0)
 + return of_x.astype(x.dtype), along.sum(0), pixels * pull.sum(0)
+@ models/layers.py | test_layers.py | gates_gradient
+- other = own[..., ::-1, :]
++ other = own
+- is_gate = jnp.arange(2)[:, None] == 1
++ is_gate = jnp.arange(2)[:, None] == 0
 @ models/attention.py | test_attention.py | what_cuDNN or what and cuDNN
 - return run(q, *filled, key_value_seq_lengths=seen)
 + return run(q, *filled)

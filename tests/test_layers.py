@@ -51,3 +51,15 @@ def test_group_norm_equals_float64_with_its_gradients(kind):
     tolerance = {"normal": 2e-6, "far from 0": 2e-4}.get(kind, 64 * 6e-7)
     for ours, exact in zip(found, exact_group_norm(x, scale, bias, weight)):
         assert np.abs(ours - exact).max() / np.abs(exact).max() < tolerance
+
+
+def test_a_gates_gradient_is_jaxs_own():
+    def plain(both):
+        h, gate = jnp.split(both, 2, axis=-1)
+        return h * layers.gelu(gate)
+
+    both, grad = (jax.random.normal(jax.random.key(size), (2, 5, size)) for size in (12, 6))
+    out, pull_back = jax.vjp(layers.gated, both)
+    exact, exactly = jax.vjp(plain, both)
+    np.testing.assert_array_equal(out, exact)
+    np.testing.assert_allclose(pull_back(grad)[0], exactly(grad)[0], rtol=1e-6)

@@ -28,7 +28,7 @@ _WEIGHTS = re.compile(r"scan_blocks|gather_param|whole_kernel|scanned_scores|loo
 _NEAREST = {
     re.compile(r"(Layer|Group)Norm|standardised|(group|layer)_norm|_over_groups|_moments"): "norms",
     re.compile(r"[aA]ttention|splash|_by_blocks|of_block"): "attention",
-    re.compile(r"FeedForward|GEGLU|TanhGELU"): "feed-forward",
+    re.compile(r"FeedForward|GEGLU|TanhGELU|gated"): "feed-forward",
     re.compile(r"ResnetBlock2D|Downsample2D|Upsample2D"): "resnets",
 }
 _OPTIMIZER = re.compile(r"update|adamw|ema")
