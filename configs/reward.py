@@ -123,8 +123,8 @@ def get_config(preset: str = "pickscore") -> ml_collections.ConfigDict:
     config.compute = ml_collections.ConfigDict()
     # bfloat16 or float32; masters and moments are float32 always
     config.compute.dtype = "bfloat16"
-    # what the towers recompute in the backward pass, by block: full, dots (all but matrix
-    # products), none
+    # what the towers recompute in the backward pass, by block: full, dots (all but
+    # products with weights, convolutions and flash attention), none
     config.compute.remat = "full"
 
     config.train = ml_collections.ConfigDict()

@@ -309,8 +309,8 @@ def get_config(preset: str = "di_star") -> ml_collections.ConfigDict:
     # device by its compiler with 8 % to spare, the least work; kept in the workdir. Empty: as these
     # fields say
     config.compute.remat = ""
-    # what the denoiser recomputes in the backward pass, by block: full, dots (all but matrix
-    # products), none
+    # what the denoiser recomputes in the backward pass, by block: full, dots (all but
+    # products with weights, convolutions and flash attention), none
     config.compute.remat_denoiser = "full"
     # of VAE blocks
     config.compute.remat_vae = "full"

@@ -303,7 +303,7 @@ MUTANTS = r"""
 - sharing = self.mesh["data"] * self.mesh["fsdp"]
 + sharing = 1
 @ cost/activations.py | test_remat.py | sdxl_on_v5e or keeps_products
-- by_policy = {"none": (everything, 0.0), "dots": (0.46 + 3.15, 0.80), "full": (0.46, 0.80)}
+- by_policy = {"none": (everything, 0.0), "dots": (0.46 + 3.62, 0.80), "full": (0.46, 0.80)}
 + by_policy = {"none": (everything, 0.0), "dots": (0.46, 0.80), "full": (0.46, 0.80)}
 @ cost/remat.py | test_remat.py | compiled_first or passed_over or corrects or bounded or rules
 - if size > (1 + TOLERANCE) * have or any(size >= row.planned for row in failed):
@@ -389,7 +389,7 @@ MUTANTS = r"""
 + return self.bytes <= memory
 - room = ROOM * memory - sum(self.state.values())
 + room = memory - sum(self.state.values())
-- if plan.bytes > chip.memory:
+- if plan.bytes > (1 + tolerance) * chip.memory:
 + if not plan.fits(chip.memory):
 @ cost/plan.py | test_plan.py | within_15
 - ROOM = 0.88
@@ -950,6 +950,19 @@ MUTANTS = r"""
 + other = own
 - is_gate = jnp.arange(2)[:, None] == 1
 + is_gate = jnp.arange(2)[:, None] == 0
+@ models/layers.py | test_layers.py | dots_repeats
+- return primitive.name in _PRODUCTS or is_dot(primitive, *avals, **params)
++ return is_dot(primitive, *avals, **params)
+@ models/layers.py | test_layers.py | rounded
+- return checkpoint_name(kernel, _ROUNDED) if is_rounded else kernel
++ return kernel
+- is_rounded = stored.shape == kernel.shape and stored.dtype != kernel.dtype
++ is_rounded = stored.dtype != kernel.dtype
+@ models/layers.py | test_layers.py | is_a_loop
+- if remat == "full" or sharding.size(*sharding.PARAMS) > 1:
++ if remat != "none" or sharding.size(*sharding.PARAMS) > 1:
+- if remat == "full" or sharding.size(*sharding.PARAMS) > 1:
++ if remat == "full":
 @ models/attention.py | test_attention.py | what_cuDNN or what and cuDNN
 - return run(q, *filled, key_value_seq_lengths=seen)
 + return run(q, *filled)
@@ -1004,8 +1017,8 @@ MUTANTS = r"""
 - vae = plan.models.get(TINY_VAE, plan.models["vae"])
 + vae = plan.models["vae"]
 @ cost/activations.py | test_tiny_vae.py | of_all_pixels
-- vae = (TINY if is_tiny(config) else VAE)[kept_whole]
-+ vae = VAE[kept_whole]
+- vae = (TINY if is_tiny(config) else VAE)[config.compute.remat_vae]
++ vae = VAE[config.compute.remat_vae]
 @ checks.py | test_tiny_vae.py | not_there_or_not_named
 - wrong += _without_weights("weights.tiny_vae", config.weights.tiny_vae, _TINY_VAE)
 + pass
@@ -1090,8 +1103,11 @@ MUTANTS = r"""
 + missing = list(mine)
 - return list(dict.fromkeys(["", *texts]))
 + return ["", *texts]
-- if not kept and not place.is_empty():
-+ if not kept and False:
+- has_others = not kept and not place.is_empty()
++ has_others = False
+@ cache_text.py | test_text_cache.py | slower_than_the_first
+- if has_others:
++ if not kept and not place.is_empty():
 @ prompts/t5.py | test_t5_tokenizer.py | cut
 - doubtful = [text for text in texts if len(text) + 2 > LENGTH or not text.isascii()]
 + doubtful = [text for text in texts if len(text) + 2 > LENGTH]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that networks share: norms against float64."""
+"""Blocks that networks share: norms against float64, and what stacks keep to go backwards."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from di_star_jax import sharding
+from di_star_jax.cost import flops
 from di_star_jax.models import layers
 
 GROUPS, EPS = 4, 1e-6
@@ -63,3 +67,79 @@ def test_a_gates_gradient_is_jaxs_own():
     exact, exactly = jax.vjp(plain, both)
     np.testing.assert_array_equal(out, exact)
     np.testing.assert_allclose(pull_back(grad)[0], exactly(grad)[0], rtol=1e-6)
+
+
+class Block(nnx.Module):
+    """A convolution, a product with weights and one without."""
+
+    def __init__(self, width, rngs, dtype):
+        kw = {"rngs": rngs, "dtype": dtype}
+        self.norm = layers.group_norm(width, GROUPS, EPS, **kw)
+        self.conv = layers.conv3x3(width, width, **kw)
+        self.linear = layers.Linear(width, width, **kw)
+
+    def __call__(self, x):
+        h = self.linear(self.conv(nnx.silu(self.norm(x))))
+        rows = h.reshape(h.shape[0], -1, h.shape[-1])
+        map_ = jax.nn.softmax(jnp.einsum("bnc,bmc->bnm", rows, rows))
+        return x + jnp.einsum("bnm,bmc->bnc", map_, rows).reshape(x.shape)
+
+
+def gradient_of(remat, dtype=jnp.float32, width=8):
+    """(function of parameters and x, these) of a stack of three blocks."""
+    blocks = layers.stacked(lambda rngs: Block(width, rngs, dtype), 3, nnx.Rngs(0))
+    graphdef, params = nnx.split(blocks)
+
+    def value(params, x):
+        y = layers.scan_blocks(nnx.merge(graphdef, params), x, remat=remat)
+        return (y * y).mean()
+
+    return jax.grad(value, (0, 1)), params, jax.random.normal(jax.random.key(1), (2, 8, 8, width))
+
+
+def test_what_a_stack_keeps_changes_no_gradient():
+    found = [
+        jax.tree.leaves(jax.jit(gradient)(*given))
+        for gradient, *given in map(gradient_of, ("full", "dots", "none"))
+    ]
+    for looped, *others in zip(*found):
+        for one in others:
+            np.testing.assert_allclose(one, looped, rtol=1e-4, atol=1e-6 * np.abs(looped).max())
+
+
+def test_dots_repeats_no_product_with_weights_and_no_convolution():
+    full, dots, none = (
+        flops.count(gradient, *given)
+        for gradient, *given in map(gradient_of, ("full", "dots", "none"))
+    )
+    pixels, channels, depth = 2 * 64, 8, 3
+    with_weights = depth * 2 * pixels * channels * channels * (9 + 1)
+    maps = depth * 2 * pixels * 64 * channels  # of the last product nothing is needed again
+    assert full - none == with_weights + maps
+    assert dots - none == maps
+
+
+def test_dots_keeps_kernels_that_it_rounded():
+    gradient, *given = gradient_of("dots", jnp.bfloat16)
+    text = str(jax.make_jaxpr(gradient)(*given))
+    assert len(re.findall(r":bf16\[3,3,8,8\] = convert_element_type", text)) == 3
+
+
+def test_on_a_mesh_rounded_kernels_are_gathered_again():
+    gradient, params, x = gradient_of("dots", jnp.bfloat16, width=256)  # split
+    mesh = sharding.make_mesh(1, 2, devices=jax.devices()[:2])
+    specs = sharding.params_spec(mesh, params)
+    batch = sharding.batch_spec()
+    on_mesh = sharding.on_each(mesh, gradient, (specs, batch), (specs, batch))
+    text = str(jax.make_jaxpr(on_mesh)(params, x))
+    assert "all_gather" in text and " scan[" in text
+    assert "rounded" not in text
+
+
+def test_only_what_keeps_its_input_alone_is_a_loop():
+    def loops(remat):
+        gradient, *given = gradient_of(remat)
+        return str(jax.make_jaxpr(gradient)(*given)).count(" scan[")
+
+    assert loops("full") == 2  # there and back
+    assert loops("dots") == loops("none") == 0

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from di_star_jax.assembly import is_tiny, reference_dtype, reward_sources, seen_pixels
 from di_star_jax.objectives import OBJECTIVES
 
-# GB of a decoder at 1024 pixels in bfloat16, with recomputation and without.
-VAE = (4.3, 13.4)
-TINY = (2.19, 2.22)
+# GB of a decoder at 1024 pixels in bfloat16, by what is kept.
+VAE = {"none": 13.4, "dots": 4.3 + 4.3, "full": 4.3}
+TINY = {"none": 2.22, "dots": 2.22, "full": 2.19}
 
 
 class Activations(NamedTuple):
@@ -42,9 +42,10 @@ def activations(
     Counted on SDXL at 1024 pixels in bfloat16, per image (batch 1 of one network):
       UNet: keeps 0.46 GB and works in 0.80 GB (0.13 and one attention map in float32) with
         recomputation; keeps 13.0 GB (outputs 6.9, attention maps 6.1) without; with that of all
-        but matrix products, these too: in 10 blocks of 4096 tokens and 640 channels and 60 of 1024
-        and 1280, 15 times the channels for each token, 3.15 GB;
-      VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; keeps 13.4 GB without;
+        but products, these too: in 10 blocks of 4096 tokens and 640 channels and 60 of 1024 and
+        1280, 16 times the channels for each token, 3.36 GB, and resnets' convolutions, 0.26 GB;
+      VAE decoder: keeps 1.9 GB and works in 2.4 GB with recomputation; with that of all but
+        products these too, 4.3 GB; keeps 13.4 GB without;
       tiny decoder (`decode.view`), by the TPU compiler: 2.19 GB with recomputation, 2.22 without.
     Scaled by pixels (of what the decoder sees, `decode.view`), width and dtype; attention maps grow
     faster than that, and the reward's own network is small beside the VAE. The scores' gradient
@@ -54,11 +55,9 @@ def activations(
     The decoder has a width of its own, for scaled by the denoiser's, PixArt's came out too small.
     """
     everything = 6.9 if flash else 13.0
-    by_policy = {"none": (everything, 0.0), "dots": (0.46 + 3.15, 0.80), "full": (0.46, 0.80)}
+    by_policy = {"none": (everything, 0.0), "dots": (0.46 + 3.62, 0.80), "full": (0.46, 0.80)}
     keep, work = by_policy[config.compute.remat_denoiser]
-    # Its convolutions are no products to a policy, so "dots" keeps as little as "full".
-    kept_whole = config.compute.remat_vae == "none"
-    vae = (TINY if is_tiny(config) else VAE)[kept_whole]
+    vae = (TINY if is_tiny(config) else VAE)[config.compute.remat_vae]
     item = jnp.dtype(config.compute.dtype).itemsize / 2
     pixels = (config.data.resolution / 1024) ** 2
     seen = (seen_pixels(config) / 1024) ** 2

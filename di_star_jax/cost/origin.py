@@ -23,7 +23,9 @@ _WHOLE = {
 # know all who called a layer that is computed again.
 _DECODER = re.compile(r"(ResnetBlock2D|Upsample2D|GroupNorm|Attention)\.")
 # What loops over layers or networks cut out of their stacks, and what makes kernels ready.
-_WEIGHTS = re.compile(r"scan_blocks|gather_param|whole_kernel|scanned_scores|looped|leaf")
+_WEIGHTS = re.compile(
+    r"(scan|over)_blocks|unstacked|gather_param|whole_kernel|scanned_scores|looped|leaf"
+)
 # By the function that is nearest.
 _NEAREST = {
     re.compile(r"(Layer|Group)Norm|standardised|(group|layer)_norm|_over_groups|_moments"): "norms",

@@ -267,12 +267,12 @@ class CLIPEncoder(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         graphdef, params = nnx.split(self.layers)
 
-        def body(carry, params):
+        def body(carry, params, mask):
             _, x = carry
             layer = nnx.merge(graphdef, params)
-            return (x, layers.checkpointed(layer, x, mask, remat=self.remat)), None
+            return x, layers.checkpointed(layer, x, mask, remat=self.remat)
 
-        return jax.lax.scan(body, (x, x), params)[0]
+        return layers.over_blocks(body, (x, x), params, mask, remat=self.remat)
 
 
 class CLIPTextEmbeddings(nnx.Module):

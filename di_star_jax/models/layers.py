@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from di_star_jax import sharding
 from di_star_jax.models.attention import attention
@@ -25,10 +26,24 @@ from di_star_jax.models.attention import attention
 Dtype = Any
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-# What a block keeps for its backward pass: everything, its matrix products, or its input alone.
+# Convolutions and flash attention, by their names as JAX's primitives.
+_PRODUCTS = {"conv_general_dilated", "dot_product_attention_fwd_wrapper", "pallas_call"}
+_ROUNDED = "rounded kernel"
+
+
+def _is_product(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Whether it multiplies, and what it gives is no map of attention."""
+    is_dot = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name in _PRODUCTS or is_dot(primitive, *avals, **params)
+
+
+# What a block keeps for its backward pass: everything, what its products give and the kernels that
+# it rounded for them, or its input alone.
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _is_product, jax.checkpoint_policies.save_only_these_names(_ROUNDED)
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -72,13 +87,42 @@ def scan_blocks(
     *args,
     remat: str,
 ) -> jax.Array:
-    """Applies stacked blocks one after the other: one traced body whatever the depth."""
+    """Applies stacked blocks one after the other."""
     graphdef, params = nnx.split(blocks)
 
-    def body(x, params):
-        return checkpointed(nnx.merge(graphdef, params), x, *args, remat=remat), None
+    def body(x, params, *args):
+        return checkpointed(nnx.merge(graphdef, params), x, *args, remat=remat)
 
-    return jax.lax.scan(body, x, params)[0]
+    return over_blocks(body, x, params, *args, remat=remat)
+
+
+def over_blocks(
+    body: Callable,
+    carry: Any,
+    params: Any,
+    *args,
+    remat: str,
+) -> Any:
+    """What `body(carry, params of a block, *args)` makes of a carry, one block after the other.
+
+    In a loop, one traced body whatever the depth, where blocks keep their input alone, or are split
+    over devices and gathered in turn. What else a loop keeps it copies into stacks and out of them,
+    as it does with weights: there it costs more than what it spares.
+    """
+    if remat == "full" or sharding.size(*sharding.PARAMS) > 1:
+        return jax.lax.scan(lambda x, block: (body(x, block, *args), None), carry, params)[0]
+    for block in unstacked(params):
+        # Else XLA joins what all blocks make of one text to a product that it cannot cut.
+        carry, args = jax.lax.optimization_barrier((carry, args))
+        carry = body(carry, block, *args)
+    return carry
+
+
+def unstacked(params: Any) -> list[Any]:
+    """Trees of [...], of one of [depth, ...]."""
+    leaves, structure = jax.tree.flatten(params)
+    blocks = zip(*map(jnp.unstack, leaves))
+    return [structure.unflatten(block) for block in blocks]
 
 
 class Adapter(nnx.Module):
@@ -110,7 +154,10 @@ def whole_kernel(layer: nnx.Module, shape: tuple[int, ...]) -> jax.Array:
     """A layer's kernel in its compute dtype; of one in 8 bits, see int8.py, without its scale."""
     stored = layer.kernel[...]
     if layer.kernel_scale is None:
-        return sharding.gather_param(stored, shape, layer.dtype)
+        kernel = sharding.gather_param(stored, shape, layer.dtype)
+        # What is gathered is not kept: whole kernels are what splitting them is to spare.
+        is_rounded = stored.shape == kernel.shape and stored.dtype != kernel.dtype
+        return checkpoint_name(kernel, _ROUNDED) if is_rounded else kernel
     return sharding.gather_param(stored, shape, stored.dtype).astype(layer.dtype)
 
 
