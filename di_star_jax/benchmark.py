@@ -50,6 +50,7 @@ from di_star_jax.rewards import REWARDS, rewards_used, scales_of
 from di_star_jax.storage import buckets, files
 
 WARM_UP = 3
+PROFILED = 3
 # Third quartile over first of a ratio's repetitions, from which on it says little.
 WIDE = 1.25
 _MOMENTS = {"opt_generator", "opt_assistant"}
@@ -69,6 +70,7 @@ class Request:
       per_device: images, in place of data.batch_size; None is 1 for a topology, for the config's
         batch is meant for a larger one.
       ops: whether the compiled program's operations are counted one by one.
+      profile: a folder for a trace of PROFILED calls; "" takes none.
     """
 
     what: str
@@ -79,6 +81,7 @@ class Request:
     effort: float | None = None
     per_device: int | None = None
     ops: bool = False
+    profile: str = ""
 
 
 def materialise(args: tuple, seed: int = 0) -> tuple:
@@ -372,6 +375,10 @@ def run(config, request: Request) -> dict:
     if not request.topology:
         calls = {"ours": _our_call(work, compiled), **theirs}
         result |= _measurement(work, result, apart | times_of(calls, request.repeats))
+        if request.profile:
+            with jax.profiler.trace(request.profile):
+                for _ in range(PROFILED):
+                    calls["ours"]()
     return result
 
 
@@ -590,6 +597,10 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # for compilation is timed
     if args.topology and args.vs:
         raise UserError("--topology with --vs: nothing runs on a topology; give one of the two")
+    if args.topology and args.profile:
+        raise UserError("--topology with --profile: nothing runs on a topology; leave one out")
+    if args.profile:
+        files.writable_folder(args.profile, "--profile")
     if args.vs:  # or PyTorch would find no GPU memory left; JAX reads it at its first device
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     request = Request(
@@ -601,6 +612,7 @@ def main() -> None:
         effort=args.effort,
         per_device=args.per_device,
         ops=args.ops,
+        profile=args.profile or "",
     )
     file = _json_file(args.json)
     result = run(args.config, request)
@@ -662,6 +674,11 @@ def define_flags() -> None:
         False,
         "Also what each operation of the compiled program costs at least, by source line and "
         "module.",
+    )
+    flags.DEFINE_string(
+        "profile",
+        None,
+        f"Folder for a trace of {PROFILED} further calls, for xprof or TensorBoard.",
     )
     flags.DEFINE_enum("vs", None, ["torch"], "Measures the same work in PyTorch too.")
     flags.DEFINE_integer("repeats", 20, "Calls that are timed.", lower_bound=1)

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # What one GPU makes of SDXL at 1024 pixels, in nine minutes on an H100 or H200; random weights, nothing is downloaded.
-#   launch/gpu_check.sh FOLDER [ITEM ...]        # of: device attention sample1 denoiser lora train1 train2 train4 sample4 vae torch
+#   launch/gpu_check.sh FOLDER [ITEM ...]        # of: device attention sample1 denoiser lora train1 train2 train4 kept4 sample4 vae torch
 #   SMALL=1 JAX_PLATFORMS=cpu launch/gpu_check.sh FOLDER          # the same on the shapes world, to try this script
 # In the order of what is wanted most, each in a time limit of its own; FOLDER gets ITEM.json as soon as an item is done, and ITEM.log.
 # What is there already is left as it is: the same command again does the rest. lora has as much memory as a card of 24 GB gives;
-# trainN is the whole step of N images.
+# trainN is the whole step of N images, kept4 that of four which computes little twice (a card of 141 GB). Both come with what --ops
+# predicts, train1 with a profile of three steps in FOLDER/profile.
 # torch is the denoiser's work beside PyTorch's, where diffusers is installed too. PYTHON names another python.
 # On an H200 sample1, sample4 and vae took 45 to 85 s each, and the step with its networks apart over 370 s to compile.
 set -uo pipefail
@@ -13,7 +14,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 mkdir -p "$1" || fail "cannot write in $1; give another folder"
 out="$(cd "$1" && pwd)"
 items=("${@:2}")
-[ ${#items[@]} -gt 0 ] || items=(device attention sample1 denoiser lora train1 train2 train4 sample4 vae torch)
+[ ${#items[@]} -gt 0 ] || items=(device attention sample1 denoiser lora train1 train2 train4 kept4 sample4 vae torch)
 cd "$(dirname "$0")/.." || exit
 python="${PYTHON:-python3}"
 deadline=$((SECONDS + ${LIMIT:-540}))  # seconds, of all items
@@ -27,6 +28,8 @@ fraction="$(awk "BEGIN { print ${memory:-0} > 23000 ? 23000 / ${memory:-1} : 0.9
 # The looped step compiles in half the time, and takes more than an 80 GB card has.
 train=(--config.compute.loop_networks=False)
 [ "$batch" = 1 ] || train=()
+kept=(--config.compute.loop_networks=False --config.decode.slice=1 --config.compute.remat_denoiser=dots
+  --config.compute.remat_vae=none --config.compute.remat_reward=none)
 [ -z "${SMALL:-}" ] || { config=(--config=configs/shapes.py --repeats=2); lora=configs/shapes.py:lora; }
 
 # item SECONDS NAME COMMAND...: runs it within its limit and what is left of all.
@@ -107,12 +110,14 @@ for name in "${items[@]}"; do
       ;;
     sample1) bench 90 sample1 sample 1 ;;
     denoiser) bench 150 denoiser denoiser "$batch" ;;
-    lora) XLA_PYTHON_CLIENT_MEM_FRACTION="$fraction" bench 240 lora train 1 --config="$lora" ;;
-    train[124]) XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench 400 "$name" train "${name#train}" "${train[@]}" ;;
+    lora) XLA_PYTHON_CLIENT_MEM_FRACTION="$fraction" bench 240 lora train 1 --config="$lora" --ops ;;
+    train1) XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench 400 train1 train 1 "${train[@]}" --ops --profile="$out/profile" ;;
+    train[24]) XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench 400 "$name" train "${name#train}" "${train[@]}" --ops ;;
+    kept4) XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench 540 kept4 train 4 "${kept[@]}" --ops ;;
     sample4) bench 90 sample4 sample 4 ;;
     vae) bench 120 vae vae "$batch" ;;
     torch) bench 240 torch denoiser "$batch" --vs=torch ;;
-    *) fail "got item $name, expected of: device attention sample1 denoiser lora train1 train2 train4 sample4 vae torch" ;;
+    *) fail "got item $name, expected of: device attention sample1 denoiser lora train1 train2 train4 kept4 sample4 vae torch" ;;
   esac || failed+=("$name")
 done
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -194,9 +194,11 @@ def test_all_gathers_are_those_of_the_split_weights(folder):
 
 
 @pytest.mark.long
-def test_a_measurement_holds_times_settings_and_environment(folder):
+def test_a_measurement_holds_times_settings_and_environment(folder, tmp_path):
     config = tiny(folder, **{"mesh.fsdp": 8, "data.batch_size": 8, "compute.dtype": "float32"})
-    result = benchmark.run(config, benchmark.Request("vae", "tiny", repeats=3, ops=True))
+    request = benchmark.Request("vae", "tiny", repeats=3, ops=True, profile=str(tmp_path))
+    result = benchmark.run(config, request)
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
     assert len(result["samples"]) == 3 and result["ours"]["median_s"] > 0
     assert result["ours"]["samples_per_s_per_device"] == pytest.approx(
         1 / result["ours"]["median_s"]
@@ -415,7 +417,8 @@ def test_what_was_compiled_in_vain_is_printed_and_kept(monkeypatch, tmp_path, ca
             return types.SimpleNamespace(config_filename="sdxl.py")
 
     given = {"config": 0, "what": "train", "topology": "h100:1", "vs": None, "repeats": 1}
-    given |= {"effort": None, "per_device": None, "ops": False, "json": f"{tmp_path}/a.json"}
+    given |= {"effort": None, "per_device": None, "ops": False, "profile": None}
+    given["json"] = f"{tmp_path}/a.json"
     monkeypatch.setattr(benchmark.flags, "FLAGS", Flags(**given))
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(benchmark, "run", lambda *_: {"lacks": "needs more"})
