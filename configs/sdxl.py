@@ -7,8 +7,9 @@
 With mesh.fsdp=16 the compiled step takes 8.0 GB of a TPU v5e's 16.9 at one image a chip (128 chips
 for the batch of 128; fewer take compute.microbatches). v6e: fsdp=8, 13.2 of 33.6 GB; v5p: fsdp=4,
 35.8 of 102.8 GB at 4 images (docs/performance.md). One card of 80 GB takes mesh.fsdp=1,
-data.batch_size=4, compute.loop_networks=False and decode.slice=1, 73.1 GB, one H200
-data.batch_size=16 and compute.microbatches=4 as well, 85.8 GB; set
+data.batch_size=4, compute.loop_networks=False and decode.slice=1, 73.1 GB; one H200 these with
+compute.remat_denoiser='dots', remat_vae='none' and remat_reward='none', which computes a quarter
+less, 134.1 GB, or with data.batch_size=16 and compute.microbatches=4, 85.8 GB; set
 XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. At 40 % of peak, 256,000 images (the default) would take 0.7 h
 on 128 v5e chips or 18.5 h on one H200: computed, not measured. The paper's PickScore on Parti
 prompts: 0.2249 before, 0.2304 after. To resume, run the same command again.

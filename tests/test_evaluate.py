@@ -3,6 +3,7 @@
 answers, bad input.
 """
 
+import colorsys
 import contextlib
 import json
 import os
@@ -270,7 +271,7 @@ def test_the_table_says_what_its_errors_are_of_and_how_far_noise_moves_a_mean(st
 
 def _saturation(file):
     rgb = np.asarray(Image.open(file), np.float64) / 255
-    return np.mean(1 - rgb.min(axis=-1) / rgb.max(axis=-1))
+    return np.mean([colorsys.rgb_to_hsv(*pixel)[1] for pixel in rgb.reshape(-1, 3)])
 
 
 def test_results_say_what_drew_the_images_and_nothing_that_does_not_apply(
