@@ -958,7 +958,7 @@ MUTANTS = r"""
 + return kernel
 - is_rounded = stored.shape == kernel.shape and stored.dtype != kernel.dtype
 + is_rounded = stored.dtype != kernel.dtype
-@ models/layers.py | test_layers.py | is_a_loop
+@ models/layers.py | test_layers.py | is_a_loop or gathered_again
 - if remat == "full" or sharding.size(*sharding.PARAMS) > 1:
 + if remat != "none" or sharding.size(*sharding.PARAMS) > 1:
 - if remat == "full" or sharding.size(*sharding.PARAMS) > 1:

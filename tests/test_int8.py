@@ -129,7 +129,7 @@ def test_sdxl_in_8_bits_is_half_as_large():
     assert plan.parameters(params) == 2_567_463_684
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_on_8_bits_is_the_same_looped_and_on_eight_devices(monkeypatch):
     def step(scheme, mesh=None):
         fn, (state, frozen, *rest) = tiny_step(LOW_RANK, scheme=scheme, mesh=mesh)

@@ -33,7 +33,7 @@ def test_unet_and_its_gradients_equal_diffusers(name, batch, height, width, rema
     assert errors.gradient <= parity.GRADIENT, errors
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_bfloat16_compute_stays_near_float32_and_returns_float32():
     v = parity.unet_inputs("SDXL", 1, 16, 16)
     module = parity.torch_unet("SDXL")
