@@ -241,8 +241,9 @@ def gradients(case, name, dim, omega):
     z, eps = noise(dim)
     t = jnp.full((samples(dim),), T)
 
+    # z, eps and t are arguments: of constants XLA would fold what it can, for seconds.
     @jax.jit
-    def of_loss(theta):
+    def of_loss(theta, z, eps, t):
         def loss(mean):
             networks = scores(theta, name, omega)
             return loss_of(objective, mean[None] + z, t, eps, networks, constants, weighting).mean()
@@ -250,7 +251,7 @@ def gradients(case, name, dim, omega):
         return jax.grad(loss)(theta)
 
     @jax.jit
-    def definition(moved):
+    def definition(moved, z, eps, t):
         x = functools.partial(add_noise, eps=eps, alpha_t=SDXL.alpha[t], sigma_t=SDXL.sigma[t])
         return DEFINITIONS[objective](
             moved,
@@ -265,10 +266,14 @@ def gradients(case, name, dim, omega):
 
     h = 0.02
     directions = jnp.stack([jnp.eye(dim)[0], jnp.full((dim,), dim**-0.5)])[:dim]
+    drawn = z, eps, t
     numerical = jnp.stack(
-        [(definition(theta + h * e) - definition(theta - h * e)) / (2 * h) for e in directions]
+        [
+            (definition(theta + h * e, *drawn) - definition(theta - h * e, *drawn)) / (2 * h)
+            for e in directions
+        ]
     )
-    return directions @ of_loss(theta), numerical
+    return directions @ of_loss(theta, *drawn), numerical
 
 
 def check(case, name, dim, omega=1.6):
