@@ -46,6 +46,7 @@ def pytest_collection_finish():
     """What has been imported is no garbage, and there is a lot of it to look through for some."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # tracing makes so many objects that all were looked at often
 
 
 @pytest.hookimpl(optionalhook=True)
