@@ -192,7 +192,11 @@ _MARKS = {
 NAMES = [pytest.param(name, marks=_MARKS.get(name, ())) for name in TINY]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+# The whole step beside PyTorch's takes a minute.
+_WHOLE = [pytest.param(name, marks=_MARKS.get(name, pytest.mark.slow)) for name in TINY]
+
+
+@pytest.fixture(scope="module", params=_WHOLE)
 def world(request):
     return World(request.param)
 
