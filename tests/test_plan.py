@@ -275,7 +275,7 @@ def test_a_context_that_splits_a_row_is_refused(config, context, least):
     "name, changes, traced",
     [
         ("sdxl", {}, 105.73),
-        ("sdxl_lora", {}, 96.21),
+        pytest.param("sdxl_lora", {}, 96.21, marks=pytest.mark.slow),
         ("sd15", {}, 12.59),
         ("pixart", {"data.batch_size": 4}, 18.70),
         ("pixart", {"data.cache": "cache/pixart"}, 16.47),
@@ -388,7 +388,10 @@ def test_a_card_has_what_cuda_shows_of_it_less_what_xla_leaves():
     }
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sdxl_lora", "sd15", "pixart", "shapes"])
+@pytest.mark.parametrize(
+    "name",
+    ["sdxl", pytest.param("sdxl_lora", marks=pytest.mark.slow), "sd15", "pixart", "shapes"],
+)
 def test_a_dry_run_is_read_on_a_terminal_of_100_columns(name):
     lines = report.describe(planned_of(name))
     assert max(map(len, lines)) <= 100 and len(lines) <= 32

@@ -678,7 +678,7 @@ def test_the_empty_tensors_of_a_v_prediction_file_reach_the_scheduler_and_back(s
 @pytest.mark.parametrize(
     "asked, marks",
     [
-        pytest.param("v_prediction", (), marks=pytest.mark.slow),
+        pytest.param("v_prediction", (), marks=pytest.mark.long),
         pytest.param(None, ("v_pred", "ztsnr"), marks=pytest.mark.long),
     ],
 )

@@ -21,7 +21,7 @@ from di_star_jax.pipelines import folder as pipeline
     "name, batch, height, width, remat",
     [
         ("SDXL, small", 2, 25, 39, "full"),
-        pytest.param("SDXL", 2, 24, 40, "full", marks=pytest.mark.slow),
+        pytest.param("SDXL", 2, 24, 40, "full", marks=pytest.mark.long),
         pytest.param("SD 1.5", 1, 24, 40, "dots", marks=pytest.mark.long),
         pytest.param("SDXL", 1, 25, 39, "none", marks=pytest.mark.long),
         pytest.param("SD 1.5", 3, 16, 16, "full", marks=pytest.mark.long),
