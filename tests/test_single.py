@@ -409,8 +409,19 @@ _ENTRANCES = {
 }
 
 
-@pytest.mark.parametrize("entrance", _ENTRANCES)
-@pytest.mark.parametrize("said", [*_BY_NAME.values(), *_CHANGED, "download it again", "a GGUF"])
+# Files of whole networks take a second each: one entrance stands for the others.
+@pytest.mark.parametrize(
+    "said, entrance",
+    [
+        pytest.param(
+            said,
+            entrance,
+            marks=[pytest.mark.long] if said in _CHANGED and entrance != "generator" else [],
+        )
+        for said in [*_BY_NAME.values(), *_CHANGED, "download it again", "a GGUF"]
+        for entrance in _ENTRANCES
+    ],
+)
 def test_whoever_takes_a_file_names_another_and_leaves_nothing(
     sdxl, cache, tmp_path, entrance, said
 ):
