@@ -523,6 +523,10 @@ def test_a_python_without_jax_is_told_to_activate_the_environment(name):
     assert "has no jax; activate the environment" in done.stderr
 
 
+# One device, as `typed`; programs that are compiled in half the time.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
 def interrupted(*arguments, at, env):
     """(exit code, stderr, seconds) of a command that gets Ctrl-C once it has printed `at`.
 
@@ -531,7 +535,7 @@ def interrupted(*arguments, at, env):
     process = subprocess.Popen(
         [sys.executable, "-m", "di_star_jax", *arguments],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""} | env,
+        env=os.environ | {"XLA_FLAGS": QUICK} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -552,7 +556,9 @@ def interrupted(*arguments, at, env):
 
 
 @pytest.mark.case("first hour 7")
-@pytest.mark.parametrize("at", ["", "no --checkpoint", "drawing"])  # importing to compiling
+@pytest.mark.parametrize(  # importing to compiling
+    "at", ["", pytest.param("no --checkpoint", marks=pytest.mark.long), "drawing"]
+)
 def test_ctrl_c_ends_a_command_with_one_line(tmp_path, at):
     env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "empty")}
     code, stderr, seconds = interrupted("sample", f"--out={tmp_path}/out", at=at, env=env)
