@@ -314,6 +314,7 @@ def test_a_gradient_that_is_not_finite_is_counted(small):
     assert float(metrics["nonfinite"]) > 0
 
 
+@functools.cache
 def small_step(key=0, reward_scale=100.0, **changes):
     """One step of plain SGD with rate 1: the change of the parameters is the gradient.
 
@@ -352,7 +353,11 @@ def expected_gradients(settings, key=0):
         eps_psi = small_unet(assistant)(noised(generator).x_t, draws.t, conditions[0])
         return objectives.denoising_score_matching(eps_psi, draws.eps).mean()
 
-    return jax.grad(generator_loss)(generator), jax.grad(assistant_loss)(assistant)
+    # Each as one program: of its operations alone XLA makes a hundred.
+    return (
+        jax.jit(jax.grad(generator_loss))(generator),
+        jax.jit(jax.grad(assistant_loss))(assistant),
+    )
 
 
 def separate(method, trained, frozen, token_ids, draws, scale):
@@ -512,7 +517,7 @@ def test_from_main_to_the_unet_it_is_six_calls_at_most(world, monkeypatch, schem
 @pytest.mark.parametrize(
     "changes, forwards",
     [
-        pytest.param({}, 12, marks=pytest.mark.slow),
+        pytest.param({}, 12, marks=pytest.mark.long),
         pytest.param({"scheme": "shared"}, 11, marks=pytest.mark.long),
         pytest.param({"objective": "di_star_outside", "omega": 1.0}, 11, marks=pytest.mark.long),
         pytest.param({"objective": "kl"}, 9, marks=pytest.mark.long),
@@ -701,7 +706,9 @@ def test_a_sample_whose_gradient_is_not_finite_is_dropped_and_counted():
     )
     ids = {"tokenizer": IDS["tokenizer"][rest]}
     trained = (state.generator, state.assistant)
-    grads, _ = gradients.of_generator(method, trained, frozen, ids, draws, jnp.ones(()))
+    grads, _ = jax.jit(functools.partial(gradients.of_generator, method))(
+        trained, frozen, ids, draws, jnp.ones(())
+    )
     expected = jax.tree.map(lambda p, g: p - g * (BATCH - 1) / BATCH, state.generator, grads)
     assert_close(after.generator, expected)
 
