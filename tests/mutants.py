@@ -409,6 +409,21 @@ MUTANTS = r"""
 + return found[1].count(",")
 - for axis in re.findall(r"'(\w+)'", found[2]))
 + for axis in sizes)
+@ cost/ops.py | test_ops.py | receives_beside
+- share = weight([found[place]]) / whole if whole else 0.0
++ share = 1.0
+- found += [self._op(one, scope, "")] if is_between else self._of(one, scope)
++ found += self._of(one, scope)
+- writes = [0.0 if one.name in handed_on else w for one, w in zip(results, writes)]
++ handed_on = set()
+- receiver = one if collective == "reduce-scatter" else self._receiver(one)
++ receiver = one
+@ cost/ops.py | test_ops.py | links_between
+- links = chip.links(self.devices) if self.kind == "all-to-all" else 1.0
++ links = 1.0
+@ cost/chips.py | test_ops.py | links_between
+- return max(self.torus * devices ** (1 / self.torus) / 4, 1.0) if self.torus else 1.0
++ return max(self.torus * devices ** (1 / self.torus) / 2, 1.0) if self.torus else 1.0
 @ cost/ops.py | test_ops.py | stand_alone
 - share = _share(operands[1][0], results[0])
 + share = 1.0

@@ -356,6 +356,71 @@ def test_a_collective_that_has_started_is_counted_once():
     assert (op.kind, op.received, op.bytes) == ("all-gather", 3 * 1024, 1024 + 4096)
 
 
+# A gather of 4 KB by four devices that a TPU begins, goes on with beside two products, and ends.
+GATHER = "g = f32[1024]{0} all-gather(%a), channel_id=7, replica_groups=[2,4]<=[8]"
+STARTED = "(f32[256]{0}, f32[1024]{0})"
+HANDED_ON = "(f32[64,64]{1,0}, f32[256]{0}, f32[1024]{0})"
+BESIDE = f"""
+%start (a: f32[256]) -> (f32[256], f32[1024]) {{
+  %a = f32[256]{{0}} parameter(0)
+  %{GATHER}
+  ROOT %r = {STARTED} custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%between (a: f32[256], h: f32[1024], x: f32[64,64]) -> (f32[64,64], f32[256], f32[1024]) {{
+  %x = f32[64,64]{{1,0}} parameter(2)
+  %d = f32[64,64]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %a = f32[256]{{0}} parameter(0)
+  %h = f32[1024]{{0}} parameter(1)
+  %{GATHER}
+  ROOT %r = {HANDED_ON} tuple(%d, %a, %g)
+}}
+
+%done (a: f32[256], h: f32[1024]) -> f32[1024] {{
+  %a = f32[256]{{0}} parameter(0)
+  %h = f32[1024]{{0}} parameter(1)
+  %{GATHER}
+  ROOT %r = f32[1024]{{0}} custom-call(%a, %h, %g), custom_call_target="AsyncCollectiveDone"
+}}
+"""
+
+
+@pytest.mark.parametrize("products", [0, 2])
+def test_what_a_tpu_receives_beside_products_counts_once_and_with_these(products):
+    lines = [
+        "a0 = f32[256]{0} parameter(0)",
+        "x = f32[64,64]{1,0} parameter(1)",
+        f"s = {STARTED} fusion(%a0), kind=kCustom, calls=%start",
+        "a = f32[256]{0} get-tuple-element(%s), index=0",
+        "h = f32[1024]{0} get-tuple-element(%s), index=1",
+    ]
+    for i in range(products):
+        lines.append(f"b{i} = {HANDED_ON} fusion(%a, %h, %x), kind=kOutput, calls=%between")
+    lines.append("y = f32[1024]{0} fusion(%a, %h), kind=kCustom, calls=%done")
+    text = entry(*lines).replace(HEADER, HEADER + BESIDE)
+    start, *between, done = counted(text)
+    assert total([start, *between, done], "received") == 3 * 1024
+    assert {start.kind, done.kind} == {"all-gather"}
+    assert len(between) == products
+    for op in between:
+        assert (op.kind, op.flop, op.received) == ("matmul", 2 * 64**3, 3 * 1024 / 2)
+        assert op.bytes == 2 * 4 * 64 * 64  # what is received is written by those that end it
+        assert op.module != origin.COLLECTIVES
+
+
+def test_what_all_have_for_all_goes_over_the_links_between_them():
+    text = entry(
+        "a = bf16[16,512]{1,0} parameter(0)",
+        "x = bf16[16,512]{1,0} all-to-all(%a), replica_groups=[1,16]<=[16], dimensions={0}",
+    )
+    (op,) = counted(text)
+    assert (op.kind, op.received) == ("all-to-all", 15 * 1024)
+    # From a place on a ring of four to another it is a link on average, its own included.
+    square, switch = Chip(1.0, 1.0, 1.0, 10.0, 2), Chip(1.0, 1.0, 1.0, 10.0)
+    assert op.seconds(square)["network"] == pytest.approx(2 * 15 * 1024 / 10)
+    assert op.seconds(switch)["network"] == pytest.approx(15 * 1024 / 10)
+
+
 def test_memory_on_the_chip_is_no_traffic_and_tiles_are():
     text = entry(
         "a = bf16[10,100]{1,0:T(8,128)(2,1)} parameter(0)",

@@ -8,24 +8,30 @@ class Chip(NamedTuple):
     """The limits of a device: a chip, of tpu7x half of one.
 
     flops: dense bfloat16, 1/s; memory: bytes that arrays can have; bandwidth: bytes/s of HBM;
-    network: bytes/s that it can send to its neighbours, all links together, one way.
+    network: bytes/s that it can send to its neighbours, all links together, one way; torus: the
+    dimensions of a network where neighbours alone are linked, 0 where all are linked to a switch.
     """
 
     flops: float
     memory: float
     bandwidth: float
     network: float
+    torus: int = 0
+
+    def links(self, devices: int) -> float:
+        """How many links a byte goes over from one of so many devices to another, on average."""
+        return max(self.torus * devices ** (1 / self.torus) / 4, 1.0) if self.torus else 1.0
 
 
 # Vendors' data sheets; memory of TPUs as libtpu's compiler reports it, of the H200 what its driver
 # shows.
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1228e9, 270e9),
-    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 180e9),
-    "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 540e9),
-    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 360e9),
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 270e9, 3),
+    "v5e": Chip(197e12, 15.75 * 2**30, 819e9, 180e9, 2),
+    "v5p": Chip(459e12, 95.74 * 2**30, 2765e9, 540e9, 3),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1640e9, 360e9, 2),
     # JAX sees a chip (2,307 TF, 192 GB) as two devices.
-    "tpu7x": Chip(2307e12 / 2, 95 * 2**30, 7380e9 / 2, 270e9),
+    "tpu7x": Chip(2307e12 / 2, 95 * 2**30, 7380e9 / 2, 270e9, 3),
     "A100": Chip(312e12, 79.2 * 2**30, 2039e9, 300e9),
     "H100": Chip(989e12, 79.2 * 2**30, 3350e9, 450e9),
     "H200": Chip(989e12, 139.8 * 2**30, 4800e9, 450e9),

@@ -53,7 +53,7 @@ class Op(NamedTuple):
     kind: "matmul", "convolution", "attention", a collective's, or its opcode. times: that it runs
     in a call of the program. flop: of its products; padded: with the zeros that fill the tiles.
     bytes: of main memory; received: bytes of network. place: source line, or XLA's name; module:
-    see `origin`.
+    see `origin`. devices: of a collective's group.
     """
 
     kind: str
@@ -64,13 +64,18 @@ class Op(NamedTuple):
     received: float
     place: str
     module: str
+    devices: int = 1
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """Least seconds of all its runs by what bounds it."""
+        """Least seconds of all its runs by what bounds it.
+
+        What each device has for each other one goes through those between them.
+        """
+        links = chip.links(self.devices) if self.kind == "all-to-all" else 1.0
         return {
             "compute": self.times * self.padded / chip.flops,
             "bytes": self.times * self.bytes / chip.bandwidth,
-            "network": self.times * self.received / chip.network,
+            "network": self.times * self.received * links / chip.network,
         }
 
 
@@ -92,7 +97,36 @@ class _Counter:
 
     def _ops(self, name: str) -> list[Op]:
         scope = self.program.computations[name]
-        return [op for one in scope.instructions.values() for op in self._of(one, scope)]
+        found: list[Op] = []
+        running: dict[str, list[int]] = {}  # what a TPU receives bit by bit: places in `found`
+        for one in scope.instructions.values():
+            channel, turn = self._turn(one)
+            if turn == "start":
+                running[channel] = []
+            if channel in running:
+                running[channel].append(len(found))
+            is_between = channel in running and not turn
+            found += [self._op(one, scope, "")] if is_between else self._of(one, scope)
+            if turn == "done" and channel in running:
+                _share_out(running.pop(channel), found)
+        return found
+
+    def _turn(self, one: Instruction) -> tuple[str, str]:
+        """(channel, "start", "done" or "") of a fusion that receives; of all else ("", "").
+
+        A TPU begins to gather in one fusion, goes on with it in others, which compute besides, and
+        ends it in a last one.
+        """
+        if one.opcode != "fusion":
+            return "", ""
+        receiver = self._receiver(one)
+        if receiver is one:
+            return "", ""
+        inside = self.program.computations[hlo.called(one)["calls"][0]].instructions.values()
+        targets = {hlo.attribute(each, "custom_call_target") for each in inside}
+        turns = {"AsyncCollectiveStart": "start", "AsyncCollectiveDone": "done"}
+        turn = next((turns[target] for target in targets & set(turns)), "")
+        return hlo.attribute(receiver, "channel_id"), turn
 
     def _of(self, one: Instruction, scope: Computation) -> list[Op]:
         """Of an instruction and what it calls."""
@@ -112,12 +146,17 @@ class _Counter:
         if one.opcode in _FREE or one.opcode.endswith("-done"):
             return []
         target = hlo.attribute(one, "custom_call_target")
-        return [] if target in _FREE_CALLS else [self._op(one, scope)]
+        return [] if target in _FREE_CALLS else [self._op(one, scope, self._collective(one))]
 
-    def _op(self, one: Instruction, scope: Computation) -> Op:
+    def _op(
+        self,
+        one: Instruction,
+        scope: Computation,
+        collective: str,
+    ) -> Op:
+        """Args: collective, a key of COLLECTIVES, or ""."""
         found = self._products_of(one, scope)
         largest = max(found, key=lambda each: each[1].flop, default=None)
-        collective = self._collective(one)
         name, stack = self._origin(one, scope, largest[0] if largest else None)
         op = Op(
             largest[1].kind if largest else one.opcode.removesuffix("-start"),
@@ -131,9 +170,12 @@ class _Counter:
         )
         if not collective:
             return op
-        received = self._received(one, collective)
-        kind = COLLECTIVES[collective]
-        return op._replace(kind=kind, received=received, module=origin.COLLECTIVES)
+        return op._replace(
+            kind=COLLECTIVES[collective],
+            received=self._received(one, collective),
+            module=origin.COLLECTIVES,
+            devices=self._members(one),
+        )
 
     # Products
 
@@ -193,6 +235,10 @@ class _Counter:
         ]
         in_place = {update.name for update in updates if update}
         needed = {one.name: float(one.result[0].size) for one in results if one.result}
+        if any(one.opcode == "parameter" for one in results):  # hands on what is being received
+            handed_on = {one.name for one in results if one.opcode in ("parameter", *COLLECTIVES)}
+            writes = [0.0 if one.name in handed_on else w for one, w in zip(results, writes)]
+            needed = {name: size for name, size in needed.items() if name not in handed_on}
         for one in reversed(instructions.values()):
             if one.name in needed:
                 shares = self._shares(one, instructions, needed[one.name], one.name in in_place)
@@ -249,7 +295,9 @@ class _Counter:
         n = self._members(one)
         if n < 2:
             return 0.0
-        results = _all(_outputs(one))
+        # What a fusion gives may be more than what it receives, or a part of it.
+        receiver = one if collective == "reduce-scatter" else self._receiver(one)
+        results = _all(_outputs(receiver))
         factors = {
             "all-reduce": 2 * (n - 1) / n,
             "reduce-scatter": n - 1,
@@ -258,11 +306,16 @@ class _Counter:
         }
         return factors.get(collective, (n - 1) / n) * results
 
+    def _receiver(self, one: Instruction) -> Instruction:
+        """The collective that a fusion holds; all else, itself."""
+        if one.opcode != "fusion":
+            return one
+        inside = self.program.computations[hlo.called(one)["calls"][0]].instructions.values()
+        return next((each for each in inside if each.opcode in COLLECTIVES), one)
+
     def _members(self, one: Instruction) -> int:
         """Of a collective's group."""
-        if one.opcode == "fusion":
-            inside = self.program.computations[hlo.called(one)["calls"][0]].instructions.values()
-            one = next(each for each in inside if each.opcode in COLLECTIVES)
+        one = self._receiver(one)
         if "source_target_pairs=" in one.attributes:
             return 2
         found = re.search(r"replica_groups=\{\{([\d,]+)\}", one.attributes)
@@ -311,6 +364,21 @@ _CALLERS = {"while", "conditional", "call", "async-start"}
 def weight(ops: list[Op]) -> float:
     """By which a conditional's branches compare: as of a device that moves a byte in 200 FLOP."""
     return sum(op.times * max(op.padded, 200 * op.bytes) for op in ops)
+
+
+def _share_out(places: list[int], found: list[Op]) -> None:
+    """Has what runs while something is received receive it, each by its weight.
+
+    Args: places, in `found`, of what begins, what runs meanwhile, and what ends.
+    """
+    first, *between, last = places
+    received = found[first].received
+    whole = weight([found[place] for place in between])
+    for place in (first, last):
+        found[place] = found[place]._replace(received=0.0 if whole else received / 2)
+    for place in between:
+        share = weight([found[place]]) / whole if whole else 0.0
+        found[place] = found[place]._replace(received=share * received)
 
 
 def _size(one: Instruction) -> int:
