@@ -283,10 +283,13 @@ def _gather_bwd(
     _: None,
     grad: jax.Array,
 ) -> tuple[jax.Array]:
-    # Summed in float32: each device's share is rounded to the compute dtype, their sum need not be.
-    grad = grad.astype(jnp.float32)
-    part = jax.lax.psum_scatter(grad, PARAMS, scatter_dimension=axis, tiled=True)
-    return (part.astype(stored),)
+    # Each device's share is rounded to the compute dtype, and crosses as it is; their sum, which
+    # need not be, is made where it is kept. A sum on the way would have to cross in float32, and on
+    # less than a whole torus of TPUs twice: XLA makes an all-reduce of a reduce-scatter there.
+    parts = grad.shape[axis] // size(*PARAMS)
+    shares = jnp.reshape(grad, (*grad.shape[:axis], -1, parts, *grad.shape[axis + 1 :]))
+    shares = jax.lax.all_to_all(shares, PARAMS, split_axis=axis, concat_axis=axis)
+    return (shares.sum(axis, dtype=jnp.float32).astype(stored),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

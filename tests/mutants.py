@@ -569,6 +569,11 @@ MUTANTS = r"""
 - figures = figures._replace(assistant=loss / x0[0].size)
 + figures = figures._replace(assistant=loss)
 
+@ sharding.py | test_sharding.py | rounded_shares
+- return (shares.sum(axis, dtype=jnp.float32).astype(stored),)
++ return (shares.sum(axis).astype(stored),)
+- shares = jax.lax.all_to_all(shares, PARAMS, split_axis=axis, concat_axis=axis)
++ shares = shares
 @ step.py | test_by_hand.py | adamw
 - adam = optax.scale_by_rms(decay=s.b2, eps=s.eps, eps_in_sqrt=False, bias_correction=True)
 + adam = optax.scale_by_rms(decay=s.b2, eps=s.eps, eps_in_sqrt=False, bias_correction=False)

@@ -97,11 +97,11 @@ def test_the_step_compiles_for_gpus_with_their_kernels_and_doubles_nothing(
     state = 5 * 4 * plan.parameters(unet) / count
     assert state <= result["memory"]["aliased"] <= result["memory"]["arguments"]
 
-    kinds = set(re.findall(r" (all-gather|reduce-scatter|all-reduce)(?:-start)?\(", program))
+    kinds = set(re.findall(r" (all-gather|all-to-all|all-reduce)(?:-start)?\(", program))
     if count == 1:
         assert not result["collectives"] and not kinds
         assert "received by a device" not in text
     else:
-        assert {"all-gather", "reduce-scatter"} <= set(result["collectives"]) & kinds
+        assert {"all-gather", "all-to-all"} <= set(result["collectives"]) & kinds
         assert result["ops"]["received_bytes"] > 0
         assert re.search(r"all-gather a step +\d+, 0\.\d\d GB received by a device", text)

@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -79,6 +80,23 @@ def test_moments_are_split_like_their_parameters():
     moments = jax.eval_shape(optax.adam(1e-3).init, params)
     split = sharding.params_sharding(mesh, moments)
     assert split[0].mu == split[0].nu == sharding.params_sharding(mesh, params)
+
+
+def test_a_gathered_parameters_gradient_is_the_sum_of_rounded_shares_and_not_rounded_again():
+    mesh = sharding.make_mesh(1, 4, 2)
+    shares = 1.0 + np.arange(8 * 16 * 24).reshape(8, 16, 24) % 97 / 2**6
+    weights = np.zeros((16, 24), np.float32)
+
+    def gradient(part, share):
+        _, pull_back = jax.vjp(lambda w: sharding.gather_param(w, (16, 24), jnp.bfloat16), part)
+        return pull_back(share[0].astype(jnp.bfloat16))[0]
+
+    for split in (PartitionSpec(sharding.PARAMS), PartitionSpec(None, sharding.PARAMS)):
+        of = sharding.on_each(mesh, gradient, (split, PartitionSpec(sharding.PARAMS)), split)
+        found = jax.jit(of)(weights, shares)
+        rounded = np.asarray(jnp.asarray(shares).astype(jnp.bfloat16), np.float64)
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(found, np.float64), rounded.sum(0))
 
 
 def test_batch_is_split_over_all_devices():

@@ -105,7 +105,7 @@ def _by_operands(eqn: core.JaxprEqn, axes: dict | None) -> Counter:
 
 _KINDS = {
     "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
     "psum": "all-reduce",
     "ppermute": "permute",
 }
