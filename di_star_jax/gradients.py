@@ -206,7 +206,7 @@ class Figures(NamedTuple):
 
     reward: alpha_rew r, summed over the rewards. rewards: each by itself. t: of the regulariser.
     gap: rms of eps_psi - eps_ref, an element; 0 for an objective without scores. assistant: its
-    loss an element.
+    loss an element. condition: of the prompts, where the assistant is still to learn from x0.
     """
 
     x0: jax.Array
@@ -217,6 +217,7 @@ class Figures(NamedTuple):
     t: jax.Array
     gap: jax.Array
     assistant: jax.Array
+    condition: Condition | tuple[()] = ()
 
 
 def mean_share(per_sample_loss: jax.Array) -> jax.Array:
@@ -478,7 +479,7 @@ def of_generator(
     predict = functools.partial(evaluate, method.objective, networks, draws.t)
     scored = jax.vjp(predict, method.noise(x0, draws.t, draws.eps).x_t)
     of_x0, figures = gradient_at_x0(method, x0, scored, (frozen, token_ids, draws), scale)
-    return pull_back(of_x0)[0], figures
+    return pull_back(of_x0)[0], figures._replace(condition=conditions[0])
 
 
 def noised_for_assistant(
@@ -494,12 +495,11 @@ def of_samples(
     method: Method,
     assistant: Params,
     frozen: dict,
-    token_ids: dict,
+    condition: Condition,
     draws: Draws,
     x0: jax.Array,
 ) -> tuple[Params, jax.Array]:
     """`assistant_gradient` on samples that are there. Args: assistant, what is learnt of it."""
-    condition = method.encode_text(frozen, token_ids)[0]
     network = Network(assistant, method.bases(frozen)[1])
     point, t = noised_for_assistant(method, x0, draws)
     return assistant_gradient(method, network, point, t, condition)

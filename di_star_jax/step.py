@@ -195,8 +195,9 @@ def _in_turn(
         state, logged = update_generator(state, grads, figures, optimizers.generator, settings)
 
         # Nothing of the second gradient before the first is used up.
-        state, x0 = jax.lax.optimization_barrier((state, figures.x0))
-        networks, batch = (state.assistant, frozen), (token_ids[0], draws, x0)
+        of_samples = (figures.condition, figures.x0)
+        state, (condition, x0) = jax.lax.optimization_barrier((state, of_samples))
+        networks, batch = (state.assistant, frozen), (condition, draws, x0)
         on_devices = spread(mesh, of_assistant, networks, batch, state.assistant, settings)
         grads, loss = by_itself(on_devices, mesh, state.step)(networks, batch)
         state, learnt = more(state, frozen, grads, loss, token_ids, key)

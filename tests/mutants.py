@@ -474,6 +474,9 @@ MUTANTS = r"""
 @ cost/report.py | test_plan.py | 100_columns
 - return textwrap.wrap(line, 100, subsequent_indent="  ", break_on_hyphens=False)
 + return [line]
+@ gradients.py | test_by_hand.py | written_out
+- return pull_back(of_x0)[0], figures._replace(condition=conditions[0])
++ return pull_back(of_x0)[0], figures._replace(condition=conditions[1])
 @ gradients.py | test_by_hand.py | assistants_own
 - x0 = x0_of(method, x_t, t, method.denoiser(generator.params)(x_t, t, condition))
 + x0 = x0_of(method, x_t, t, method.denoiser(assistant.params)(x_t, t, condition))
@@ -623,8 +626,6 @@ MUTANTS = r"""
 + turns = (jax.tree.map(lambda *ids: jnp.stack(ids), *token_ids[:-1]), jnp.stack(keys[1:]))
 -             learnt, logged = assistant_updates(learn, learnt, networks, token_ids[1:], key)
 +             learnt, logged = assistant_updates(learn, learnt, networks, token_ids[:-1], key)
-- networks, batch = (state.assistant, frozen), (token_ids[0], draws, x0)
-+ networks, batch = (state.assistant, frozen), (token_ids[-1], draws, x0)
 -         state = state._replace(assistant=learnt[0], opt_assistant=learnt[1])
 -
 -         networks = ((state.generator, state.assistant), frozen)

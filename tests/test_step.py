@@ -364,9 +364,9 @@ def separate(method, trained, frozen, token_ids, draws, scale):
     """Both gradients and the figures, of the two losses that share x0 alone."""
     grads, figures = gradients.of_generator(method, trained, frozen, token_ids, draws, scale)
     of_assistant, loss = gradients.of_samples(
-        method, trained[1], frozen, token_ids, draws, figures.x0
+        method, trained[1], frozen, figures.condition, draws, figures.x0
     )
-    return (grads, of_assistant), figures._replace(assistant=loss)
+    return (grads, of_assistant), figures._replace(assistant=loss, condition=())
 
 
 def assert_close(a, b, rtol=1e-4):
