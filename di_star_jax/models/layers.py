@@ -29,6 +29,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 # Convolutions and flash attention, by their names as JAX's primitives.
 _PRODUCTS = {"conv_general_dilated", "dot_product_attention_fwd_wrapper", "pallas_call"}
 _ROUNDED = "rounded kernel"
+_SUM = "residual sum"
 
 
 def _is_product(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -42,7 +43,7 @@ def _is_product(primitive: Any, *avals: Any, **params: Any) -> bool:
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        _is_product, jax.checkpoint_policies.save_only_these_names(_ROUNDED)
+        _is_product, jax.checkpoint_policies.save_only_these_names(_ROUNDED, _SUM)
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -716,8 +717,8 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = checkpoint_name(x + self.attn1(self.norm1(x)), _SUM)
+        x = checkpoint_name(x + self.attn2(self.norm2(x), context), _SUM)
         return x + self.ff(self.norm3(x))
 
 
