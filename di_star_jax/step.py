@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from di_star_jax import gradients, sharding
@@ -577,10 +578,23 @@ def spread(
             grads, results = in_microbatches(functools.partial(fn, *networks), parts, batch)
         else:
             grads, results = fn(*networks, *batch)
-        return sharding.sum_gradients(grads, specs), results
+        return row_major(sharding.sum_gradients(grads, specs)), results
 
     in_specs = (sharding.params_spec(mesh, networks), batch_specs(batch))
     return sharding.on_each(mesh, per_device, in_specs, (specs, sharding.batch_spec()))
+
+
+def row_major(grads: Params) -> Params:
+    """Gradients, those of convolutions in the layout that their kernels have.
+
+    Else XLA turns kernels, moments and the average to the layout of its convolutions and back.
+    """
+
+    def placed(grad: jax.Array) -> jax.Array:
+        is_kernel = grad.ndim == 4
+        return with_layout_constraint(grad, Layout((0, 1, 2, 3))) if is_kernel else grad
+
+    return jax.tree.map(placed, grads)
 
 
 def in_microbatches(

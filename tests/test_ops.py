@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from di_star_jax import sharding
+from di_star_jax import sharding, step
 from di_star_jax.cost import compile as aot
 from di_star_jax.cost import gpus, hlo, op_tables, ops, origin, products
 from di_star_jax.cost.chips import Chip
@@ -574,3 +574,25 @@ def test_a_gpu_goes_through_memory_once():
     loop = text_of(scanned, (64, 32), (512, 32, 32), topology="h100:1")
     # A slice is copied out and read again, tokens go in and out of the product and of a copy.
     assert total(counted(loop), "bytes") <= 512 * 4 * (3 * 32 * 32 + 5 * 64 * 32) + 2**20
+
+
+@pytest.mark.skipif(no_cuda, reason="needs the CUDA compiler, .[cuda]")
+@pytest.mark.slow
+def test_a_gpu_updates_a_convolutions_kernel_in_the_layout_that_it_has():
+    def updated(kernel, moment, x, dy):
+        wide = kernel.astype(jnp.bfloat16)
+        (grad,) = jax.vjp(lambda kernel: conv(x, kernel), wide)[1](dy)
+        grad = step.row_major({"kernel": grad.astype(jnp.float32)})["kernel"]
+        moment = 0.9 * moment + grad * grad
+        return jax.lax.optimization_barrier((kernel - grad / jnp.sqrt(moment), moment))
+
+    device = aot.topology_devices("h100:1")[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    kernel = jax.ShapeDtypeStruct((3, 3, 256, 256), jnp.float32, sharding=place)
+    image = jax.ShapeDtypeStruct((4, 32, 32, 256), jnp.bfloat16, sharding=place)
+    traced = jax.jit(updated, donate_argnums=(0, 1)).trace(kernel, kernel, image, image)
+    text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    # Kernel and moment are read and written; the gradient, of 2 bytes, is read, as is the new
+    # moment. Turned to another layout and back it is 40.
+    passes = [op for op in counted(text) if op.kind == "fusion"]
+    assert total(passes, "bytes") / (9 * 256 * 256) < 25
