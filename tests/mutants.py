@@ -316,10 +316,17 @@ MUTANTS = r"""
 + return True
 - if len(tried) < MOST - 1:
 + if len(tried) < MOST:
-- return None if last in {row.choice for row in tried} else last
+- return None if last in known else last
 + return None
 - return min(may, key=lambda c: (flop[c.policies], c.coarseness, sized[c]))
 + return min(may, key=lambda c: (sized[c], flop[c.policies]))
+@ cost/remat.py | test_remat.py | fails_on
+- failed = [row for row in tried if not row.fits and math.isfinite(row.need)]
++ failed = [row for row in tried if not row.fits]
+- may = [choice for choice in sized if choice not in known and may_fit(choice)]
++ may = [choice for choice in sized if may_fit(choice)]
+- if math.isinf(best.need):
++ if False:
 @ cost/remat.py | test_remat.py | first_that_fits or nothing_fits
 - tried.append(Tried(choice, flop[choice.policies], size, need, need <= have))
 + tried.append(Tried(choice, flop[choice.policies], size, need, need <= memory))

@@ -2,6 +2,7 @@
 """compute.remat='auto': what is tried, in which order, what is taken, and that it is kept."""
 
 import json
+import math
 import types
 
 import jax
@@ -269,6 +270,32 @@ def test_where_nothing_fits_the_line_has_the_least_that_was_tried(
     )
     assert list(compiler.asked)[-1] == Choice("full", "full", "full", 2, 0)
     assert capsys.readouterr().out.count(" | no |") == len(compiler.asked)
+
+
+def test_what_the_compiler_fails_on_is_passed_over_alone(config, planned, compiler, capsys):
+    compiler.needs = lambda choice: math.inf if choice.microbatches == 1 else 9.1e9
+    found = remat.search(config, None, 10e9, effort=0.0)
+    halves = Choice("dots", "none", "none", 2, 0)
+    assert list(compiler.asked) == [NOTHING, halves._replace(microbatches=1), halves]
+    assert found.choice == halves
+    assert "| 9 | failed | no |" in remat.told(found, 10e9, "TPU v5 lite")
+
+
+def test_a_compiler_that_fails_on_all_ends_in_one_line(config, planned, compiler):
+    compiler.needs = lambda choice: math.inf
+    with pytest.raises(UserError, match="fails on all 6 choices that were tried"):
+        remat.search(config, None, 10e9, effort=0.0)
+
+
+def test_a_fault_of_the_compiler_is_said_and_is_not_the_end(config, mesh, monkeypatch, capsys):
+    monkeypatch.setattr(aot, "train_work", lambda config, mesh: config)
+
+    def compile_work(work, config, *, effort):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no tiles\nat step.py:1")
+
+    monkeypatch.setattr(aot, "compile_work", compile_work)
+    assert remat._compiled(config, mesh, NOTHING, 0.0) == (math.inf, None)
+    assert "the compiler failed: INTERNAL: no tiles\n" in capsys.readouterr().out
 
 
 def test_processes_take_the_figures_of_the_first_one(config, planned, compiler, monkeypatch):

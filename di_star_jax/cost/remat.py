@@ -6,6 +6,7 @@ plan's formula is compiled, the least work first, until one fits.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,9 @@ _BESIDE = (
 
 
 class Tried(NamedTuple):
-    """What was compiled. flop: executed of an image; planned, need: bytes, by plan and compiler."""
+    """What was compiled. flop: executed of an image; planned, need: bytes, by plan and compiler,
+    infinite where the compiler failed.
+    """
 
     choice: Choice
     flop: float
@@ -98,7 +101,11 @@ def settled(
     if found.tried:  # else the plan has said it
         log.say(told(found, memory, device.device_kind))
     if found.tried and jax.process_index() == 0:
-        rows = [row._asdict() | {"choice": row.choice._asdict()} for row in found.tried]
+        rows = [
+            row._asdict() | {"choice": row.choice._asdict()}
+            for row in found.tried
+            if math.isfinite(row.need)
+        ]
         content = {"question": question, "choice": found.choice._asdict(), "tried": rows}
         files.write_text(folder / FILE, json.dumps(content, indent=1) + "\n")
     return with_choice(config, found.choice)
@@ -154,6 +161,11 @@ def search(
             return Found(choice, tried, compiled)
     log.say(table(tried))
     best = min(tried, key=lambda row: row.need)
+    if math.isinf(best.need):
+        raise UserError(
+            f"compute.remat='auto': the compiler fails on all {len(tried)} choices that were "
+            "tried, as said above; set compute.remat='' and choose by the dry run"
+        )
     kind = f"{planned.device_kind} with {SPARE:.0%} to spare"
     raise plan.out_of_memory(best.need / 1e9, have / 1e9, kind, with_choice(config, best.choice))
 
@@ -167,12 +179,13 @@ def following(
     """What to compile next: of what may fit by the plan the least work; None after all.
 
     Passed over is what takes as much by the plan as something that did not fit, and what would not
-    fit either where the plan is as wrong as it was with the same policies. The last one is what is
-    most likely to fit.
+    fit either where the plan is as wrong as it was with the same policies. Of what the compiler
+    failed on nothing follows for others. The last one is what is most likely to fit.
 
     Args: sized, planned bytes; flop, executed, by policies; have, bytes.
     """
-    failed = [row for row in tried if not row.fits]
+    failed = [row for row in tried if not row.fits and math.isfinite(row.need)]
+    known = {row.choice for row in tried}
 
     def may_fit(choice: Choice) -> bool:
         size = sized[choice]
@@ -183,10 +196,10 @@ def following(
 
     last = policies.least(sized)
     if len(tried) < MOST - 1:
-        may = [choice for choice in sized if may_fit(choice)]
+        may = [choice for choice in sized if choice not in known and may_fit(choice)]
         if may:
             return min(may, key=lambda c: (flop[c.policies], c.coarseness, sized[c]))
-    return None if last in {row.choice for row in tried} else last
+    return None if last in known else last
 
 
 def executed(
@@ -248,7 +261,7 @@ def table(tried: list[Tried]) -> str:
             *map(str, row.choice),
             f"{row.flop / 1e12:.4g}",
             f"{row.planned / 1e9:.3g}",
-            f"{row.need / 1e9:.3g}",
+            f"{row.need / 1e9:.3g}" if math.isfinite(row.need) else "failed",
             "yes" if row.fits else "no",
         ]
         for row in tried
@@ -262,12 +275,18 @@ def _compiled(
     choice: Choice,
     effort: float,
 ) -> tuple[float, aot.Compiled | None]:
-    """(bytes that the compiler wants a device to have, 0 where it does not say; the step)."""
+    """(bytes that the compiler wants a device to have, 0 where it does not say; the step).
+
+    Its own faults are said and are no end: XLA finds no tiles for some products on a GPU.
+    """
     config = with_choice(config, choice)
     try:
         compiled = aot.compile_work(aot.train_work(config, mesh), config, effort=effort)
     except OutOfMemory as error:
         return error.need, None
+    except jax.errors.JaxRuntimeError as error:
+        log.say(f"the compiler failed: {str(error).splitlines()[0]}")
+        return math.inf, None
     return aot.held(compiled.memory), compiled
 
 
