@@ -220,6 +220,7 @@ def test_a_partial_table_never_replaces_the_one_in_out(workdir, monkeypatch, tmp
     assert str(out) in said and "kl_0_0 (seed 0)" in said
 
 
+@pytest.mark.long
 def test_a_whole_page_goes_to_out_and_keeps_what_people_wrote(workdir, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "docs"

@@ -666,7 +666,7 @@ def test_flags_of_a_file_of_adapters_are_refused_elsewhere(tmp_path):
 # A generator that is the reference and a file of adapters: one base for both networks that learn.
 
 
-@pytest.mark.parametrize("kind", ["pixart", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["pixart", pytest.param("sdxl", marks=pytest.mark.long)])
 def test_frozen_adapters_beside_a_base_are_the_network_that_they_are_merged_into(kind):
     model = test_lora.denoiser(test_lora.FAMILIES[kind])
     low_rank = Lora(3, 6.0, test_lora.ALL)

@@ -743,6 +743,7 @@ def test_the_rewards_of_a_run_add_up_by_their_scales_and_are_each_returned(mixtu
     )
 
 
+@pytest.mark.slow
 def test_several_rewards_of_a_smaller_picture_are_those_of_the_latents_resized(mixture):
     config, assemble = mixture
     mixed_run = assemble(config(**{"decode.view": "resized", "reward.imagereward": 0.0}))

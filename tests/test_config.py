@@ -160,7 +160,7 @@ def test_a_distillation_begins_with_the_teacher_and_has_its_recipes_rates(
     assert len(named) == 3 and named < losses
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_of_sd15_counts_its_parameters_from_what_is_published():
     config = load("sd15")
     config.dry_run = True
@@ -170,6 +170,7 @@ def test_a_dry_run_of_sd15_counts_its_parameters_from_what_is_published():
     assert "imagereward" in lines and "unknown" not in lines
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_pixart_counts_its_parameters_from_what_is_published():
     for preset, count in (("di_pp", "610,856,096"), ("1024", "611,349,152")):
         config = load("pixart", preset)

@@ -262,7 +262,7 @@ def test_a_teacher_is_drawn_by_default_as_the_papers_authors_draw_sdxl(reference
     np.testing.assert_allclose(ours / 2 + 0.5, theirs, atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_few_step_generator_keeps_its_times_and_draws_what_diffusers_draws(
     workdir, tmp_path, monkeypatch, caplog
 ):

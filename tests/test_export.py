@@ -130,8 +130,15 @@ def call_of(folder) -> str:
 
 
 @pytest.mark.case("faults 5", "first hour 1", "first hour 2")
-@pytest.mark.parametrize("times", [ONE, TWO])
-@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "DiffusionPipeline", "Auto"])
+@pytest.mark.parametrize(
+    "times, name",
+    [
+        *((ONE, name) for name in ("StableDiffusionXLPipeline", "DiffusionPipeline", "Auto")),
+        pytest.param(TWO, "StableDiffusionXLPipeline", marks=pytest.mark.slow),
+        pytest.param(TWO, "DiffusionPipeline", marks=pytest.mark.long),
+        pytest.param(TWO, "Auto", marks=pytest.mark.long),
+    ],
+)
 def test_the_plain_call_draws_what_we_draw(exported, ours, theirs, times, name):
     name = "AutoPipelineForText2Image" if name == "Auto" else name
     pipe = getattr(diffusers, name).from_pretrained(exported(times))
@@ -145,8 +152,8 @@ def test_the_plain_call_draws_what_we_draw(exported, ours, theirs, times, name):
     "times, arguments",
     [
         (ONE, "num_inference_steps=1, guidance_scale=0"),
-        (TWO, "num_inference_steps=2, guidance_scale=0"),
-        pytest.param(ODD, "timesteps=[900, 500], guidance_scale=0", marks=pytest.mark.slow),
+        pytest.param(TWO, "num_inference_steps=2, guidance_scale=0", marks=pytest.mark.slow),
+        pytest.param(ODD, "timesteps=[900, 500], guidance_scale=0", marks=pytest.mark.long),
     ],
 )
 def test_the_model_cards_code_runs_as_it_stands(
@@ -224,7 +231,7 @@ def test_bfloat16_is_offered(exported):
 
 
 @pytest.mark.case("first hour 1", "faults 6")
-@pytest.mark.parametrize("times", [ONE, TWO])
+@pytest.mark.parametrize("times", [ONE, pytest.param(TWO, marks=pytest.mark.long)])
 def test_an_export_saved_again_by_diffusers_draws_the_same(exported, ours, theirs, tmp_path, times):
     diffusers.DiffusionPipeline.from_pretrained(exported(times)).save_pretrained(tmp_path / "again")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again")
@@ -269,7 +276,7 @@ def test_every_number_of_dmd2s_steps_has_a_scheduler_that_draws_them(reference):
 # Our own commands on exports, runs and single UNets.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.case("faults 6")
 def test_evaluate_draws_an_export_at_its_times(exported, tmp_path):
     (tmp_path / "prompts.txt").write_text("a b\nc\n")

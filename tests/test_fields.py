@@ -432,6 +432,7 @@ def test_another_noise_schedule_is_refused_with_file_and_field(change):
 # Networks.
 
 
+@pytest.mark.slow
 @pytest.mark.case("faults 7")
 def test_a_unets_rarer_values_are_followed_as_in_diffusers():
     known = {

@@ -63,7 +63,7 @@ FAMILIES = {"sdxl": UNET, "sd15": SD15, "pixart": PIXART}
 # SD 1.5's UNet is SDXL's with other maps into its transformers.
 SOME = [
     "pixart",
-    pytest.param("sdxl", marks=pytest.mark.slow),
+    pytest.param("sdxl", marks=pytest.mark.long),
     pytest.param("sd15", marks=pytest.mark.long),
 ]
 
@@ -183,12 +183,17 @@ def added(**changes):
 
 CASES = [
     ("di_star", "separate"),
-    ("di_star_outside", "separate"),
-    ("kl", "separate"),
-    ("sid", "separate"),
     ("di_star", "shared"),
     ("di_star", "looped"),
-    ("kl_outside", "looped"),
+    ("kl", "separate"),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (
+            ("di_star_outside", "separate"),
+            ("sid", "separate"),
+            ("kl_outside", "looped"),
+        )
+    ),
 ]
 
 

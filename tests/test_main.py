@@ -157,14 +157,14 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
             "between them\nmesh: data=2 x fsdp=16 x context=1 over 32 devices (TPU v5 lite)\n",
             "on v5e: 22.98 of 16.91 GB, does not fit\nto fit v5e: compute.microbatches=2 "
             "(-8.2 GB); then 14.7 of 16.9 GB\n",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         pytest.param(
             ["--topology=tpu7x:2x2x2"],
             "slice: tpu7x 2x2x2, 8 chips, 2 devices each (tpu7x-16)\nmesh: data=1 x fsdp=16 x "
             "context=1 over 16 devices (TPU7x)\n",
             "on tpu7x: 42.02 of 102.01 GB, fits\n",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         (
             ["--topology=rtx4090:1", "--config.mesh.fsdp=1", "--config.data.batch_size=1"],
@@ -172,10 +172,11 @@ def test_overrides_and_presets_reach_the_dry_run(command, monkeypatch):
             "on RTX 4090: 92.33 of 25.23 GB, does not fit\nto fit RTX 4090: "
             "data.cache=./text_cache (-1.6 GB), lora.rank=64 (-70.1 GB); then 20.6 of 25.2 GB\n",
         ),
-        (
+        pytest.param(
             ["--chips=128"],
             "mesh: data=8 x fsdp=16 x context=1 over 128 devices (of any kind)\n",
             "v6e 0.16, tpu7x 0.13, A100\n  0.48, H100 and H200 0.15, RTX 4090 0.91\n",
+            marks=pytest.mark.long,
         ),
     ],
 )
@@ -394,6 +395,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_not_used(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_dry_run_as_a_user_types_it_exits_without_error_and_prints_the_plan():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = subprocess.run(
@@ -470,8 +472,16 @@ def test_the_commands_are_listed_and_a_wrong_one_is_refused_with_the_nearest():
     assert wrong.stderr == "error: unknown command 'evalate', did you mean evaluate?\n"
 
 
+# Each takes 3 s.
+_LEVELS = {"train": (), "evaluate": ()}
+_LEVELS |= dict.fromkeys(("sample", "convert", "benchmark"), pytest.mark.slow)
+
+
 @pytest.mark.case("first hour 13")
-@pytest.mark.parametrize("name", __main__.COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=_LEVELS.get(name, pytest.mark.long)) for name in __main__.COMMANDS],
+)
 def test_help_lists_all_flags_of_a_command_in_plain_sentences(name):
     done = typed(name, "-h")
     assert (done.returncode, done.stderr) == (0, "")
@@ -600,8 +610,8 @@ def test_sample_says_which_words_its_generator_never_saw():
     "arguments, message",
     [
         (["--out={}/file"], "--out={}/file is a file, expected a folder; give another name"),
-        (["--out={}/file/x"], "cannot make --out={}/file/x"),
-        (["--checkpoint=x"], "no --prompt; give what to draw"),
+        pytest.param(["--out={}/file/x"], "cannot make --out={}/file/x", marks=pytest.mark.slow),
+        pytest.param(["--checkpoint=x"], "no --prompt; give what to draw", marks=pytest.mark.slow),
         (["--sampler=eular"], "--sampler=eular: expected one of ddim, dpm_solver_pp, euler, few"),
     ],
 )

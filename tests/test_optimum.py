@@ -95,13 +95,16 @@ def test_the_mean_over_a_few_times_is_that_over_all(times):
     np.testing.assert_allclose(share @ sigma[0] ** 2, np.mean(sigma[1] ** 2), rtol=1e-5)
 
 
-@pytest.mark.slow
 # The closed form, and the theorem: rewarded KL, and the score divergence without a reward. The
 # standard errors of 8 blocks of 60 steps are 0.01 at most; the start is 0.5 and more away.
 @pytest.mark.parametrize(
     "row",
-    [Row(KL | {"generator_times": (0, 0)}, 0.0034), Row({})],
-    ids=["tilted", "reference"],
+    [
+        pytest.param(
+            Row(KL | {"generator_times": (0, 0)}, 0.0034), id="tilted", marks=pytest.mark.slow
+        ),
+        pytest.param(Row({}), id="reference", marks=pytest.mark.long),
+    ],
 )
 def test_training_ends_at_the_known_optimum(row):
     plan = optimum.Plan(approach=8, averaged=8, block=60)

@@ -193,7 +193,7 @@ NAMES = [pytest.param(name, marks=_MARKS.get(name, ())) for name in TINY]
 
 
 # The whole step beside PyTorch's takes a minute.
-_WHOLE = [pytest.param(name, marks=_MARKS.get(name, pytest.mark.slow)) for name in TINY]
+_WHOLE = [pytest.param(name, marks=pytest.mark.long) for name in TINY]
 
 
 @pytest.fixture(scope="module", params=_WHOLE)

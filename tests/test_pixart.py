@@ -33,7 +33,7 @@ SMALL = parity.PIXARTS["PixArt-512"]
     [
         ("PixArt-512", 3, 10, 14, "none"),
         ("PixArt-1024", 1, 26, 18, "full"),
-        pytest.param("PixArt-512", 1, 64, 64, "dots", marks=pytest.mark.slow),
+        pytest.param("PixArt-512", 1, 64, 64, "dots", marks=pytest.mark.long),
         pytest.param("PixArt-1024", 3, 6, 22, "none", marks=pytest.mark.slow),
     ],
 )

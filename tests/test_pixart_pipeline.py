@@ -120,7 +120,7 @@ def test_condition_and_null_condition_are_those_of_diffusers(loaded, theirs):
 
 
 @pytest.mark.parametrize(
-    "form", [SCALED, pytest.param(NOISE, marks=pytest.mark.slow)], ids=["scaled", "noise"]
+    "form", [SCALED, pytest.param(NOISE, marks=pytest.mark.long)], ids=["scaled", "noise"]
 )
 def test_an_export_draws_in_diffusers_what_we_draw(reference, tmp_path, form):
     run = write_run(reference, tmp_path / "run", form, "transformer")

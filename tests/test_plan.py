@@ -390,7 +390,7 @@ def test_a_card_has_what_cuda_shows_of_it_less_what_xla_leaves():
 
 @pytest.mark.parametrize(
     "name",
-    ["sdxl", pytest.param("sdxl_lora", marks=pytest.mark.slow), "sd15", "pixart", "shapes"],
+    ["sdxl", pytest.param("sdxl_lora", marks=pytest.mark.long), "sd15", "pixart", "shapes"],
 )
 def test_a_dry_run_is_read_on_a_terminal_of_100_columns(name):
     lines = report.describe(planned_of(name))

@@ -112,7 +112,8 @@ def gradients(scorer, loss, batch, mesh):
     return metrics, weights.tensors_from_params(taken)
 
 
-@pytest.mark.parametrize("data, fsdp", [pytest.param(2, 1, marks=pytest.mark.long), (1, 2)])
+@pytest.mark.long
+@pytest.mark.parametrize("data, fsdp", [(2, 1), (1, 2)])
 def test_a_steps_loss_and_gradients_equal_pytorch_on_two_devices(clip, monkeypatch, data, fsdp):
     monkeypatch.setattr(sharding, "SMALL", 64)  # split what is split of large models
     module, scorer = clip

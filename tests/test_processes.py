@@ -109,7 +109,7 @@ def test_an_error_of_one_process_ends_the_other_at_once(raised, codes):
     "victim", [0, pytest.param(1, marks=pytest.mark.long)], ids=["the first", "another"]
 )
 @pytest.mark.parametrize(
-    "work", ["time.sleep(50)", pytest.param("processes.gather('x')", marks=pytest.mark.slow)]
+    "work", ["time.sleep(50)", pytest.param("processes.gather('x')", marks=pytest.mark.long)]
 )
 def test_a_killed_process_ends_the_other_within_a_minute_with_76(victim, work):
     pair = Pair(f"if me != {victim}:\n    {work}\ntime.sleep(50)").met()
@@ -151,7 +151,7 @@ def test_a_signal_to_one_process_ends_both_where_there_is_nothing_to_lose():
 @pytest.mark.case("faults 27")
 @pytest.mark.parametrize(
     "number, code",
-    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
 )
 def test_a_signal_to_one_process_after_the_last_vote_is_the_others_too(number, code):
     # The second process gets it where neither is free, and asks nobody before it leaves.

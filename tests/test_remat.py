@@ -102,6 +102,7 @@ def test_of_as_much_work_the_plan_takes_what_is_least_cut():
     assert policies.by_size(sized, 10e9) == Choice("none", "none", "none", 1, 2)
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_in_seconds_what_it_would_take_and_asks_no_compiler(config, monkeypatch):
     monkeypatch.setattr(aot, "compile_work", None)
     made = plan.make(config, 8, "TPU v5 lite")

@@ -301,7 +301,7 @@ def test_a_run_in_a_bucket_is_converted_there_and_back(gs, folder):
     assert "not empty" in _error(convert.to_orbax, f"{gs}/export", f"{gs}/orbax")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_draws_a_run_in_a_bucket_into_a_bucket(gs, tmp_path):
     flags = [f"--checkpoint={gs}/run", "--prompt=a red circle", "--num=2"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -135,6 +135,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(world, finished, tmp_path, 
     ]
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_run_is_refused(world, finished, tmp_path):
     with pytest.raises(UserError, match="holds another run: optim.weight_decay was .*, is 0.5"):
         reward_run.run(config_of(world, **{"optim.weight_decay": 0.5}), str(finished))

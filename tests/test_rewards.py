@@ -342,7 +342,7 @@ def own(tmp_path, monkeypatch):
 
 
 @pytest.mark.case("first hour 28")
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_function_of_the_users_own_file_is_a_reward_from_config_to_score(own, tmp_path):
     changes = {"reward.pickscore": 0.0, "eval.metrics": ("brightness",)}
     config = dry(**changes, **{"reward.custom": f"{own}:brightness", "reward.custom_scale": 5.0})

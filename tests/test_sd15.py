@@ -205,7 +205,7 @@ def test_a_denoisers_folder_alone_is_a_generator_of_the_familys_form(reference):
 @pytest.mark.parametrize(
     "sampler, scheduler",
     [
-        ("euler", diffusers.EulerDiscreteScheduler),
+        pytest.param("euler", diffusers.EulerDiscreteScheduler, marks=pytest.mark.slow),
         pytest.param("ddim", diffusers.DDIMScheduler, marks=pytest.mark.long),
         pytest.param(
             "dpm_solver_pp", diffusers.DPMSolverMultistepScheduler, marks=pytest.mark.long

@@ -114,7 +114,7 @@ def test_preferred_picture_has_the_better_light_or_the_right_scene():
 @pytest.mark.parametrize(
     "folder, size, form, least",
     [
-        (SHIPPED, 26.5e6, FewStep((399,), "noise"), 0.9),
+        pytest.param(SHIPPED, 26.5e6, FewStep((399,), "noise"), 0.9, marks=pytest.mark.long),
         pytest.param(TWIN, 15e6, FewStep((440,), "scaled"), 0.85, marks=pytest.mark.long),
     ],
     ids=["sdxl", "pixart"],
@@ -152,7 +152,7 @@ def test_the_twins_teacher_draws_what_is_asked_in_the_20_steps_of_its_scheduler(
     assert measures.attributes_right(captions, images).mean() >= 0.85
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_diffusers_draws_the_twin_as_we_do():
     import diffusers
     import torch
@@ -193,6 +193,7 @@ def held_out_prompts():
     return [Prompt(row, text, {}) for row, text in enumerate(texts)]
 
 
+@pytest.mark.long
 def test_shipped_reward_shares_the_taste_and_reads_the_caption():
     from di_star_jax.pipelines import folder as pipeline
     from di_star_jax.prompts.tokens import Tokenizer

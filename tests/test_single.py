@@ -220,7 +220,10 @@ def cache(tmp_path, monkeypatch):
 # In.
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.long)],
+)
 def test_a_folder_of_a_single_file_has_diffusers_weights_byte_for_byte(
     kind, settings, tmp_path, dtype
 ):
@@ -407,16 +410,19 @@ _ENTRANCES = {
     "generator": _as_generator,
     "orbax": lambda file, settings: convert.file_to_orbax(file, f"{file}.out", str(settings)),
 }
+_LONG = [(said, entrance) for said in _CHANGED for entrance in _ENTRANCES]
+_LONG.remove(("an SDXL checkpoint quantised to fp8", "generator"))
 
 
-# Files of whole networks take a second each: one entrance stands for the others.
+# Files of whole networks take a second or two each: one through one entrance stands for the others,
+# which are named above.
 @pytest.mark.parametrize(
     "said, entrance",
     [
         pytest.param(
             said,
             entrance,
-            marks=[pytest.mark.long] if said in _CHANGED and entrance != "generator" else [],
+            marks=[pytest.mark.long] if (said, entrance) in _LONG else [],
         )
         for said in [*_BY_NAME.values(), *_CHANGED, "download it again", "a GGUF"]
         for entrance in _ENTRANCES

@@ -389,15 +389,21 @@ def test_one_shared_forward_gives_the_gradients_of_separate_ones_on_the_same_x_t
     assert metrics["nonfinite"] == 0
 
 
-# The loops evaluate the scores one way for all objectives: one of each kind of guidance stands for
-# them.
+# One of each kind: whose scores pass their gradients on, with guidance outside, whose do not. The
+# losses of all are in test_objectives.py.
 @pytest.mark.parametrize(
     "objective, scheme",
     [
-        *((name, "separate") for name in objectives.OBJECTIVES),
+        *((name, "separate") for name in ("di_star", "di_star_outside", "kl")),
         ("di_star", "looped"),
-        ("di_star_outside", "looped"),
-        ("kl", "looped"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                *((name, "separate") for name in ("sid", "kl_outside", "reward_only")),
+                ("di_star_outside", "looped"),
+                ("kl", "looped"),
+            )
+        ),
     ],
 )
 def test_with_fresh_times_the_generators_gradient_is_the_same(objective, scheme):
@@ -490,8 +496,13 @@ def test_a_few_step_generator_learns_at_each_step_from_what_the_earlier_ones_mad
         assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("scheme", ["separate", *schemes.SCHEMES])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        pytest.param("separate", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.long) for name in schemes.SCHEMES),
+    ],
+)
 def test_from_main_to_the_unet_it_is_six_calls_at_most(world, monkeypatch, scheme):
     """Those that `main` makes to get there: `run`, then `train_step` and what it calls."""
     calls = set()
@@ -717,7 +728,7 @@ def test_a_step_that_has_to_drop_all_samples_counts_as_not_finite():
     assert step_with(bad_reward(list(range(BATCH))))[-1]["nonfinite"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_balance_is_measured_over_the_first_steps_and_then_fixed(monkeypatch):
     monkeypatch.setattr(step, "MEASURED", 2)
     method, frozen, generator, assistant = small_world(balance=0.5)
@@ -740,7 +751,7 @@ def test_a_balance_is_measured_over_the_first_steps_and_then_fixed(monkeypatch):
     assert pulls == pytest.approx(scales[-1] / ratios[-1], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_pulls_on_the_samples_is_logged():
     *_, metrics = small_step(generator_times=(0, 399))
     known = {name for name, value in metrics.items() if np.isfinite(value)}

@@ -73,7 +73,13 @@ def cache(folder, tmp_path_factory):
 # What is kept.
 
 
-@pytest.mark.parametrize("write", [write_sd15, write_pixart], ids=["sd15", "pixart"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(write_sd15, id="sd15", marks=pytest.mark.long),
+        pytest.param(write_pixart, id="pixart"),
+    ],
+)
 def test_states_are_those_of_the_encoders(write, tmp_path):
     folder = write_prompts(write(tmp_path / "reference"))
     out = tmp_path / "cache"
@@ -221,7 +227,7 @@ def test_a_cache_that_does_not_match_is_refused_in_one_line(cache, folder, tmp_p
     assert "token ids of another tokenizer for pickscore" in refused(of(folder, **changes))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_with_a_cache_holds_no_text_encoders():
     config = dry(**{"data.cache": "cache/sdxl"})
     planned = plan.make(config, 16, "cpu")
@@ -319,7 +325,7 @@ def test_a_process_that_is_slower_than_the_first_takes_nothing_of_it_for_others_
     assert place.read_made() == asked
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_write_their_shards_of_one_cache(folder, tmp_path):
     out, port = tmp_path / "cache", free_port()
     both = [start(BOTH, (folder, out), devices=1, port=port, index=i) for i in range(2)]

@@ -129,7 +129,7 @@ def test_a_generator_of_the_other_prediction_is_refused_in_one_line(eps, predict
         assert "\n" not in error and "scheduler_config.json" in error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_generator_without_a_scheduler_predicts_what_the_reference_does(eps, predicts, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(eps / "unet", alone)
