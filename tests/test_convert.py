@@ -170,7 +170,14 @@ def test_the_command_converts_a_pipeline_to_orbax_and_back_without_a_changed_byt
     )
 
 
-@pytest.mark.parametrize("which, times", [("generator", 1), ("ema", 2), ("assistant", 3)])
+@pytest.mark.parametrize(
+    "which, times",
+    [
+        pytest.param("generator", 1, marks=pytest.mark.slow),
+        ("ema", 2),
+        pytest.param("assistant", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_each_network_of_a_run_becomes_a_pipeline_that_diffusers_loads(
     reference, workdir, tmp_path, which, times
 ):

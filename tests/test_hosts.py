@@ -31,9 +31,11 @@ import jax
 from test_train import config_for
 seen, plain = [], assembly.Parts.tokenize
 assembly.Parts.tokenize = lambda parts, texts: seen.append(list(texts)) or plain(parts, texts)
-folder, workdir = map(pathlib.Path, sys.argv[1:])
+folder, workdir = map(pathlib.Path, sys.argv[1:3])
 changes = {"objective.name": "kl", "assistant.sharing": "x_t"}
 changes |= {"assistant.warmup_steps": 0, "train.steps": 2, "train.save_every": 2, "mesh.fsdp": 4}
+if "scored" not in sys.argv:
+    changes["eval.prompts"] = ""
 train.run(config_for(folder, **changes), str(workdir))
 (workdir / f"seen_{jax.process_index()}.json").write_text(json.dumps(seen))
 """
@@ -82,20 +84,37 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs_by_two_and_one(tmp_path_factory, *scored):
     """(workdir of a run by two processes, workdir of the same run by one)."""
     folder = write_pipeline(tmp_path_factory.mktemp("pipeline"))
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     port = free_port()
     for processes in (
-        [start(RUN, (folder, two), devices=4, port=port, index=i) for i in range(2)],
-        [start(RUN, (folder, one), devices=8)],
+        [start(RUN, (folder, two, *scored), devices=4, port=port, index=i) for i in range(2)],
+        [start(RUN, (folder, one, *scored), devices=8)],
     ):
         for process in processes:
             out, _ = process.communicate(timeout=500)
             assert process.returncode == 0, out[-3000:]
     return two, one
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return runs_by_two_and_one(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Runs that score held-out prompts before and after."""
+    return runs_by_two_and_one(tmp_path_factory, "scored")
+
+
+def prompts_seen(workdirs):
+    """(of both processes, of the one)."""
+    two, one = workdirs
+    parts = [json.loads((two / f"seen_{i}.json").read_text()) for i in range(2)]
+    return parts, json.loads((one / "seen_0.json").read_text())
 
 
 def state_of(workdir, mesh):
@@ -125,21 +144,21 @@ def test_two_processes_make_the_step_of_one_and_their_checkpoint_restores_anywhe
 
 @pytest.mark.slow
 def test_each_process_reads_its_own_prompts_only(runs):
-    two, one = runs
-    parts = [json.loads((two / f"seen_{i}.json").read_text()) for i in range(2)]
-    whole = json.loads((one / "seen_0.json").read_text())
-    held_out = whole.pop(0)  # which all processes score together
-    assert [part.pop(0) for part in parts] == [held_out, held_out]
+    parts, whole = prompts_seen(runs)
     assert [a + b for a, b in zip(*parts)] == whole
     assert all(len(texts) == 4 for part in parts for texts in part)
 
 
-@pytest.mark.slow
-def test_two_processes_score_their_generator_as_one_does(runs):
-    two, one = (json.loads((run / "before_after.json").read_text()) for run in runs)
+@pytest.mark.long
+def test_two_processes_score_their_generator_as_one_does(scored):
+    two, one = (json.loads((run / "before_after.json").read_text()) for run in scored)
     for when in ("before", "after"):
         assert two[when] == pytest.approx(one[when], rel=1e-4, abs=1e-6)
     assert one["before"] != one["after"]
+    parts, whole = prompts_seen(scored)
+    held_out = whole.pop(0)  # which all processes score together
+    assert [part.pop(0) for part in parts] == [held_out, held_out]
+    assert [a + b for a, b in zip(*parts)] == whole
 
 
 # As RUN, for ever.

@@ -75,6 +75,7 @@ def test_an_export_is_on_the_hub_file_by_file_and_private(
     assert str(tmp_path) not in card and str(tmp_path) not in written["about.json"].decode()
 
 
+@pytest.mark.slow
 def test_a_public_repository_is_made_where_it_is_asked_for_and_else_not_written_to(
     server,
     environment,

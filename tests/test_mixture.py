@@ -36,11 +36,10 @@ def test_exact_noise_prediction_is_the_mean_noise_given_x_t():
     )
 
 
-# One whose scores pass their gradients on and one whose do not.
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("di_star", "dmd") else pytest.param(name, marks=pytest.mark.long)
+        name if name == "di_star" else pytest.param(name, marks=pytest.mark.long)
         for name in mixture.METHODS
     ],
 )

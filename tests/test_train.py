@@ -351,9 +351,10 @@ class Process:
         return self._process.wait(timeout=60), "".join(self.lines)
 
 
+# What it compiles is that of `straight`, which finds it in the cache.
 @pytest.mark.slow
 @pytest.mark.case("first hour 7", "faults 27")
-def test_ctrl_c_and_sigterm_save_and_say_that_the_same_command_goes_on(folder, straight, tmp_path):
+def test_ctrl_c_and_sigterm_save_and_say_that_the_same_command_goes_on(folder, tmp_path):
     changes = {"train.steps": 100_000, "train.save_every": 100_000, "eval.prompts": ""}
     run = Process(folder, tmp_path, **changes)
     run.until("step 1/")
@@ -414,7 +415,6 @@ def missed():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", usual)
 
 
-@pytest.mark.slow
 def test_a_stopped_run_continues_to_the_same_weights_and_compiles_nothing_anew(
     folder, straight, tmp_path, missed
 ):
@@ -447,7 +447,7 @@ def test_weights_that_blow_up_stop_the_run_with_what_to_do(folder, tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_makes_the_same_picture_from_a_workdir_and_from_its_export(straight):
     z = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
     pictures = []
