@@ -274,9 +274,10 @@ MUTANTS = r"""
 @ cost/plan.py | test_plan.py | within_15
 - left_out = encoders(self.known) if self.config.data.cache else ()
 + left_out = ()
-@ cost/work.py | test_plan.py | whole_steps_trace
+@ cost/work.py | test_plan.py | whole_steps_trace and sdxl_lora
 - return self.to_inputs + (self.adapters or self.weights)
 + return self.to_inputs + self.adapters + self.weights
+@ cost/work.py | test_plan.py | whole_steps_trace
 - return self.forward + self.activations
 + return self.forward
 - work *= 1 + 1 / max(1.0, plan.at_a_time)

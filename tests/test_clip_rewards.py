@@ -569,7 +569,7 @@ def test_half_precision_is_of_the_towers_and_never_of_the_score(tokenizer, hps, 
 # Several devices.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scores_and_gradients_on_eight_devices_equal_those_on_one(hps, tokenizer, monkeypatch):
     _, ours, _, folder = hps
     monkeypatch.setattr(sharding, "SMALL", 1)  # splits every leaf that can be split

@@ -173,9 +173,9 @@ def test_the_command_converts_a_pipeline_to_orbax_and_back_without_a_changed_byt
 @pytest.mark.parametrize(
     "which, times",
     [
-        pytest.param("generator", 1, marks=pytest.mark.slow),
+        pytest.param("generator", 1, marks=pytest.mark.long),
         ("ema", 2),
-        pytest.param("assistant", 3, marks=pytest.mark.slow),
+        pytest.param("assistant", 3, marks=pytest.mark.long),
     ],
 )
 def test_each_network_of_a_run_becomes_a_pipeline_that_diffusers_loads(

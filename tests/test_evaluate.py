@@ -392,7 +392,6 @@ def test_noise_depends_on_seed_row_and_sample_alone_and_few_step_begins_with_the
     assert few.shape == (3, 4, 4, 4, 2) and np.array_equal(few[0], z)
 
 
-@pytest.mark.slow
 @pytest.mark.case("faults 14")
 def test_the_table_of_a_run_and_an_evaluation_of_its_checkpoint_have_the_same_numbers(
     straight, folder, tmp_path

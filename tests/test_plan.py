@@ -275,7 +275,7 @@ def test_a_context_that_splits_a_row_is_refused(config, context, least):
     "name, changes, traced",
     [
         ("sdxl", {}, 105.73),
-        pytest.param("sdxl_lora", {}, 96.21, marks=pytest.mark.slow),
+        pytest.param("sdxl_lora", {}, 96.21, marks=pytest.mark.long),
         ("sd15", {}, 12.59),
         ("pixart", {"data.batch_size": 4}, 18.70),
         ("pixart", {"data.cache": "cache/pixart"}, 16.47),

@@ -184,7 +184,7 @@ def test_processes_with_workdirs_of_their_own_are_refused(tmp_path):
     assert "process 1 of 2 does not see what process 0 writes in the workdir" in lines[0][-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_count_of_processes_that_does_not_divide_the_batch_is_a_line_of_each(tmp_path):
     code = "import runpy; runpy.run_module('di_star_jax.main', run_name='__main__', alter_sys=True)"
     given = ["--config=shapes", "--config.data.batch_size=5", f"--workdir={tmp_path}"]
