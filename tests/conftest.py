@@ -32,8 +32,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 
 # Those that take longest, first: the last file to begin should be a short one.
 LONGEST = """
-    train readme hosts benchmark single adapters evaluate step objectives remat export convert plan
-    main lora peer reward_run launch fields clip_rewards preference sd15 shapes text_cache unet
+    train benchmark hosts readme step evaluate objectives launch single by_hand main convert
+    adapters export fields plan lora wheel clip_rewards remat reward_run sd15 optimum hub
+    preference unet shapes
 """
 
 

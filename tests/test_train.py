@@ -351,7 +351,7 @@ class Process:
         return self._process.wait(timeout=60), "".join(self.lines)
 
 
-# What it compiles is that of `straight`, which finds it in the cache.
+# What it compiles `straight` has compiled before, in the default tests: it is in the cache.
 @pytest.mark.slow
 @pytest.mark.case("first hour 7", "faults 27")
 def test_ctrl_c_and_sigterm_save_and_say_that_the_same_command_goes_on(folder, tmp_path):
