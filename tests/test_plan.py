@@ -147,7 +147,7 @@ def test_a_loop_holds_a_copy_of_the_network_that_it_picks_but_for_bases():
 # What the TPU compiler says of whole steps, GB a chip at the peak; the commands are those of
 # docs/performance.md.
 COMPILED = [
-    ("sdxl", "v5e", 16, {"data.batch_size": 16}, 7.95),
+    ("sdxl", "v5e", 16, {"data.batch_size": 16}, 7.72),
     ("sdxl", "v6e", 8, {"data.batch_size": 8, "mesh.fsdp": 8}, 13.21),
     ("sdxl", "v5p", 4, {"data.batch_size": 16, "mesh.fsdp": 4}, 35.83),
     ("sdxl:inside_0_0", "v5e", 16, {"data.batch_size": 16}, 10.21),
