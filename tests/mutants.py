@@ -1688,6 +1688,12 @@ def run(
         return process.returncode, said
 
 
+def tried(tests: str, names: str, mutant: Mutant | None = None) -> tuple[int | None, str]:
+    """`run`; where names are of nothing else, of those that take long."""
+    code, said = run(tests, names, mutant)
+    return run(tests, names, mutant, "long") if code == 5 else (code, said)
+
+
 def whole_tests_pass(mutants: list[Mutant], pool: concurrent.futures.Executor) -> bool:
     """Runs the tests of all rows, by file, on a tree that is not broken."""
     files = collections.defaultdict(set)
@@ -1698,7 +1704,7 @@ def whole_tests_pass(mutants: list[Mutant], pool: concurrent.futures.Executor) -
         for tests, names in files.items()
     }
     passed = True
-    for tests, (code, said) in zip(expressions, pool.map(run, *zip(*expressions.items()))):
+    for tests, (code, said) in zip(expressions, pool.map(tried, *zip(*expressions.items()))):
         if code != 0:
             print(f"error: {tests} fails before anything is broken:\n{said[-2000:]}", flush=True)
             passed = False
@@ -1707,9 +1713,7 @@ def whole_tests_pass(mutants: list[Mutant], pool: concurrent.futures.Executor) -
 
 def outcome(mutant: Mutant) -> str:
     """killed, killed by a hang, SURVIVED, or what went wrong."""
-    code, said = run(mutant.tests, mutant.names, mutant)
-    if code == 5:  # where a row names nothing else, those that take long
-        code, said = run(mutant.tests, mutant.names, mutant, "long")
+    code, said = tried(mutant.tests, mutant.names, mutant)
     if code == 5:
         return f"ERROR: {mutant.tests} has no test {mutant.names!r}"
     if code not in (0, 1, None):
