@@ -125,6 +125,29 @@ def test_dots_keeps_kernels_that_it_rounded():
     assert len(re.findall(r":bf16\[3,3,8,8\] = convert_element_type", text)) == 3
 
 
+def test_dots_keeps_the_sums_of_residuals_in_place_of_what_was_added(capsys):
+    config = layers.TransformerConfig(
+        channels=16,
+        heads=2,
+        depth=1,
+        context=8,
+        groups=4,
+        linear_projection=True,
+        remat="dots",
+        kernel="xla",
+    )
+    block = layers.BasicTransformerBlock(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    def run(x, context):
+        return layers.checkpointed(block, x, context, remat="dots").sum()
+
+    jax.ad_checkpoint.print_saved_residuals(run, jnp.ones((2, 9, 16)), jnp.ones((2, 5, 8)))
+    kept = capsys.readouterr().out
+    assert kept.count("(BasicTransformerBlock.__call__)") == 2
+    # Queries, keys and values of both attentions, and the gate's two halves.
+    assert kept.count("(Linear.__call__)") == 7
+
+
 def test_on_a_mesh_rounded_kernels_are_gathered_again():
     gradient, params, x = gradient_of("dots", jnp.bfloat16, width=256)  # split
     mesh = sharding.make_mesh(1, 2, devices=jax.devices()[:2])

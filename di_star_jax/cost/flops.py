@@ -106,6 +106,7 @@ def _by_operands(eqn: core.JaxprEqn, axes: dict | None) -> Counter:
 _KINDS = {
     "all_gather": "all-gather",
     "all_to_all": "all-to-all",
+    "reduce_scatter": "reduce-scatter",
     "psum": "all-reduce",
     "ppermute": "permute",
 }
